@@ -1,0 +1,343 @@
+"""Preference pairs, prompts and images as the training step wants them, and the cross-pair weights of RPO.
+
+Pairs come from a parquet file or folder, or a hub id, in Pick-a-Pic's schema (caption, jpg_0, jpg_1, label_0), or
+from a folder of your own with a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE}. Ties (label 0.5)
+are dropped by their label; rows without a label are skipped and counted; any other label is refused.
+
+A batch of B pairs; index 0 of every axis of two is the winner, index 1 the loser:
+
+    prompt       B strings, "" where prompt dropout struck; caption: the same without dropout
+    pixels       [B, 2, 3, H, W] float32 in [-1, 1], one crop and one flip for the two images of a pair
+    time_ids     [B, 2, 6] float32, SDXL's (original height, width, crop top, left, target height, width) per image
+    clip_pixels  [B, 2, 3, h, w] float32, the whole images as CLIP wants them; absent where no CLIP was asked for
+    row          B row numbers, counted over all files in the order of their names
+    unreadable   the row numbers of pairs that could not be decoded and were replaced on the way to this batch
+
+Every random choice is a function of (seed, epoch, row): no state, the same on every machine and in every order.
+"""
+
+import concurrent.futures
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+import tiny
+
+MODELS = {  # what a preset's name stands for; resolution and VAE are the model's own
+    "tiny": {"id": "tiny", "data": "tiny", "clip": "tiny"},
+    "sd15": {"id": "stable-diffusion-v1-5/stable-diffusion-v1-5", "data": "pickapic", "clip": "ViT-H-14:laion2b_s32b_b79k"},
+    "sdxl": {"id": "stabilityai/stable-diffusion-xl-base-1.0", "data": "pickapic", "clip": "ViT-H-14:laion2b_s32b_b79k"},
+}
+DATA = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}     # a mirror: the original id is gone from the hub since 2025-04
+SCAN_LIMIT = 10_000     # pairs; up to here all are decoded once at the start, so that data.json is complete at once
+
+
+def keyed_generator(*key):
+    """A CPU random generator that is a function of its key (integers and strings) alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def brief(error):
+    """The first line of an exception's text, for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_rows(source):
+    """A `datasets.Dataset` with caption, jpg_0, jpg_1 and label_0 from a preset's name, a path, or a hub id."""
+    import datasets
+
+    if source == "tiny":
+        return tiny.pairs()
+    path = Path(source).expanduser()
+    lists = [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+    files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
+    files = [file for file in files if file.name.startswith("train-")] or files
+    try:
+        if path.exists() and lists:
+            rows = [dict(json.loads(line), folder=file.parent, place=f"{file}, line {number}")
+                    for file in lists for number, line in enumerate(file.open(encoding="utf-8"), 1) if line.strip()]
+            for row in rows:
+                if missing := {"prompt", "chosen", "rejected"} - row.keys():
+                    raise SystemExit(f"data: {row['place']} lacks {', '.join(sorted(missing))}")
+            return datasets.Dataset.from_dict({
+                "caption": [row["prompt"] for row in rows], "label_0": [1.0] * len(rows),
+                "jpg_0": [str(row["folder"] / row["chosen"]) for row in rows],
+                "jpg_1": [str(row["folder"] / row["rejected"]) for row in rows]})
+        if path.exists():
+            if not files:
+                raise SystemExit(f"data: {path} holds no .parquet file and no .jsonl list of pairs")
+            rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        else:
+            rows = datasets.load_dataset(DATA.get(source, source), split="train")
+    except Exception as error:
+        raise SystemExit(f"data: {source} is no file or folder here, or cannot be read as one, and no data set that "
+                         f"the hub gives: {brief(error)}")
+    for name in ("jpg_0", "jpg_1"):
+        if isinstance(rows.features.get(name), datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def read_image(source):
+    """An upright RGB picture from encoded bytes, a path, or the {"bytes", "path"} of an undecoded `datasets.Image`.
+
+    Transparency goes over white, as browsers show it. Raises whatever PIL raises on what it cannot decode, and
+    ValueError above PIL's limit of pixels (a decompression bomb).
+    """
+    if isinstance(source, dict):
+        source = source["bytes"] or source["path"]
+    image = Image.open(source if isinstance(source, str) else io.BytesIO(source))
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb?")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                              # 16 bits a pixel: PIL would clip, not scale, them
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def crop_and_resize(image, size, y, x, flip):
+    """The square of side `size` pixels at the relative place (y, x), in [0, 1], of the image scaled to that short side.
+
+    Crops before it scales, so that a 3 x 4000 picture costs nothing. Returns pixels [3, size, size] in [-1, 1] and
+    SDXL's six numbers; the crop is counted in the scaled, flipped image, as SDXL was trained.
+    """
+    if flip:
+        image = ImageOps.mirror(image)
+    scale = size / min(image.size)
+    top, left = (round(place * (round(side * scale) - size)) for place, side in ((y, image.height), (x, image.width)))
+    box = [min(max(0, edge / scale), limit) for edge, limit in
+           ((left, image.width), (top, image.height), (left + size, image.width), (top + size, image.height))]
+    pixels = np.asarray(image.resize((size, size), Image.LANCZOS, box=box))
+    time_ids = (image.height, image.width, top, left, size, size)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, torch.tensor(time_ids).float()
+
+
+class PreferencePairs(torch.utils.data.Dataset):
+    """An endless stream of pairs: item p is pair p % n of the shuffle of epoch p // n, whatever was read before it.
+
+    A pair that cannot be decoded is replaced by the next readable one of the epoch's order, so a run can start at any
+    position without decoding what lies before it. `len` is n, the number of pairs with a winner.
+
+    source          see the head of this file
+    resolution      side of the training square, pixels
+    clip_transform  a picture -> tensor function for `clip_pixels`, or None
+    raises          SystemExit, in one line, where the source cannot be read, holds no usable pair, or a wrong label
+    """
+
+    def __init__(self, source, resolution, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
+                 clip_transform=None):
+        self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
+        self.random_crop, self.random_flip, self.prompt_dropout = random_crop, random_flip, prompt_dropout
+        self.rows = read_rows(source)
+        columns = set(self.rows.column_names)
+        if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - columns:
+            raise SystemExit(f"data: {source} lacks the column {', '.join(sorted(missing))} of Pick-a-Pic's schema")
+        try:
+            label = np.array(self.rows["label_0"][:], dtype=float)             # a missing label becomes nan
+            other = np.array(self.rows["label_1"][:], dtype=float) if "label_1" in columns else 1 - label
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f"data: the labels of {source} are not numbers: {error}")
+        labelled = ~np.isnan(label)
+        if "has_label" in columns:
+            labelled &= np.array([flag is not False for flag in self.rows["has_label"][:]], dtype=bool)
+        wrong = labelled & (~np.isin(label, (0, 0.5, 1)) | (~np.isnan(other) & (label + other != 1)))
+        if wrong.any():
+            first = ", ".join(f"row {row} ({label[row]:g}, {other[row]:g})" for row in np.flatnonzero(wrong)[:5])
+            raise SystemExit(f"data: {wrong.sum()} rows of {source} have a label_0 other than 0, 0.5 or 1, or a "
+                             f"label_1 that is not its complement: {first}")
+        self.pairs = np.flatnonzero(labelled & (label != 0.5))                 # row numbers
+        self.winner = (label == 0).astype(int)                                 # [rows] 0 or 1: which image won
+        self.ties, self.unlabelled = int((labelled & (label == 0.5)).sum()), int((~labelled).sum())
+        self.order = (-1, None)                                                # (epoch, its shuffle), of the last item
+        self.unreadable = self.scan() if len(self.pairs) <= SCAN_LIMIT else set()
+        if len(self.unreadable) == len(self.pairs):
+            raise SystemExit(f"data: {source} holds no usable pair: {self.report()}")
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def report(self):
+        """What data.json holds; `unreadable` lists row numbers, and above SCAN_LIMIT pairs only those met so far."""
+        return {"rows": len(self.rows), "used": len(self.pairs) - len(self.unreadable), "ties": self.ties,
+                "unlabelled": self.unlabelled, "unreadable": sorted(self.unreadable)}
+
+    def images(self, row):
+        """(winner, loser) of a row, or None where one of them cannot be decoded: bad bytes are many, and of any kind."""
+        record, winner = self.rows[int(row)], self.winner[row]
+        try:
+            return [read_image(record[f"jpg_{side}"]) for side in (winner, 1 - winner)]
+        except Exception:
+            return None
+
+    def scan(self):
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            return {int(row) for row, images in zip(self.pairs, pool.map(self.images, self.pairs)) if images is None}
+
+    def __getitem__(self, position):
+        epoch, start = divmod(position, len(self))
+        if self.order[0] != epoch:
+            self.order = epoch, torch.randperm(len(self), generator=keyed_generator(self.seed, "order", epoch)).numpy()
+        unreadable = []
+        for k in range(len(self)):
+            row = int(self.pairs[self.order[1][(start + k) % len(self)]])
+            if images := self.images(row):
+                break
+            unreadable.append(row)
+        else:
+            raise RuntimeError("not one of the pairs can be decoded any more: is the storage still there?")
+        y, x, flip, drop = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row)).tolist()
+        y, x = (y, x) if self.random_crop else (0.5, 0.5)
+        flip = self.random_flip and flip < 0.5
+        pixels, time_ids = zip(*(crop_and_resize(image, self.resolution, y, x, flip) for image in images))
+        caption = self.rows[row]["caption"] or ""
+        item = {"prompt": "" if drop < self.prompt_dropout else caption, "caption": caption, "row": row,
+                "pixels": torch.stack(pixels), "time_ids": torch.stack(time_ids), "unreadable": unreadable}
+        if self.clip_transform:     # CLIP sees the middle square: cut here, since open_clip scales before it crops
+            squares = (ImageOps.fit(image, [min(image.size)] * 2) for image in images)
+            item["clip_pixels"] = torch.stack([self.clip_transform(square) for square in squares])
+        return item
+
+
+def collate(items):
+    """A list of PreferencePairs' items -> the batch described at the head of this file."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    batch["unreadable"] = sum(batch["unreadable"], [])
+    return {key: torch.stack(value) if torch.is_tensor(value[:1] and value[0]) else value
+            for key, value in batch.items()}
+
+
+def find_pipeline(model):
+    """(folder or hub id, its model_index) of a preset's name, a diffusers folder, or a hub id, without loading it.
+
+    raises  SystemExit, in one line, where it is not there, of another architecture, or lacks a part
+    """
+    from diffusers import DiffusionPipeline
+
+    source = str(tiny.part("pipeline")) if model == "tiny" else MODELS.get(model, {"id": model})["id"]
+    try:
+        index = DiffusionPipeline.load_config(source)
+    except Exception as error:
+        raise SystemExit(f"model: {source} is no diffusers folder here and no model that the hub gives: {brief(error)}")
+    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        parts += ["text_encoder_2", "tokenizer_2"]
+    elif index["_class_name"] != "StableDiffusionPipeline":
+        raise SystemExit(f"model: {source} is a {index['_class_name']}, not of the Stable Diffusion 1.x or SDXL kind")
+    for part in parts:
+        if not (index.get(part) or [None])[0] or Path(source).is_dir() and not (Path(source) / part).is_dir():
+            raise SystemExit(f"model: {source} lacks its {part}")
+    return source, index
+
+
+def load_pipeline(model):
+    """The float32 diffusers pipeline of a preset's name, a folder, or a hub id, without a safety checker."""
+    from diffusers import DiffusionPipeline
+
+    source, index = find_pipeline(model)
+    no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32, **no_checker)
+    except Exception as error:
+        raise SystemExit(f"model: {source} cannot be loaded: {brief(error)}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts, time_ids, dtype=torch.float32):
+    """The UNet's conditioning for B pairs, winners first: keyword arguments with 2B rows each.
+
+    An empty prompt becomes what the pipeline itself uses as unconditional: zeros where SDXL's
+    `force_zeros_for_empty_prompt` says so (Diffusion-DPO trains on the encoded "" there), else the encoded "".
+
+    prompts   B strings; longer ones than the text encoder reads are cut
+    time_ids  [B, 2, 6], used for SDXL alone, in float32: bf16 would round 1023 to 1024
+    returns   {"encoder_hidden_states": [2B, L, E]} and for SDXL added_cond_kwargs with text_embeds and time_ids
+    """
+    device = pipe.unet.device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        states, _, *pooled = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1,
+                                                do_classifier_free_guidance=False)
+    keep = torch.tensor([1.0 if prompt or not pipe.config.get("force_zeros_for_empty_prompt") else 0.0
+                         for prompt in prompts], device=device)
+    conditioning = {"encoder_hidden_states": (states.float() * keep[:, None, None]).repeat(2, 1, 1)}
+    if pooled:
+        conditioning["added_cond_kwargs"] = {"text_embeds": (pooled[0].float() * keep[:, None]).repeat(2, 1),
+                                             "time_ids": time_ids.transpose(0, 1).flatten(0, 1).to(device)}
+    return conditioning
+
+
+@torch.no_grad()
+def encode_images(vae, pixels, noise=None):
+    """Scaled latents [N, C, h, w] of pixels [N, 3, H, W]: the posterior's mean, or its draw by a standard normal `noise`.
+
+    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. Raises FloatingPointError all the same.
+    """
+    posterior = vae.encode(pixels.to(vae.device)).latent_dist
+    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(vae.device)
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError("the VAE's latents are not finite")
+    return latents * vae.config.scaling_factor
+
+
+class Clip:
+    """An open_clip model that embeds captions and images for `cross_pair_weights`.
+
+    spec    ARCH:WEIGHTS, the weights a tag of open_clip or a local file, or "tiny" (the embedded one)
+    raises  SystemExit, in one line, where it is not known or cannot be loaded
+    """
+
+    def __init__(self, spec, device="cpu", dtype=torch.float32):
+        import open_clip
+
+        arch, _, weights = spec.partition(":")
+        if spec == "tiny":
+                arch, weights = f"local-dir:{tiny.part('clip')}", None
+        elif arch not in open_clip.list_models() or not weights:
+            raise SystemExit(f"clip: {spec} is neither tiny nor ARCH:WEIGHTS with an architecture of open_clip")
+        quick_gelu = weights and open_clip.pretrained.get_pretrained_cfg(arch, weights).get("quick_gelu", False)
+        try:    # OpenAI's weights want QuickGELU; open_clip only warns
+            self.model, _, self.transform = open_clip.create_model_and_transforms(
+                arch, pretrained=weights, force_quick_gelu=bool(quick_gelu), device=device)
+            self.tokenizer = open_clip.get_tokenizer(arch)
+        except Exception as error:
+            raise SystemExit(f"clip: {spec} cannot be loaded ({brief(error)}); give --clip another "
+                             "ARCH:TAG, ARCH:FILE, or tiny")
+        self.model.eval().requires_grad_(False)
+        self.device, self.dtype = torch.device(device), dtype
+
+    @torch.no_grad()
+    def embed(self, captions, clip_pixels=None):
+        """B captions, clip_pixels [B, 2, 3, h, w] or None -> text [B, E], image_w [B, E], image_l [B, E] (or Nones)."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            text = self.model.encode_text(self.tokenizer(captions).to(self.device))
+            if clip_pixels is None:
+                return text.float(), None, None
+            image = self.model.encode_image(clip_pixels.flatten(0, 1).to(self.device)).unflatten(0, (-1, 2))
+        return text.float(), image[:, 0].float(), image[:, 1].float()
+
+
+def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):
+    """How much winner i is held against loser j: w_ij = softmax over j of ( -d_ij / tau ), arXiv:2406.06382.
+
+    d_ij is the cosine distance of the captions ("text"), of winner i's image to loser j's ("image"), or the mean of
+    both ("both"). Embeddings of what is not used may be None.
+
+    text, image_w, image_l  [B, E] CLIP embeddings of the captions, the winners, the losers; normalised here, in float32
+    tau                     temperature > 0: toward 0 a winner meets only its nearest loser, toward infinity all alike
+    returns                 [B, B] float32, row i = winner i, column j = loser j, rows sum to 1
+    """
+    sides = {"text": [(text, text)], "image": [(image_w, image_l)], "both": [(text, text), (image_w, image_l)]}
+    cosines = [F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T for a, b in sides[similarity]]
+    distance = 1 - torch.stack(cosines).mean(dim=0)                         # [B, B]
+    return torch.softmax(-distance / tau, dim=1)
