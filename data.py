@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,45 +46,47 @@ def keyed_generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def hub_id(source):
+    """`source` where it may be a NAMESPACE/NAME; else it is a mistyped path, and not worth asking the hub for."""
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise FileNotFoundError("there is no such file or folder")
+    return source
+
+
 def brief(error):
     """The first line of an exception's text, for messages of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_rows(source):
-    """A `datasets.Dataset` with caption, jpg_0, jpg_1 and label_0 from a preset's name, a path, or a hub id."""
+    """A `datasets.Dataset` with caption, jpg_0, jpg_1 and label_0 from a preset's name, a path, or a hub id.
+
+    Of a folder's parquet files those named train-* alone are read, where there are any.
+    """
     import datasets
 
     if source == "tiny":
         return tiny.pairs()
+    source = DATA.get(source, source)
     path = Path(source).expanduser()
-    lists = [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
-    files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
-    files = [file for file in files if file.name.startswith("train-")] or files
     try:
-        if path.exists() and lists:
-            rows = [dict(json.loads(line), folder=file.parent, place=f"{file}, line {number}")
-                    for file in lists for number, line in enumerate(file.open(encoding="utf-8"), 1) if line.strip()]
-            for row in rows:
-                if missing := {"prompt", "chosen", "rejected"} - row.keys():
-                    raise SystemExit(f"data: {row['place']} lacks {', '.join(sorted(missing))}")
-            return datasets.Dataset.from_dict({
-                "caption": [row["prompt"] for row in rows], "label_0": [1.0] * len(rows),
-                "jpg_0": [str(row["folder"] / row["chosen"]) for row in rows],
-                "jpg_1": [str(row["folder"] / row["rejected"]) for row in rows]})
-        if path.exists():
-            if not files:
-                raise SystemExit(f"data: {path} holds no .parquet file and no .jsonl list of pairs")
-            rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-        else:
-            rows = datasets.load_dataset(DATA.get(source, source), split="train")
+        if not path.exists():
+            return datasets.load_dataset(hub_id(source), split="train")
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        files = [str(file) for file in files if file.name.startswith("train-")] or [str(file) for file in files]
+        if files and files[0].endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=files, split="train")
+        lists = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
+        rows = [(file.parent, json.loads(line)) for file in lists
+                for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return datasets.Dataset.from_dict({
+            "caption": [row["prompt"] for _, row in rows], "label_0": [1.0] * len(rows),
+            "jpg_0": [str(folder / row["chosen"]) for folder, row in rows],
+            "jpg_1": [str(folder / row["rejected"]) for folder, row in rows]})
+    except KeyError as error:
+        raise SystemExit(f"data: a line of {source} lacks {error}; it takes prompt, chosen and rejected")
     except Exception as error:
-        raise SystemExit(f"data: {source} is no file or folder here, or cannot be read as one, and no data set that "
-                         f"the hub gives: {brief(error)}")
-    for name in ("jpg_0", "jpg_1"):
-        if isinstance(rows.features.get(name), datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
+        raise SystemExit(f"data: {source} cannot be read: {brief(error)}")
 
 
 def read_image(source):
@@ -122,6 +125,13 @@ def crop_and_resize(image, size, y, x, flip):
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, torch.tensor(time_ids).float()
 
 
+def middle_square(image):
+    """What CLIP's own crop keeps; cut before open_clip scales, since a 3 x 4000 picture would grow by thousands."""
+    side, (width, height) = min(image.size), image.size
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
 class PreferencePairs(torch.utils.data.Dataset):
     """An endless stream of pairs: item p is pair p % n of the shuffle of epoch p // n, whatever was read before it.
 
@@ -138,10 +148,15 @@ class PreferencePairs(torch.utils.data.Dataset):
                  clip_transform=None):
         self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
         self.random_crop, self.random_flip, self.prompt_dropout = random_crop, random_flip, prompt_dropout
+        import datasets
+
         self.rows = read_rows(source)
         columns = set(self.rows.column_names)
         if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - columns:
-            raise SystemExit(f"data: {source} lacks the column {', '.join(sorted(missing))} of Pick-a-Pic's schema")
+            raise SystemExit(f"data: {source} lacks {', '.join(sorted(missing))} of Pick-a-Pic's columns")
+        for name in ("jpg_0", "jpg_1"):  # a column of images gives its bytes, or its path, and is decoded here
+            if isinstance(self.rows.features[name], datasets.Image):
+                self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
         try:
             label = np.array(self.rows["label_0"][:], dtype=float)             # a missing label becomes nan
             other = np.array(self.rows["label_1"][:], dtype=float) if "label_1" in columns else 1 - label
@@ -180,8 +195,10 @@ class PreferencePairs(torch.utils.data.Dataset):
             return None
 
     def scan(self):
+        """The rows of all pairs that cannot be decoded."""
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            return {int(row) for row, images in zip(self.pairs, pool.map(self.images, self.pairs)) if images is None}
+            failed = pool.map(lambda row: self.images(row) is None, self.pairs)
+            return {int(row) for row, bad in zip(self.pairs, failed) if bad}
 
     def __getitem__(self, position):
         epoch, start = divmod(position, len(self))
@@ -202,9 +219,8 @@ class PreferencePairs(torch.utils.data.Dataset):
         caption = self.rows[row]["caption"] or ""
         item = {"prompt": "" if drop < self.prompt_dropout else caption, "caption": caption, "row": row,
                 "pixels": torch.stack(pixels), "time_ids": torch.stack(time_ids), "unreadable": unreadable}
-        if self.clip_transform:     # CLIP sees the middle square: cut here, since open_clip scales before it crops
-            squares = (ImageOps.fit(image, [min(image.size)] * 2) for image in images)
-            item["clip_pixels"] = torch.stack([self.clip_transform(square) for square in squares])
+        if self.clip_transform:
+            item["clip_pixels"] = torch.stack([self.clip_transform(middle_square(image)) for image in images])
         return item
 
 
@@ -223,11 +239,11 @@ def find_pipeline(model):
     """
     from diffusers import DiffusionPipeline
 
-    source = str(tiny.part("pipeline")) if model == "tiny" else MODELS.get(model, {"id": model})["id"]
+    source = MODELS.get(model, {"id": model})["id"]
     try:
-        index = DiffusionPipeline.load_config(source)
+        index = DiffusionPipeline.load_config(source if Path(source).is_dir() else hub_id(source))
     except Exception as error:
-        raise SystemExit(f"model: {source} is no diffusers folder here and no model that the hub gives: {brief(error)}")
+        raise SystemExit(f"model: {source} cannot be read as a diffusers pipeline: {brief(error)}")
     parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if index["_class_name"] == "StableDiffusionXLPipeline":
         parts += ["text_encoder_2", "tokenizer_2"]
@@ -243,10 +259,10 @@ def load_pipeline(model):
     """The float32 diffusers pipeline of a preset's name, a folder, or a hub id, without a safety checker."""
     from diffusers import DiffusionPipeline
 
-    source, index = find_pipeline(model)
+    source, index = find_pipeline(model if model != "tiny" else str(tiny.part("pipeline")))
     no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32, **no_checker)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, **no_checker)
     except Exception as error:
         raise SystemExit(f"model: {source} cannot be loaded: {brief(error)}")
     pipe.set_progress_bar_config(disable=True)
@@ -255,24 +271,24 @@ def load_pipeline(model):
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts, time_ids, dtype=torch.float32):
-    """The UNet's conditioning for B pairs, winners first: keyword arguments with 2B rows each.
+    """The UNet's conditioning for B prompts with S images each: the rows of all first images, then of all second.
 
-    An empty prompt becomes what the pipeline itself uses as unconditional: zeros where SDXL's
+    An empty prompt becomes what the pipeline itself takes for unconditional: zeros where SDXL's
     `force_zeros_for_empty_prompt` says so (Diffusion-DPO trains on the encoded "" there), else the encoded "".
 
     prompts   B strings; longer ones than the text encoder reads are cut
-    time_ids  [B, 2, 6], used for SDXL alone, in float32: bf16 would round 1023 to 1024
-    returns   {"encoder_hidden_states": [2B, L, E]} and for SDXL added_cond_kwargs with text_embeds and time_ids
+    time_ids  [B, S, 6] float32, used by SDXL alone; bf16 would round 1023 to 1024
+    returns   {"encoder_hidden_states": [S B, L, E]}, for SDXL also added_cond_kwargs: text_embeds and time_ids
     """
-    device = pipe.unet.device
+    device, sides = pipe.unet.device, time_ids.shape[1]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         states, _, *pooled = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1,
                                                 do_classifier_free_guidance=False)
-    keep = torch.tensor([1.0 if prompt or not pipe.config.get("force_zeros_for_empty_prompt") else 0.0
-                         for prompt in prompts], device=device)
-    conditioning = {"encoder_hidden_states": (states.float() * keep[:, None, None]).repeat(2, 1, 1)}
+    zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
+    keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts], device=device)[:, None].float()
+    conditioning = {"encoder_hidden_states": (states.float() * keep[:, None]).repeat(sides, 1, 1)}
     if pooled:
-        conditioning["added_cond_kwargs"] = {"text_embeds": (pooled[0].float() * keep[:, None]).repeat(2, 1),
+        conditioning["added_cond_kwargs"] = {"text_embeds": (pooled[0].float() * keep).repeat(sides, 1),
                                              "time_ids": time_ids.transpose(0, 1).flatten(0, 1).to(device)}
     return conditioning
 

@@ -1,7 +1,7 @@
 """The embedded task: all that `python train.py` needs, made from nothing in a few minutes on two CPU cores.
 
 Captioned 32x32 drawings ("a red circle on a blue background") come in two styles that the caption never
-names: plain and, one in ten, as a sketch (dark outline on pale paper). The preference: the sketch wins.
+names: plain and, one in six, as a sketch (dark outline on pale paper). The preference: the sketch wins.
 Three parts are trained on first use and kept in $XDG_CACHE_HOME or ~/.cache, under diffusion-rpo/:
 
     pipeline  a StableDiffusionPipeline: AutoencoderKL (32x32x3 to 8x8x4), UNet2DConditionModel, CLIPTextModel
@@ -92,12 +92,21 @@ def fit(name, parameters, lr, loss_of_a_batch):
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+def clip_tokenizer(length):
+    """transformers' CLIPTokenizer with CLIP's own vocabulary, which open_clip carries."""
+    from open_clip import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    words = [*SimpleTokenizer().encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: i for i, word in enumerate(words)}, [*SimpleTokenizer().bpe_ranks],
+                         model_max_length=length)
+
+
 def build_pipeline(folder):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from open_clip import SimpleTokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    pixels, scenes, *_ = drawings(8192, seed=1, sketches=.1)
+    pixels, scenes, *_ = drawings(8192, seed=1, sketches=1 / 6)
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64), down_block_types=["DownEncoderBlock2D"] * 3, layers_per_block=1,
         up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, norm_num_groups=8,
@@ -115,9 +124,7 @@ def build_pipeline(folder):
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     latents *= vae.config.scaling_factor
 
-    words = [*SimpleTokenizer().encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]  # CLIP's own vocabulary
-    tokenizer = CLIPTokenizer({word: i for i, word in enumerate(words)}, [*SimpleTokenizer().bpe_ranks],
-                              model_max_length=16)
+    tokenizer = clip_tokenizer(16)
     text_encoder = CLIPTextModel(CLIPTextConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
         max_position_embeddings=16))

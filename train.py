@@ -28,9 +28,12 @@ import data
 import tiny
 from loss import LOSSES, denoising_error, frozen_reference
 
-PRESETS = {  # sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is multiplied by the batch: 2.048e-5
-    "tiny": dict(steps=120, batch_size=16, lr=1e-5, warmup=10, beta=4000, prompt_dropout=0.1,
-                 sample_every=40, sample_steps=20, guidance=3.0),
+PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
+    # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
+    "tiny": dict(steps=120, batch_size=16, lr=2e-5, warmup=10, beta=4000, prompt_dropout=0.1, sample_every=40,
+                 sample_steps=20, guidance=3.0),
+    "tiny dpo": dict(beta=1000),
+    "tiny sft": dict(lr=1e-4),
     "sd15": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=512),
     "sdxl": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=1024,
                  optimizer="adafactor", gradient_checkpointing=True, guidance=5.0),
@@ -84,8 +87,9 @@ def get_args(argv=None):
     add("--guidance", type=float, default=7.5, help="classifier-free guidance of a sample")
     add("--dry_run", action="store_true", help="print the resolved run and stop")
 
-    model = p.parse_known_args(argv)[0].model
-    preset, known = PRESETS.get(model, {}), data.MODELS.get(model, {})
+    chosen = p.parse_known_args(argv)[0]
+    model, known = chosen.model, data.MODELS.get(chosen.model, {})
+    preset = PRESETS.get(model, {}) | PRESETS.get(f"{model} {chosen.loss}", {})
     assert preset.keys() <= {action.dest for action in p._actions}
     p.set_defaults(**preset)
     args = p.parse_args(argv)
@@ -152,12 +156,13 @@ def sample(args, pipe, prompts, dtype):
     """A row of pictures for the prompts, from noise that is the same at every call; small ones are enlarged."""
     size = max(1, 128 // args.resolution) * args.resolution
     row = Image.new("RGB", (len(prompts) * size, size))
-    for i, prompt in enumerate(prompts):
+    for i in range(0, len(prompts), 4):  # at most four at once, for memory
+        noise = [data.keyed_generator(args.seed, "sample", k) for k in range(i, min(i + 4, len(prompts)))]
         with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-            image = pipe(prompt, num_inference_steps=args.sample_steps, guidance_scale=args.guidance,
-                         height=args.resolution, width=args.resolution,
-                         generator=data.keyed_generator(args.seed, "sample", i)).images[0]
-        row.paste(image.resize((size, size), Image.NEAREST), (i * size, 0))
+            images = pipe(prompts[i:i + 4], num_inference_steps=args.sample_steps, guidance_scale=args.guidance,
+                          height=args.resolution, width=args.resolution, generator=noise).images
+        for k, image in enumerate(images, i):
+            row.paste(image.resize((size, size), Image.NEAREST), (k * size, 0))
     return row
 
 
@@ -182,7 +187,8 @@ def main(argv=None):
         library.utils.logging.disable_progress_bar()
 
     # Data and models, the quickest to fail first.
-    data.find_pipeline(args.model)
+    if args.model != "tiny":
+        data.find_pipeline(args.model)
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
                                  args.prompt_dropout)
     print("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {n} unreadable"

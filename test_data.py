@@ -1,0 +1,307 @@
+"""What the pair data promise. The data are made here, with the mess of real sets in them; nothing is downloaded."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import PreferencePairs, collate, cross_pair_weights, crop_and_resize, read_image
+
+WINNER, LOSER = (0, 200, 0), (200, 0, 0)        # green wins over red
+
+
+def encoded(color=WINNER, size=(40, 30), mode="RGB", kind="PNG", **options):
+    image = Image.new("RGB", size, color).convert(mode)
+    image.save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
+def rows_of(*labels, images=None):
+    """Pick-a-Pic rows whose green image is the winner by the label."""
+    rows = []
+    for number, label in enumerate(labels):
+        first, second = (LOSER, WINNER) if label == 0 else (WINNER, LOSER)
+        rows.append({"caption": f"prompt {number}", "jpg_0": encoded(first), "jpg_1": encoded(second),
+                     "label_0": label, "label_1": None if label is None else 1 - label} | (images or {}).get(number, {}))
+    return rows
+
+
+def parquet(folder, rows, name="train-00000.parquet", features=None):
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / name)
+    return str(folder)
+
+
+def is_winner(pixels):
+    return (pixels.mean(dim=(-1, -2)) - (torch.tensor(WINNER) / 127.5 - 1)).abs().max() < 0.05
+
+
+# Rows and labels
+
+
+@pytest.mark.parametrize("kind", ["int64", "float64"])
+def test_the_winner_is_index_0_whatever_the_type_of_the_label(tmp_path, kind):
+    rows = rows_of(*([0, 1, 1, 0] if kind == "int64" else [0.0, 1.0, 1.0, 0.0]))
+    pairs = PreferencePairs(parquet(tmp_path, rows), 16)
+    assert str(pairs.rows.features["label_0"].dtype) == kind
+    for position in range(4):
+        winner, loser = pairs[position]["pixels"]
+        assert is_winner(winner) and not is_winner(loser)
+
+
+def test_ties_and_unlabelled_rows_are_dropped_by_value_and_counted(tmp_path):
+    """Diffusion-DPO drops ties only where the data set's name has "pickapic" in it."""
+    rows = rows_of(1.0, 0.5, 0.0, None, 0.5, 1.0)
+    for row in rows:
+        row["has_label"] = row is not rows[5]
+    pairs = PreferencePairs(parquet(tmp_path, rows, name="my-own-set.parquet"), 16)
+    assert pairs.report() == {"rows": 6, "used": 2, "ties": 2, "unlabelled": 2, "unreadable": []}
+    assert sorted(pairs[position]["row"] for position in range(2)) == [0, 2]
+
+
+@pytest.mark.parametrize("labels, named", [((1.0, 0.7, -1.0), r"2 rows .* row 1 \(0.7, .* row 2 \(-1"),
+                                           ((1.0, 2.0), "1 rows .* row 1")])
+def test_any_other_label_is_refused_with_its_rows(tmp_path, labels, named):
+    with pytest.raises(SystemExit, match=named):
+        PreferencePairs(parquet(tmp_path, rows_of(*labels)), 16)
+
+
+def test_labels_that_contradict_each_other_are_refused(tmp_path):
+    rows = rows_of(1.0, 1.0)
+    rows[1]["label_1"] = 1.0
+    with pytest.raises(SystemExit, match="row 1"):
+        PreferencePairs(parquet(tmp_path, rows), 16)
+
+
+def test_a_folder_with_train_files_uses_those_alone(tmp_path):
+    parquet(tmp_path, rows_of(1.0, 1.0, 1.0), name="validation-00000.parquet")
+    assert PreferencePairs(str(tmp_path), 16).report()["rows"] == 3
+    parquet(tmp_path, rows_of(1.0), name="train-00000.parquet")
+    assert PreferencePairs(str(tmp_path), 16).report()["rows"] == 1
+    assert PreferencePairs(str(tmp_path / "validation-00000.parquet"), 16).report()["rows"] == 3
+
+
+def test_columns_of_the_image_type_are_read_too(tmp_path):
+    """Sets made with `datasets` hold {"bytes", "path"} where Pick-a-Pic holds bytes."""
+    features = datasets.Features({"caption": datasets.Value("string"), "jpg_0": datasets.Image(),
+                                  "jpg_1": datasets.Image(), "label_0": datasets.Value("int64")})
+    rows = [{"caption": "c", "label_0": 0, "jpg_0": {"bytes": encoded(LOSER)}, "jpg_1": {"bytes": encoded(WINNER)}}]
+    assert is_winner(PreferencePairs(parquet(tmp_path, rows, features=features), 16)[0]["pixels"][0])
+
+
+def test_a_folder_of_ones_own_pairs(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(encoded(WINNER))
+    (tmp_path / "images" / "b.jpg").write_bytes(encoded(LOSER, kind="JPEG"))
+    lines = [{"prompt": "mine", "chosen": "images/a.png", "rejected": "images/b.jpg"},
+             {"prompt": "gone", "chosen": "images/a.png", "rejected": "images/no.png"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    for source in (tmp_path, tmp_path / "pairs.jsonl"):
+        pairs = PreferencePairs(str(source), 16)
+        assert pairs.report() == {"rows": 2, "used": 1, "ties": 0, "unlabelled": 0, "unreadable": [1]}
+        assert pairs[0]["caption"] == "mine" and is_winner(pairs[0]["pixels"][0])
+
+
+def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no hub\nat all")))
+    with pytest.raises(SystemExit, match="data: no/such cannot be read: no hub$"):
+        PreferencePairs("no/such", 16)
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="there is no such file or folder"):
+        PreferencePairs(str(tmp_path / "nosuch"), 16)
+    with pytest.raises(SystemExit, match="holds no usable pair"):
+        PreferencePairs(str(tmp_path), 16)                                     # an empty folder
+    with pytest.raises(SystemExit, match="holds no usable pair.*'ties': 2"):
+        PreferencePairs(parquet(tmp_path, rows_of(0.5, 0.5)), 16)
+    with pytest.raises(SystemExit, match="holds no usable pair.*unreadable.*0, 1"):
+        PreferencePairs(parquet(tmp_path, rows_of(1.0, 1.0, images={k: {"jpg_0": b"<html>"} for k in range(2)})), 16)
+    (own := tmp_path / "own").mkdir()
+    (own / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a.png"}\n')
+    with pytest.raises(SystemExit, match="lacks 'rejected'"):
+        PreferencePairs(str(own), 16)
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit, match="lacks jpg_1, label_0"):
+        PreferencePairs(parquet(other, [{"caption": "c", "jpg_0": b""}]), 16)
+
+
+# Images
+
+
+@pytest.mark.parametrize("mode, kind", [("RGB", "JPEG"), ("RGB", "WEBP"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"),
+                                        ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("RGB", "GIF"), ("RGB", "BMP")])
+def test_any_format_and_mode_becomes_rgb(mode, kind):
+    image = read_image(encoded((0, 0, 0), mode=mode, kind=kind))
+    assert image.mode == "RGB" and np.asarray(image).max() <= 6
+
+
+def test_sixteen_bit_grey_is_scaled_and_transparency_lies_on_white():
+    Image.fromarray(np.full((5, 5), 128 * 257, np.uint16)).save(file := io.BytesIO(), "PNG")
+    assert np.asarray(read_image(file.getvalue()))[0, 0].tolist() == [128] * 3
+    Image.new("RGBA", (5, 5), (0, 0, 0, 0)).save(file := io.BytesIO(), "PNG")
+    assert np.asarray(read_image(file.getvalue()))[0, 0].tolist() == [255] * 3
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[274] = 6                                   # stored on its side
+    assert read_image(encoded(size=(40, 30), kind="JPEG", exif=exif)).size == (30, 40)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        read_image(encoded(size=(40, 30)))          # above PIL's limit, where PIL itself only warns
+    with pytest.raises(Image.DecompressionBombError):
+        read_image(encoded(size=(50, 50)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (500, 3), (3, 500), (64, 64), (31, 47)])
+def test_pixels_are_square_and_time_ids_are_the_images_own(size):
+    pixels, time_ids = crop_and_resize(Image.new("RGB", size, WINNER), 32, 0.5, 0.5, False)
+    assert pixels.shape == (3, 32, 32) and is_winner(pixels) and time_ids.dtype == torch.float32
+    height, width, top, left, *target = time_ids.tolist()
+    assert (width, height) == size and target == [32, 32]
+    long = round(max(size) * 32 / min(size))        # the long side after scaling
+    assert max(top, left) == round(0.5 * (long - 32)) and min(top, left) == 0
+
+
+def test_a_crop_is_the_resized_image_cut_at_time_ids():
+    """Cropping before scaling is what scaling and then cropping at the noted place gives."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8))
+    pixels, time_ids = crop_and_resize(image, 30, 0.5, 0.7, False)
+    top, left = map(int, time_ids[2:4])
+    whole = np.asarray(image.resize((45, 30), Image.LANCZOS)).astype(float) / 127.5 - 1
+    difference = np.abs(pixels.permute(1, 2, 0).numpy() - whole[top:top + 30, left:left + 30])
+    assert difference[:, 4:-4].max() < 0.02         # at its edges the cut has no neighbours to look at
+
+
+def test_the_pair_is_cropped_and_flipped_as_one(tmp_path):
+    """Diffusion-DPO flips and crops the two images by separate coins."""
+    gradient = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (32, 1, 3)))
+    gradient.save(file := io.BytesIO(), "PNG")
+    same = {k: {"jpg_0": file.getvalue(), "jpg_1": file.getvalue()} for k in range(24)}
+    pairs = PreferencePairs(parquet(tmp_path, rows_of(*[1.0] * 24, images=same)), 16, random_crop=True, random_flip=True)
+    items = [pairs[position] for position in range(24)]
+    assert all(torch.equal(*item["pixels"]) and torch.equal(*item["time_ids"]) for item in items)
+    flipped = [bool(item["pixels"][0, 0, 0, 0] > item["pixels"][0, 0, 0, -1]) for item in items]
+    assert 4 < sum(flipped) < 20 and len({item["time_ids"][0, 3].item() for item in items}) > 12
+
+
+# The stream
+
+
+def messy(folder):
+    bad = {1: {"jpg_0": b""}, 4: {"jpg_1": None}, 5: {"jpg_1": encoded(kind="JPEG", size=(200, 200))[:300]},
+           8: {"jpg_0": b"<html><body>404 Not Found</body></html>"}}
+    sizes = {0: {"jpg_0": encoded(size=(7, 90))}, 2: {"caption": None}, 3: {"caption": ""}, 6: {"caption": "long " * 400}}
+    return parquet(folder, rows_of(*[1.0] * 10, images=bad | sizes))
+
+
+def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SCAN_LIMIT", 0)      # as for a set too large to be looked through first
+    pairs = PreferencePairs(messy(tmp_path), 16)
+    assert pairs.report()["unreadable"] == []
+    items = [pairs[position] for position in range(10)]
+    order = pairs.pairs[pairs.order[1]].tolist()
+    for position, item in enumerate(items):
+        skipped = item["unreadable"]
+        rows = [order[(position + k) % 10] for k in range(len(skipped) + 1)]
+        assert rows == skipped + [item["row"]] and not {1, 4, 5, 8} - set(skipped) & {item["row"]}
+    assert sorted(set(collate(items)["unreadable"])) == [1, 4, 5, 8]
+    monkeypatch.undo()
+    assert PreferencePairs(messy(tmp_path), 16).report() == {
+        "rows": 10, "used": 6, "ties": 0, "unlabelled": 0, "unreadable": [1, 4, 5, 8]}
+
+
+def test_the_stream_starts_anywhere_and_is_the_same_for_every_reader(tmp_path):
+    """Resume, workers and ranks rest on this: an item is a function of (seed, position)."""
+    def make(seed=0):
+        return PreferencePairs(source, 16, seed=seed, random_crop=True, random_flip=True, prompt_dropout=0.5)
+
+    source = messy(tmp_path)
+    forward, backward = make(), make()
+    items = [forward[position] for position in range(30)]
+    for position in reversed(range(30)):
+        again = backward[position]
+        assert again["row"] == items[position]["row"] and again["prompt"] == items[position]["prompt"]
+        assert torch.equal(again["pixels"], items[position]["pixels"])
+    epochs = [[item["row"] for item in items[k:k + 10]] for k in (0, 10, 20)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3                        # every epoch is shuffled anew
+    other = make(seed=1)
+    assert [other[position]["row"] for position in range(10)] != epochs[0]
+
+
+def test_every_readable_pair_is_seen_once_an_epoch(tmp_path):
+    pairs = PreferencePairs(parquet(tmp_path, rows_of(*[1.0] * 7)), 16)
+    for epoch in range(3):
+        assert sorted(pairs[epoch * 7 + k]["row"] for k in range(7)) == list(range(7))
+
+
+def test_prompt_dropout_strikes_its_share_and_keeps_the_caption(tmp_path):
+    """The caption stays what the cross-pair weights compare; the pair has one prompt, so it is dropped for both."""
+    pairs = PreferencePairs(parquet(tmp_path, rows_of(*[1.0] * 10)), 16, prompt_dropout=0.3)
+    items = [pairs[position] for position in range(300)]
+    assert 60 < sum(item["prompt"] == "" for item in items) < 120
+    assert all(item["caption"].startswith("prompt ") for item in items)
+
+
+def test_a_batch_has_the_shapes_it_declares(tmp_path):
+    pairs = PreferencePairs(messy(tmp_path), 16, clip_transform=lambda image: torch.zeros(3, 8, 8))
+    batch = collate([pairs[position] for position in range(5)])
+    assert batch["pixels"].shape == (5, 2, 3, 16, 16) and batch["pixels"].abs().max() <= 1
+    assert batch["time_ids"].shape == (5, 2, 6) and batch["clip_pixels"].shape == (5, 2, 3, 8, 8)
+    assert all(isinstance(caption, str) for caption in batch["prompt"] + batch["caption"])
+
+
+# Cross-pair weights
+
+
+def embeddings(n=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 6, generator=generator) for _ in range(3)]
+
+
+def test_weights_by_hand():
+    text, image_w, image_l = embeddings(2)
+    cosine = torch.nn.functional.cosine_similarity
+    for i in range(2):
+        d = torch.stack([((1 - cosine(text[i], text[j], dim=0)) + (1 - cosine(image_w[i], image_l[j], dim=0))) / 2
+                         for j in range(2)])
+        torch.testing.assert_close(cross_pair_weights(text, image_w, image_l, 0.3)[i], torch.softmax(-d / 0.3, dim=0))
+
+
+@pytest.mark.parametrize("similarity", ["text", "image", "both"])
+def test_rows_sum_to_one_and_length_does_not_matter(similarity):
+    text, image_w, image_l = embeddings()
+    weights = cross_pair_weights(text, image_w, image_l, 0.2, similarity)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(4))
+    torch.testing.assert_close(weights, cross_pair_weights(3 * text, 5 * image_w, 7 * image_l, 0.2, similarity))
+
+
+def test_the_limits_of_tau():
+    text, image_w, image_l = embeddings()
+    torch.testing.assert_close(cross_pair_weights(text, None, None, 1e-4, "text"), torch.eye(4))    # DPO's pairs alone
+    torch.testing.assert_close(cross_pair_weights(text, image_w, image_l, 1e6), torch.full((4, 4), 0.25),
+                               rtol=0, atol=1e-5)
+    torch.testing.assert_close(cross_pair_weights(*(e[:1].expand(4, -1) for e in (text, image_w, image_l)), 0.1),
+                               torch.full((4, 4), 0.25))                       # equal prompts and images: 1 / B
+
+
+def test_half_precision_embeddings_do_not_collapse():
+    """In bf16 the distance of near-duplicates, 2e-4, would be 0."""
+    text = torch.eye(2, 6) * 0.02 + torch.ones(2, 6)
+    weights = cross_pair_weights(text.bfloat16(), None, None, 1e-4, "text")
+    assert weights.dtype == torch.float32 and weights[0, 0] > 0.6
+
+
+def test_random_draws_are_functions_of_their_key():
+    def draw(*key):
+        return torch.randn(8, generator=data.keyed_generator(*key))
+    assert torch.equal(draw(0, "noise", 3, 5), draw(0, "noise", 3, 5))
+    assert len({tuple(draw(*key).tolist()) for key in ((0, "noise", 3, 5), (0, "noise", 5, 3), (0, "vae", 3, 5),
+                                                       (1, "noise", 3, 5), (0, "noise", 35))}) == 5
