@@ -1,8 +1,8 @@
-"""What several test files share: no network, an own cache, the embedded task after a few steps, small models."""
+"""What the test files share: no network, a cache of their own, a quick embedded task, small models."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"      # before the libraries read it: nothing is ever looked up
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing is ever looked up
 
 import pytest
 import torch
@@ -25,35 +25,86 @@ def quick_tiny(monkeypatch):
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
-    """small_model("sd" | "sdxl" | "sd-v"): a folder in that format, random weights, 32x32 pixels to 8x8 latents."""
-    from diffusers import (AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
-                           StableDiffusionXLPipeline, UNet2DConditionModel)
+    """small_model("sd" | "sdxl" | "sd-v"): a folder in that format, random weights, 32 px to 8x8 latents."""
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def text_encoder(kind, width):
-        return kind(CLIPTextConfig(hidden_size=width, intermediate_size=64, num_hidden_layers=2,
-                                   num_attention_heads=2, projection_dim=width))
+        return kind(
+            CLIPTextConfig(
+                hidden_size=width,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                projection_dim=width,
+            )
+        )
 
     def build(kind):
         torch.manual_seed(0)
         xl = kind == "sdxl"
-        vae = AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 3,
-                            up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, norm_num_groups=4,
-                            scaling_factor=0.13025 if xl else 0.18215)
-        extra = dict(addition_embed_type="text_time", addition_time_embed_dim=8,
-                     projection_class_embeddings_input_dim=48 + 6 * 8) if xl else {}
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.13025 if xl else 0.18215,
+        )
+        extra = (
+            dict(
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=48 + 6 * 8,
+            )
+            if xl
+            else {}
+        )
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32 + 48 if xl else 32,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **extra)
-        schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                        prediction_type="v_prediction" if kind == "sd-v" else "epsilon")
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            cross_attention_dim=32 + 48 if xl else 32,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            **extra,
+        )
+        schedule = dict(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction" if kind == "sd-v" else "epsilon",
+        )
         first, tokenizer = text_encoder(CLIPTextModel, 32), tiny.clip_tokenizer(77)
         if xl:
-            return StableDiffusionXLPipeline(vae, first, text_encoder(CLIPTextModelWithProjection, 48), tokenizer,
-                                             tokenizer, unet, EulerDiscreteScheduler(**schedule))
-        return StableDiffusionPipeline(vae, first, tokenizer, unet, PNDMScheduler(skip_prk_steps=True, **schedule),
-                                       None, None, requires_safety_checker=False)
+            return StableDiffusionXLPipeline(
+                vae,
+                first,
+                text_encoder(CLIPTextModelWithProjection, 48),
+                tokenizer,
+                tokenizer,
+                unet,
+                EulerDiscreteScheduler(**schedule),
+            )
+        return StableDiffusionPipeline(
+            vae,
+            first,
+            tokenizer,
+            unet,
+            PNDMScheduler(skip_prk_steps=True, steps_offset=1, **schedule),
+            None,
+            None,
+            requires_safety_checker=False,
+        )
 
     folders = {}
 
@@ -62,17 +113,19 @@ def small_model(tmp_path_factory):
             folders[kind] = str(tmp_path_factory.mktemp(kind))
             build(kind).save_pretrained(folders[kind])
         return folders[kind]
+
     return folder
 
 
 @pytest.fixture(scope="session")
 def few_pairs(tmp_path_factory):
-    """A parquet folder in Pick-a-Pic's schema: 24 drawn pairs, and among them a tie, an empty image and a HTML page."""
+    """A parquet folder in Pick-a-Pic's schema: 24 drawn pairs, a tie, an empty image and a HTML page."""
     rows = list(tiny.pairs(27))
     rows[3] |= {"label_0": 0.5, "label_1": 0.5}
     rows[5] |= {"jpg_0": b""}
     rows[9] |= {"jpg_1": b"<html>404</html>"}
     folder = tmp_path_factory.mktemp("pairs")
     import datasets
+
     datasets.Dataset.from_list(rows).to_parquet(folder / "train-00000.parquet")
     return str(folder)

@@ -1,19 +1,17 @@
 """Preference pairs, prompts and images as the training step wants them, and the cross-pair weights of RPO.
 
-Pairs come from a parquet file or folder, or a hub id, in Pick-a-Pic's schema (caption, jpg_0, jpg_1, label_0), or
-from a folder of your own with a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE}. Ties (label 0.5)
-are dropped by their label; rows without a label are skipped and counted; any other label is refused.
+Pairs come from a parquet file or folder or a hub id in Pick-a-Pic's schema (caption, jpg_0, jpg_1, label_0),
+or from a folder of your own with a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE}. Ties,
+label 0.5, are dropped by their label; rows without a label are skipped and counted; other labels are refused.
 
 A batch of B pairs; index 0 of every axis of two is the winner, index 1 the loser:
 
     prompt       B strings, "" where prompt dropout struck; caption: the same without dropout
     pixels       [B, 2, 3, H, W] float32 in [-1, 1], one crop and one flip for the two images of a pair
-    time_ids     [B, 2, 6] float32, SDXL's (original height, width, crop top, left, target height, width) per image
-    clip_pixels  [B, 2, 3, h, w] float32, the whole images as CLIP wants them; absent where no CLIP was asked for
+    time_ids     [B, 2, 6] float32, SDXL's (height, width, crop top, left, target height, width) of each image
+    clip_pixels  [B, 2, 3, h, w] float32, the images as CLIP wants them; absent where no CLIP was asked for
     row          B row numbers, counted over all files in the order of their names
     unreadable   the row numbers of pairs that could not be decoded and were replaced on the way to this batch
-
-Every random choice is a function of (seed, epoch, row): no state, the same on every machine and in every order.
 """
 
 import concurrent.futures
@@ -31,13 +29,14 @@ from PIL import Image, ImageOps
 
 import tiny
 
-MODELS = {  # what a preset's name stands for; resolution and VAE are the model's own
-    "tiny": {"id": "tiny", "data": "tiny", "clip": "tiny"},
-    "sd15": {"id": "stable-diffusion-v1-5/stable-diffusion-v1-5", "data": "pickapic", "clip": "ViT-H-14:laion2b_s32b_b79k"},
-    "sdxl": {"id": "stabilityai/stable-diffusion-xl-base-1.0", "data": "pickapic", "clip": "ViT-H-14:laion2b_s32b_b79k"},
+H14 = "ViT-H-14:laion2b_s32b_b79k"
+MODELS = {  # what the name of a preset stands for
+    "tiny": dict(id="tiny", data="tiny", clip="tiny"),
+    "sd15": dict(id="stable-diffusion-v1-5/stable-diffusion-v1-5", data="pickapic", clip=H14),
+    "sdxl": dict(id="stabilityai/stable-diffusion-xl-base-1.0", data="pickapic", clip=H14),
 }
-DATA = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}     # a mirror: the original id is gone from the hub since 2025-04
-SCAN_LIMIT = 10_000     # pairs; up to here all are decoded once at the start, so that data.json is complete at once
+DATA = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
+SCAN_LIMIT = 10_000  # pairs; up to here all are decoded once at the start, and data.json is complete at once
 
 
 def keyed_generator(*key):
@@ -47,7 +46,7 @@ def keyed_generator(*key):
 
 
 def hub_id(source):
-    """`source` where it may be a NAMESPACE/NAME; else it is a mistyped path, and not worth asking the hub for."""
+    """`source` where it may be a NAMESPACE/NAME; else it is a mistyped path, and the hub is not asked."""
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise FileNotFoundError("there is no such file or folder")
     return source
@@ -73,12 +72,12 @@ def read_rows(source):
         if not path.exists():
             return datasets.load_dataset(hub_id(source), split="train")
         files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        files = [str(file) for file in files if file.name.startswith("train-")] or [str(file) for file in files]
-        if files and files[0].endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=files, split="train")
+        files = [file for file in files if file.name.startswith("train-")] or files
+        if files and files[0].suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
         lists = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
         rows = [(file.parent, json.loads(line)) for file in lists
-                for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+                for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         return datasets.Dataset.from_dict({
             "caption": [row["prompt"] for _, row in rows], "label_0": [1.0] * len(rows),
             "jpg_0": [str(folder / row["chosen"]) for folder, row in rows],
@@ -90,10 +89,10 @@ def read_rows(source):
 
 
 def read_image(source):
-    """An upright RGB picture from encoded bytes, a path, or the {"bytes", "path"} of an undecoded `datasets.Image`.
+    """An upright RGB picture from encoded bytes, a path, or the {"bytes", "path"} of a `datasets.Image`.
 
-    Transparency goes over white, as browsers show it. Raises whatever PIL raises on what it cannot decode, and
-    ValueError above PIL's limit of pixels (a decompression bomb).
+    Transparency goes over white, as browsers show it. Raises what PIL raises on bytes that it cannot decode,
+    and ValueError above PIL's limit of pixels (a decompression bomb).
     """
     if isinstance(source, dict):
         source = source["bytes"] or source["path"]
@@ -101,80 +100,82 @@ def read_image(source):
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb?")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                              # 16 bits a pixel: PIL would clip, not scale, them
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits a pixel; PIL would clip them to 8, not scale them
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def crop_and_resize(image, size, y, x, flip):
-    """The square of side `size` pixels at the relative place (y, x), in [0, 1], of the image scaled to that short side.
+    """The square of side `size` pixels at place (y, x), in [0, 1], of the image scaled to that short side.
 
-    Crops before it scales, so that a 3 x 4000 picture costs nothing. Returns pixels [3, size, size] in [-1, 1] and
-    SDXL's six numbers; the crop is counted in the scaled, flipped image, as SDXL was trained.
+    It cuts before it scales, so that a 3 x 4000 picture costs nothing. Returns pixels [3, size, size] in
+    [-1, 1] and SDXL's time_ids [6]; the crop is counted in the scaled, flipped image, as SDXL was trained.
     """
-    if flip:
-        image = ImageOps.mirror(image)
-    scale = size / min(image.size)
-    top, left = (round(place * (round(side * scale) - size)) for place, side in ((y, image.height), (x, image.width)))
-    box = [min(max(0, edge / scale), limit) for edge, limit in
-           ((left, image.width), (top, image.height), (left + size, image.width), (top + size, image.height))]
-    pixels = np.asarray(image.resize((size, size), Image.LANCZOS, box=box))
-    time_ids = (image.height, image.width, top, left, size, size)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, torch.tensor(time_ids).float()
+    image = ImageOps.mirror(image) if flip else image
+    (width, height), scale = image.size, size / min(image.size)
+    top, left = round(y * (round(height * scale) - size)), round(x * (round(width * scale) - size))
+    edges = left, top, left + size, top + size
+    box = [min(edge / scale, limit) for edge, limit in zip(edges, image.size * 2)]
+    pixels = np.array(image.resize((size, size), Image.LANCZOS, box=box))
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels, torch.tensor([height, width, top, left, size, size], dtype=torch.float32)
 
 
 def middle_square(image):
-    """What CLIP's own crop keeps; cut before open_clip scales, since a 3 x 4000 picture would grow by thousands."""
+    """What CLIP's own crop keeps; cut before open_clip scales, or 3 x 4000 pixels would become millions."""
     side, (width, height) = min(image.size), image.size
     left, top = (width - side) // 2, (height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 class PreferencePairs(torch.utils.data.Dataset):
-    """An endless stream of pairs: item p is pair p % n of the shuffle of epoch p // n, whatever was read before it.
+    """An endless stream of pairs: item p is pair p % n in the shuffle of epoch p // n; `len` is n.
 
-    A pair that cannot be decoded is replaced by the next readable one of the epoch's order, so a run can start at any
-    position without decoding what lies before it. `len` is n, the number of pairs with a winner.
+    A pair that cannot be decoded is replaced by the next readable one of the epoch's order. So an item is a
+    function of (seed, p), and a run can start at any position without decoding what lies before it.
 
     source          see the head of this file
     resolution      side of the training square, pixels
-    clip_transform  a picture -> tensor function for `clip_pixels`, or None
-    raises          SystemExit, in one line, where the source cannot be read, holds no usable pair, or a wrong label
+    clip_transform  a function from a picture to a tensor for `clip_pixels`, or None
+    raises          SystemExit, in one line, where the source cannot be read or holds a wrong label or no pair
     """
 
     def __init__(self, source, resolution, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
                  clip_transform=None):
-        self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
-        self.random_crop, self.random_flip, self.prompt_dropout = random_crop, random_flip, prompt_dropout
         import datasets
 
+        self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
+        self.random_crop, self.random_flip, self.prompt_dropout = random_crop, random_flip, prompt_dropout
         self.rows = read_rows(source)
         columns = set(self.rows.column_names)
         if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - columns:
             raise SystemExit(f"data: {source} lacks {', '.join(sorted(missing))} of Pick-a-Pic's columns")
-        for name in ("jpg_0", "jpg_1"):  # a column of images gives its bytes, or its path, and is decoded here
+        for name in ("jpg_0", "jpg_1"):  # a column of the image type gives bytes or a path; decoded here
             if isinstance(self.rows.features[name], datasets.Image):
                 self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
-        try:
-            label = np.array(self.rows["label_0"][:], dtype=float)             # a missing label becomes nan
+        try:  # [rows]; a missing label becomes nan
+            label = np.array(self.rows["label_0"][:], dtype=float)
             other = np.array(self.rows["label_1"][:], dtype=float) if "label_1" in columns else 1 - label
         except (TypeError, ValueError) as error:
-            raise SystemExit(f"data: the labels of {source} are not numbers: {error}")
+            raise SystemExit(f"data: the labels of {source} are not numbers: {brief(error)}")
         labelled = ~np.isnan(label)
         if "has_label" in columns:
             labelled &= np.array([flag is not False for flag in self.rows["has_label"][:]], dtype=bool)
         wrong = labelled & (~np.isin(label, (0, 0.5, 1)) | (~np.isnan(other) & (label + other != 1)))
         if wrong.any():
-            first = ", ".join(f"row {row} ({label[row]:g}, {other[row]:g})" for row in np.flatnonzero(wrong)[:5])
-            raise SystemExit(f"data: {wrong.sum()} rows of {source} have a label_0 other than 0, 0.5 or 1, or a "
-                             f"label_1 that is not its complement: {first}")
-        self.pairs = np.flatnonzero(labelled & (label != 0.5))                 # row numbers
-        self.winner = (label == 0).astype(int)                                 # [rows] 0 or 1: which image won
+            first = ", ".join(f"row {k} ({label[k]:g}, {other[k]:g})" for k in np.flatnonzero(wrong)[:5])
+            raise SystemExit(f"data: {wrong.sum()} rows of {source} have a label_0 other than 0, 0.5 or 1, "
+                             f"or a label_1 that is not its complement: {first}")
+        self.pairs = np.flatnonzero(labelled & (label != 0.5))  # row numbers
+        self.winner = (label == 0).astype(int)  # [rows], 0 or 1: which of the two images won
         self.ties, self.unlabelled = int((labelled & (label == 0.5)).sum()), int((~labelled).sum())
-        self.order = (-1, None)                                                # (epoch, its shuffle), of the last item
-        self.unreadable = self.scan() if len(self.pairs) <= SCAN_LIMIT else set()
+        self.order = (-1, None)  # (epoch, its shuffle) of the last item
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            scanned = self.pairs if len(self.pairs) <= SCAN_LIMIT else []
+            failed = pool.map(lambda row: self.images(row) is None, scanned)
+            self.unreadable = {int(row) for row, bad in zip(scanned, failed) if bad}
         if len(self.unreadable) == len(self.pairs):
             raise SystemExit(f"data: {source} holds no usable pair: {self.report()}")
 
@@ -182,28 +183,23 @@ class PreferencePairs(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def report(self):
-        """What data.json holds; `unreadable` lists row numbers, and above SCAN_LIMIT pairs only those met so far."""
+        """What data.json holds. Above SCAN_LIMIT pairs `unreadable` lists the rows that were met so far."""
         return {"rows": len(self.rows), "used": len(self.pairs) - len(self.unreadable), "ties": self.ties,
                 "unlabelled": self.unlabelled, "unreadable": sorted(self.unreadable)}
 
     def images(self, row):
-        """(winner, loser) of a row, or None where one of them cannot be decoded: bad bytes are many, and of any kind."""
+        """[winner, loser] of a row, or None where one cannot be decoded: bad bytes raise any error."""
         record, winner = self.rows[int(row)], self.winner[row]
         try:
             return [read_image(record[f"jpg_{side}"]) for side in (winner, 1 - winner)]
         except Exception:
             return None
 
-    def scan(self):
-        """The rows of all pairs that cannot be decoded."""
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            failed = pool.map(lambda row: self.images(row) is None, self.pairs)
-            return {int(row) for row, bad in zip(self.pairs, failed) if bad}
-
     def __getitem__(self, position):
         epoch, start = divmod(position, len(self))
         if self.order[0] != epoch:
-            self.order = epoch, torch.randperm(len(self), generator=keyed_generator(self.seed, "order", epoch)).numpy()
+            generator = keyed_generator(self.seed, "order", epoch)
+            self.order = epoch, torch.randperm(len(self), generator=generator).numpy()
         unreadable = []
         for k in range(len(self)):
             row = int(self.pairs[self.order[1][(start + k) % len(self)]])
@@ -228,15 +224,12 @@ def collate(items):
     """A list of PreferencePairs' items -> the batch described at the head of this file."""
     batch = {key: [item[key] for item in items] for key in items[0]}
     batch["unreadable"] = sum(batch["unreadable"], [])
-    return {key: torch.stack(value) if torch.is_tensor(value[:1] and value[0]) else value
+    return {key: torch.stack(value) if value and torch.is_tensor(value[0]) else value
             for key, value in batch.items()}
 
 
 def find_pipeline(model):
-    """(folder or hub id, its model_index) of a preset's name, a diffusers folder, or a hub id, without loading it.
-
-    raises  SystemExit, in one line, where it is not there, of another architecture, or lacks a part
-    """
+    """(folder or hub id, model_index) of a preset's name, folder or hub id. SystemExit if it will not do."""
     from diffusers import DiffusionPipeline
 
     source = MODELS.get(model, {"id": model})["id"]
@@ -248,7 +241,7 @@ def find_pipeline(model):
     if index["_class_name"] == "StableDiffusionXLPipeline":
         parts += ["text_encoder_2", "tokenizer_2"]
     elif index["_class_name"] != "StableDiffusionPipeline":
-        raise SystemExit(f"model: {source} is a {index['_class_name']}, not of the Stable Diffusion 1.x or SDXL kind")
+        raise SystemExit(f"model: {source} is a {index['_class_name']}, not of the SD 1.x or the SDXL kind")
     for part in parts:
         if not (index.get(part) or [None])[0] or Path(source).is_dir() and not (Path(source) / part).is_dir():
             raise SystemExit(f"model: {source} lacks its {part}")
@@ -260,9 +253,9 @@ def load_pipeline(model):
     from diffusers import DiffusionPipeline
 
     source, index = find_pipeline(model if model != "tiny" else str(tiny.part("pipeline")))
-    no_checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    checker = dict(safety_checker=None, requires_safety_checker=False) if "safety_checker" in index else {}
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, **no_checker)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, **checker)
     except Exception as error:
         raise SystemExit(f"model: {source} cannot be loaded: {brief(error)}")
     pipe.set_progress_bar_config(disable=True)
@@ -271,14 +264,14 @@ def load_pipeline(model):
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts, time_ids, dtype=torch.float32):
-    """The UNet's conditioning for B prompts with S images each: the rows of all first images, then of all second.
+    """The UNet's conditioning for B prompts with S images each: rows of the first images, then of the second.
 
     An empty prompt becomes what the pipeline itself takes for unconditional: zeros where SDXL's
-    `force_zeros_for_empty_prompt` says so (Diffusion-DPO trains on the encoded "" there), else the encoded "".
+    force_zeros_for_empty_prompt says so (Diffusion-DPO trains on the encoded "" there), else the encoded "".
 
     prompts   B strings; longer ones than the text encoder reads are cut
     time_ids  [B, S, 6] float32, used by SDXL alone; bf16 would round 1023 to 1024
-    returns   {"encoder_hidden_states": [S B, L, E]}, for SDXL also added_cond_kwargs: text_embeds and time_ids
+    returns   {"encoder_hidden_states": [S B, L, E]}; for SDXL also added_cond_kwargs: text_embeds, time_ids
     """
     device, sides = pipe.unet.device, time_ids.shape[1]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -295,9 +288,9 @@ def encode_prompts(pipe, prompts, time_ids, dtype=torch.float32):
 
 @torch.no_grad()
 def encode_images(vae, pixels, noise=None):
-    """Scaled latents [N, C, h, w] of pixels [N, 3, H, W]: the posterior's mean, or its draw by a standard normal `noise`.
+    """Scaled latents [N, C, h, w] of pixels [N, 3, H, W]: the posterior's mean, or its draw by `noise`.
 
-    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. Raises FloatingPointError all the same.
+    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. FloatingPointError if it does here.
     """
     posterior = vae.encode(pixels.to(vae.device)).latent_dist
     latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(vae.device)
@@ -309,7 +302,7 @@ def encode_images(vae, pixels, noise=None):
 class Clip:
     """An open_clip model that embeds captions and images for `cross_pair_weights`.
 
-    spec    ARCH:WEIGHTS, the weights a tag of open_clip or a local file, or "tiny" (the embedded one)
+    spec    ARCH:WEIGHTS, the weights a tag of open_clip or a local file; or "tiny", the embedded one
     raises  SystemExit, in one line, where it is not known or cannot be loaded
     """
 
@@ -318,23 +311,23 @@ class Clip:
 
         arch, _, weights = spec.partition(":")
         if spec == "tiny":
-                arch, weights = f"local-dir:{tiny.part('clip')}", None
+            arch, weights = f"local-dir:{tiny.part('clip')}", None
         elif arch not in open_clip.list_models() or not weights:
-            raise SystemExit(f"clip: {spec} is neither tiny nor ARCH:WEIGHTS with an architecture of open_clip")
-        quick_gelu = weights and open_clip.pretrained.get_pretrained_cfg(arch, weights).get("quick_gelu", False)
-        try:    # OpenAI's weights want QuickGELU; open_clip only warns
+            raise SystemExit(f"clip: {spec} is neither tiny nor ARCH:WEIGHTS, ARCH one of open_clip's")
+        known = open_clip.pretrained.get_pretrained_cfg(arch, weights) if weights else {}
+        try:  # OpenAI's weights want QuickGELU, and open_clip would only warn
             self.model, _, self.transform = open_clip.create_model_and_transforms(
-                arch, pretrained=weights, force_quick_gelu=bool(quick_gelu), device=device)
+                arch, weights, force_quick_gelu=known.get("quick_gelu", False), device=device)
             self.tokenizer = open_clip.get_tokenizer(arch)
         except Exception as error:
-            raise SystemExit(f"clip: {spec} cannot be loaded ({brief(error)}); give --clip another "
-                             "ARCH:TAG, ARCH:FILE, or tiny")
+            raise SystemExit(f"clip: {spec} cannot be loaded ({brief(error)}); give --clip another ARCH:TAG, "
+                             "ARCH:FILE, or tiny")
         self.model.eval().requires_grad_(False)
         self.device, self.dtype = torch.device(device), dtype
 
     @torch.no_grad()
     def embed(self, captions, clip_pixels=None):
-        """B captions, clip_pixels [B, 2, 3, h, w] or None -> text [B, E], image_w [B, E], image_l [B, E] (or Nones)."""
+        """text, image_w, image_l, each [B, E]: of B captions, and of clip_pixels [B, 2, 3, h, w] or None."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             text = self.model.encode_text(self.tokenizer(captions).to(self.device))
             if clip_pixels is None:
@@ -346,14 +339,16 @@ class Clip:
 def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):
     """How much winner i is held against loser j: w_ij = softmax over j of ( -d_ij / tau ), arXiv:2406.06382.
 
-    d_ij is the cosine distance of the captions ("text"), of winner i's image to loser j's ("image"), or the mean of
-    both ("both"). Embeddings of what is not used may be None.
+    d_ij is the cosine distance of the two captions ("text"), of winner i's image to loser j's ("image"), or
+    the mean of these ("both"). Embeddings that are not used may be None.
 
-    text, image_w, image_l  [B, E] CLIP embeddings of the captions, the winners, the losers; normalised here, in float32
-    tau                     temperature > 0: toward 0 a winner meets only its nearest loser, toward infinity all alike
+    text, image_w, image_l  [B, E] CLIP embeddings of captions, winners, losers; normalised here, in float32
+    tau                     temperature > 0; toward 0 a winner meets the nearest losers alone, else all alike
     returns                 [B, B] float32, row i = winner i, column j = loser j, rows sum to 1
     """
-    sides = {"text": [(text, text)], "image": [(image_w, image_l)], "both": [(text, text), (image_w, image_l)]}
-    cosines = [F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T for a, b in sides[similarity]]
-    distance = 1 - torch.stack(cosines).mean(dim=0)                         # [B, B]
-    return torch.softmax(-distance / tau, dim=1)
+    def cosine(a, b):
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T  # [B, B]
+
+    similarities = {"text": lambda: cosine(text, text), "image": lambda: cosine(image_w, image_l),
+                    "both": lambda: (cosine(text, text) + cosine(image_w, image_l)) / 2}
+    return torch.softmax((similarities[similarity]() - 1) / tau, dim=1)

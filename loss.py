@@ -1,18 +1,18 @@
 """Relative Preference Optimization for diffusion models, next to Diffusion-DPO and SFT.
 
-Pair i is a prompt c_i, the latent x_i^w of its preferred image (winner) and x_i^l of the other (loser). Both are
-noised with one timestep t_i and one noise eps_i:  x_t = sqrt(a_t) x + sqrt(1 - a_t) eps.
+Pair i is a prompt c_i, the latent x_i^w of its preferred image (winner) and x_i^l of the other (loser). Both
+are noised with one timestep t_i and one noise eps_i:  x_t = sqrt(a_t) x + sqrt(1 - a_t) eps.
 
     err(theta; x, c, t, eps) = mean over the latent's elements of (prediction - target)^2
     D_i^w = err_policy(x_i^w) - err_ref(x_i^w)        D_j^l = err_policy(x_j^l) - err_ref(x_j^l)
 
     SFT   L = mean_i   err_policy(x_i^w)
-    DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )               Eq. (14) of arXiv:2311.12908
-    RPO   L = mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )        arXiv:2406.06382, arXiv:2402.10958
-          w_ij = softmax over j of ( -d_ij / tau )                            cross_pair_weights in data.py
+    DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )             Eq. (14) of arXiv:2311.12908
+    RPO   L = mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )      arXiv:2406.06382, arXiv:2402.10958
+          w_ij = softmax over j of ( -d_ij / tau )                          cross_pair_weights in data.py
 
-beta stands for beta T omega(lambda_t) of Eq. (14), omega constant. The 1/2 and the mean, not sum, over a latent's
-elements are those of Diffusion-DPO's published code, so that beta = 5000 means here what it means there.
+beta stands for beta T omega(lambda_t) of Eq. (14), omega constant. The 1/2 and the mean, not sum, over a
+latent's elements are those of Diffusion-DPO's published code: beta = 5000 means here what it means there.
 
 A new loss is one function with the signature of these, one entry in LOSSES, one test; `--loss NAME` runs it.
 """
@@ -28,8 +28,9 @@ def denoising_error(unet, latents, noise, timesteps, conditioning, alphas_cumpro
     """err(theta; x, c, t, eps) of every sample: the one way in which policy and reference are measured.
 
     The forward runs under autocast to `dtype`; the difference is taken and averaged in float32, because a
-    preference logit is a small difference of errors times thousands. After `unet.enable_gradient_checkpointing()`
-    activations are recomputed in the backward pass: less memory, a third more time, the same gradients.
+    preference logit is a small difference of errors times thousands. With gradient checkpointing, that is
+    after `unet.enable_gradient_checkpointing()`, activations are recomputed in the backward pass: less
+    memory, a third more time, the same gradients.
 
     unet            diffusers' UNet2DConditionModel, or anything called like it
     latents, noise  [N, C, h, w] float32: scaled clean latents x, standard normal eps
@@ -56,7 +57,7 @@ def frozen_reference(unet, dtype=torch.float32):
     """A copy of `unet` that takes no gradient and, under autocast to `dtype`, computes the very same numbers.
 
     Linear and Conv weights are kept in `dtype`, to which autocast would cast them in every forward. All other
-    parameters stay float32, as autocast leaves them: a reference held whole in bf16 moves logits at step 0 by 1.
+    parameters stay float32, as autocast leaves them: held whole in bf16, it would move logits at step 0 by 1.
     """
     reference = copy.deepcopy(unet).eval().requires_grad_(False)
     for module in reference.modules():
@@ -92,7 +93,8 @@ def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, position="inside
     position="inside"   mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )      as in arXiv:2402.10958
     position="outside"  mean_i sum_j w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )
 
-    With B = 1 both are DPO. Inside, a logit's effective beta is beta * w_ij, about beta / B: choose them together.
+    With B = 1 both are DPO. Inside, a logit's effective beta is beta * w_ij, about beta / B: choose the two
+    together.
 
     err_w, err_l, ref_err_w, ref_err_l  [B] errors of policy and reference; the reference gets no gradient
     weights                             [B, B], row i = winner i, column j = loser j, rows sum to 1; constants
@@ -103,7 +105,7 @@ def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, position="inside
         raise ValueError(f"weights {tuple(weights.shape)} do not fit a group of {len(err_w)} pairs")
     d_w = err_w.float() - ref_err_w.detach().float()                        # [B]
     d_l = err_l.float() - ref_err_l.detach().float()                        # [B]
-    logits = -beta / 2 * (d_w[:, None] - d_l[None, :])           # [B, B], row i = winner i, column j = loser j
+    logits = -beta / 2 * (d_w[:, None] - d_l[None, :])          # [B, B], row i = winner i, column j = loser j
     weights = weights.detach().float()
     if position == "inside":
         loss = -F.logsigmoid(weights * logits).mean()
@@ -118,7 +120,7 @@ def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, position="inside
 def preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta):
     """What readers of preference papers look for, over each pair's own two images; all inputs [B].
 
-    reward/chosen, reward/rejected   mean of -beta/2 D^w, of -beta/2 D^l: what the policy gained over the reference
+    reward/chosen, reward/rejected   mean of -beta/2 D^w, of -beta/2 D^l: the gain over the reference
     reward/margin, reward/accuracy   chosen - rejected; the share of positive margins, a zero counting half
     mse/{policy,ref}_{w,l}           the mean errors themselves
     """

@@ -1,4 +1,4 @@
-"""What the pair data promise. The data are made here, with the mess of real sets in them; nothing is downloaded."""
+"""What the pair data promise. The data are made here, with the mess of real sets in them."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 import data
 from data import PreferencePairs, collate, cross_pair_weights, crop_and_resize, read_image
 
-WINNER, LOSER = (0, 200, 0), (200, 0, 0)        # green wins over red
+WINNER, LOSER = (0, 200, 0), (200, 0, 0)  # green wins over red
 
 
 def encoded(color=WINNER, size=(40, 30), mode="RGB", kind="PNG", **options):
@@ -26,8 +26,16 @@ def rows_of(*labels, images=None):
     rows = []
     for number, label in enumerate(labels):
         first, second = (LOSER, WINNER) if label == 0 else (WINNER, LOSER)
-        rows.append({"caption": f"prompt {number}", "jpg_0": encoded(first), "jpg_1": encoded(second),
-                     "label_0": label, "label_1": None if label is None else 1 - label} | (images or {}).get(number, {}))
+        rows.append(
+            {
+                "caption": f"prompt {number}",
+                "jpg_0": encoded(first),
+                "jpg_1": encoded(second),
+                "label_0": label,
+                "label_1": None if label is None else 1 - label,
+            }
+            | (images or {}).get(number, {})
+        )
     return rows
 
 
@@ -63,8 +71,10 @@ def test_ties_and_unlabelled_rows_are_dropped_by_value_and_counted(tmp_path):
     assert sorted(pairs[position]["row"] for position in range(2)) == [0, 2]
 
 
-@pytest.mark.parametrize("labels, named", [((1.0, 0.7, -1.0), r"2 rows .* row 1 \(0.7, .* row 2 \(-1"),
-                                           ((1.0, 2.0), "1 rows .* row 1")])
+@pytest.mark.parametrize(
+    "labels, named",
+    [((1.0, 0.7, -1.0), r"2 rows .* row 1 \(0.7, .* row 2 \(-1"), ((1.0, 2.0), "1 rows .* row 1")],
+)
 def test_any_other_label_is_refused_with_its_rows(tmp_path, labels, named):
     with pytest.raises(SystemExit, match=named):
         PreferencePairs(parquet(tmp_path, rows_of(*labels)), 16)
@@ -87,9 +97,22 @@ def test_a_folder_with_train_files_uses_those_alone(tmp_path):
 
 def test_columns_of_the_image_type_are_read_too(tmp_path):
     """Sets made with `datasets` hold {"bytes", "path"} where Pick-a-Pic holds bytes."""
-    features = datasets.Features({"caption": datasets.Value("string"), "jpg_0": datasets.Image(),
-                                  "jpg_1": datasets.Image(), "label_0": datasets.Value("int64")})
-    rows = [{"caption": "c", "label_0": 0, "jpg_0": {"bytes": encoded(LOSER)}, "jpg_1": {"bytes": encoded(WINNER)}}]
+    features = datasets.Features(
+        {
+            "caption": datasets.Value("string"),
+            "jpg_0": datasets.Image(),
+            "jpg_1": datasets.Image(),
+            "label_0": datasets.Value("int64"),
+        }
+    )
+    rows = [
+        {
+            "caption": "c",
+            "label_0": 0,
+            "jpg_0": {"bytes": encoded(LOSER)},
+            "jpg_1": {"bytes": encoded(WINNER)},
+        }
+    ]
     assert is_winner(PreferencePairs(parquet(tmp_path, rows, features=features), 16)[0]["pixels"][0])
 
 
@@ -97,8 +120,10 @@ def test_a_folder_of_ones_own_pairs(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(encoded(WINNER))
     (tmp_path / "images" / "b.jpg").write_bytes(encoded(LOSER, kind="JPEG"))
-    lines = [{"prompt": "mine", "chosen": "images/a.png", "rejected": "images/b.jpg"},
-             {"prompt": "gone", "chosen": "images/a.png", "rejected": "images/no.png"}]
+    lines = [
+        {"prompt": "mine", "chosen": "images/a.png", "rejected": "images/b.jpg"},
+        {"prompt": "gone", "chosen": "images/a.png", "rejected": "images/no.png"},
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     for source in (tmp_path, tmp_path / "pairs.jsonl"):
         pairs = PreferencePairs(str(source), 16)
@@ -107,18 +132,22 @@ def test_a_folder_of_ones_own_pairs(tmp_path):
 
 
 def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no hub\nat all")))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no hub\nat all"))
+    )
     with pytest.raises(SystemExit, match="data: no/such cannot be read: no hub$"):
         PreferencePairs("no/such", 16)
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="there is no such file or folder"):
         PreferencePairs(str(tmp_path / "nosuch"), 16)
     with pytest.raises(SystemExit, match="holds no usable pair"):
-        PreferencePairs(str(tmp_path), 16)                                     # an empty folder
+        PreferencePairs(str(tmp_path), 16)  # an empty folder
     with pytest.raises(SystemExit, match="holds no usable pair.*'ties': 2"):
         PreferencePairs(parquet(tmp_path, rows_of(0.5, 0.5)), 16)
     with pytest.raises(SystemExit, match="holds no usable pair.*unreadable.*0, 1"):
-        PreferencePairs(parquet(tmp_path, rows_of(1.0, 1.0, images={k: {"jpg_0": b"<html>"} for k in range(2)})), 16)
+        PreferencePairs(
+            parquet(tmp_path, rows_of(1.0, 1.0, images={k: {"jpg_0": b"<html>"} for k in range(2)})), 16
+        )
     (own := tmp_path / "own").mkdir()
     (own / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a.png"}\n')
     with pytest.raises(SystemExit, match="lacks 'rejected'"):
@@ -131,8 +160,21 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
 # Images
 
 
-@pytest.mark.parametrize("mode, kind", [("RGB", "JPEG"), ("RGB", "WEBP"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"),
-                                        ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("RGB", "GIF"), ("RGB", "BMP")])
+@pytest.mark.parametrize(
+    "mode, kind",
+    [
+        ("RGB", "JPEG"),
+        ("RGB", "WEBP"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+        ("1", "PNG"),
+        ("RGB", "GIF"),
+        ("RGB", "BMP"),
+    ],
+)
 def test_any_format_and_mode_becomes_rgb(mode, kind):
     image = read_image(encoded((0, 0, 0), mode=mode, kind=kind))
     assert image.mode == "RGB" and np.asarray(image).max() <= 6
@@ -147,7 +189,7 @@ def test_sixteen_bit_grey_is_scaled_and_transparency_lies_on_white():
 
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
-    exif[274] = 6                                   # stored on its side
+    exif[274] = 6  # stored on its side
     assert read_image(encoded(size=(40, 30), kind="JPEG", exif=exif)).size == (30, 40)
 
 
@@ -155,7 +197,7 @@ def test_exif_orientation_is_applied():
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="decompression bomb"):
-        read_image(encoded(size=(40, 30)))          # above PIL's limit, where PIL itself only warns
+        read_image(encoded(size=(40, 30)))  # above PIL's limit, where PIL itself only warns
     with pytest.raises(Image.DecompressionBombError):
         read_image(encoded(size=(50, 50)))
 
@@ -166,7 +208,7 @@ def test_pixels_are_square_and_time_ids_are_the_images_own(size):
     assert pixels.shape == (3, 32, 32) and is_winner(pixels) and time_ids.dtype == torch.float32
     height, width, top, left, *target = time_ids.tolist()
     assert (width, height) == size and target == [32, 32]
-    long = round(max(size) * 32 / min(size))        # the long side after scaling
+    long = round(max(size) * 32 / min(size))  # the long side after scaling
     assert max(top, left) == round(0.5 * (long - 32)) and min(top, left) == 0
 
 
@@ -176,8 +218,8 @@ def test_a_crop_is_the_resized_image_cut_at_time_ids():
     pixels, time_ids = crop_and_resize(image, 30, 0.5, 0.7, False)
     top, left = map(int, time_ids[2:4])
     whole = np.asarray(image.resize((45, 30), Image.LANCZOS)).astype(float) / 127.5 - 1
-    difference = np.abs(pixels.permute(1, 2, 0).numpy() - whole[top:top + 30, left:left + 30])
-    assert difference[:, 4:-4].max() < 0.02         # at its edges the cut has no neighbours to look at
+    difference = np.abs(pixels.permute(1, 2, 0).numpy() - whole[top : top + 30, left : left + 30])
+    assert difference[:, 4:-4].max() < 0.02  # at its edges the cut has no neighbours to look at
 
 
 def test_the_pair_is_cropped_and_flipped_as_one(tmp_path):
@@ -185,7 +227,9 @@ def test_the_pair_is_cropped_and_flipped_as_one(tmp_path):
     gradient = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (32, 1, 3)))
     gradient.save(file := io.BytesIO(), "PNG")
     same = {k: {"jpg_0": file.getvalue(), "jpg_1": file.getvalue()} for k in range(24)}
-    pairs = PreferencePairs(parquet(tmp_path, rows_of(*[1.0] * 24, images=same)), 16, random_crop=True, random_flip=True)
+    pairs = PreferencePairs(
+        parquet(tmp_path, rows_of(*[1.0] * 24, images=same)), 16, random_crop=True, random_flip=True
+    )
     items = [pairs[position] for position in range(24)]
     assert all(torch.equal(*item["pixels"]) and torch.equal(*item["time_ids"]) for item in items)
     flipped = [bool(item["pixels"][0, 0, 0, 0] > item["pixels"][0, 0, 0, -1]) for item in items]
@@ -196,14 +240,23 @@ def test_the_pair_is_cropped_and_flipped_as_one(tmp_path):
 
 
 def messy(folder):
-    bad = {1: {"jpg_0": b""}, 4: {"jpg_1": None}, 5: {"jpg_1": encoded(kind="JPEG", size=(200, 200))[:300]},
-           8: {"jpg_0": b"<html><body>404 Not Found</body></html>"}}
-    sizes = {0: {"jpg_0": encoded(size=(7, 90))}, 2: {"caption": None}, 3: {"caption": ""}, 6: {"caption": "long " * 400}}
+    bad = {
+        1: {"jpg_0": b""},
+        4: {"jpg_1": None},
+        5: {"jpg_1": encoded(kind="JPEG", size=(200, 200))[:300]},
+        8: {"jpg_0": b"<html><body>404 Not Found</body></html>"},
+    }
+    sizes = {
+        0: {"jpg_0": encoded(size=(7, 90))},
+        2: {"caption": None},
+        3: {"caption": ""},
+        6: {"caption": "long " * 400},
+    }
     return parquet(folder, rows_of(*[1.0] * 10, images=bad | sizes))
 
 
 def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SCAN_LIMIT", 0)      # as for a set too large to be looked through first
+    monkeypatch.setattr(data, "SCAN_LIMIT", 0)  # as for a set too large to be looked through first
     pairs = PreferencePairs(messy(tmp_path), 16)
     assert pairs.report()["unreadable"] == []
     items = [pairs[position] for position in range(10)]
@@ -215,11 +268,17 @@ def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path,
     assert sorted(set(collate(items)["unreadable"])) == [1, 4, 5, 8]
     monkeypatch.undo()
     assert PreferencePairs(messy(tmp_path), 16).report() == {
-        "rows": 10, "used": 6, "ties": 0, "unlabelled": 0, "unreadable": [1, 4, 5, 8]}
+        "rows": 10,
+        "used": 6,
+        "ties": 0,
+        "unlabelled": 0,
+        "unreadable": [1, 4, 5, 8],
+    }
 
 
 def test_the_stream_starts_anywhere_and_is_the_same_for_every_reader(tmp_path):
     """Resume, workers and ranks rest on this: an item is a function of (seed, position)."""
+
     def make(seed=0):
         return PreferencePairs(source, 16, seed=seed, random_crop=True, random_flip=True, prompt_dropout=0.5)
 
@@ -230,8 +289,8 @@ def test_the_stream_starts_anywhere_and_is_the_same_for_every_reader(tmp_path):
         again = backward[position]
         assert again["row"] == items[position]["row"] and again["prompt"] == items[position]["prompt"]
         assert torch.equal(again["pixels"], items[position]["pixels"])
-    epochs = [[item["row"] for item in items[k:k + 10]] for k in (0, 10, 20)]
-    assert len({tuple(epoch) for epoch in epochs}) == 3                        # every epoch is shuffled anew
+    epochs = [[item["row"] for item in items[k : k + 10]] for k in (0, 10, 20)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3  # every epoch is shuffled anew
     other = make(seed=1)
     assert [other[position]["row"] for position in range(10)] != epochs[0]
 
@@ -243,7 +302,7 @@ def test_every_readable_pair_is_seen_once_an_epoch(tmp_path):
 
 
 def test_prompt_dropout_strikes_its_share_and_keeps_the_caption(tmp_path):
-    """The caption stays what the cross-pair weights compare; the pair has one prompt, so it is dropped for both."""
+    """The caption stays, for the cross-pair weights; a pair has one prompt, so it is dropped for both."""
     pairs = PreferencePairs(parquet(tmp_path, rows_of(*[1.0] * 10)), 16, prompt_dropout=0.3)
     items = [pairs[position] for position in range(300)]
     assert 60 < sum(item["prompt"] == "" for item in items) < 120
@@ -270,9 +329,15 @@ def test_weights_by_hand():
     text, image_w, image_l = embeddings(2)
     cosine = torch.nn.functional.cosine_similarity
     for i in range(2):
-        d = torch.stack([((1 - cosine(text[i], text[j], dim=0)) + (1 - cosine(image_w[i], image_l[j], dim=0))) / 2
-                         for j in range(2)])
-        torch.testing.assert_close(cross_pair_weights(text, image_w, image_l, 0.3)[i], torch.softmax(-d / 0.3, dim=0))
+        d = torch.stack(
+            [
+                ((1 - cosine(text[i], text[j], dim=0)) + (1 - cosine(image_w[i], image_l[j], dim=0))) / 2
+                for j in range(2)
+            ]
+        )
+        torch.testing.assert_close(
+            cross_pair_weights(text, image_w, image_l, 0.3)[i], torch.softmax(-d / 0.3, dim=0)
+        )
 
 
 @pytest.mark.parametrize("similarity", ["text", "image", "both"])
@@ -280,16 +345,23 @@ def test_rows_sum_to_one_and_length_does_not_matter(similarity):
     text, image_w, image_l = embeddings()
     weights = cross_pair_weights(text, image_w, image_l, 0.2, similarity)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(4))
-    torch.testing.assert_close(weights, cross_pair_weights(3 * text, 5 * image_w, 7 * image_l, 0.2, similarity))
+    torch.testing.assert_close(
+        weights, cross_pair_weights(3 * text, 5 * image_w, 7 * image_l, 0.2, similarity)
+    )
 
 
 def test_the_limits_of_tau():
     text, image_w, image_l = embeddings()
-    torch.testing.assert_close(cross_pair_weights(text, None, None, 1e-4, "text"), torch.eye(4))    # DPO's pairs alone
-    torch.testing.assert_close(cross_pair_weights(text, image_w, image_l, 1e6), torch.full((4, 4), 0.25),
-                               rtol=0, atol=1e-5)
-    torch.testing.assert_close(cross_pair_weights(*(e[:1].expand(4, -1) for e in (text, image_w, image_l)), 0.1),
-                               torch.full((4, 4), 0.25))                       # equal prompts and images: 1 / B
+    torch.testing.assert_close(
+        cross_pair_weights(text, None, None, 1e-4, "text"), torch.eye(4)
+    )  # DPO's pairs alone
+    torch.testing.assert_close(
+        cross_pair_weights(text, image_w, image_l, 1e6), torch.full((4, 4), 0.25), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        cross_pair_weights(*(e[:1].expand(4, -1) for e in (text, image_w, image_l)), 0.1),
+        torch.full((4, 4), 0.25),
+    )  # equal prompts and images: 1 / B
 
 
 def test_half_precision_embeddings_do_not_collapse():
@@ -302,6 +374,20 @@ def test_half_precision_embeddings_do_not_collapse():
 def test_random_draws_are_functions_of_their_key():
     def draw(*key):
         return torch.randn(8, generator=data.keyed_generator(*key))
+
     assert torch.equal(draw(0, "noise", 3, 5), draw(0, "noise", 3, 5))
-    assert len({tuple(draw(*key).tolist()) for key in ((0, "noise", 3, 5), (0, "noise", 5, 3), (0, "vae", 3, 5),
-                                                       (1, "noise", 3, 5), (0, "noise", 35))}) == 5
+    assert (
+        len(
+            {
+                tuple(draw(*key).tolist())
+                for key in (
+                    (0, "noise", 3, 5),
+                    (0, "noise", 5, 3),
+                    (0, "vae", 3, 5),
+                    (1, "noise", 3, 5),
+                    (0, "noise", 35),
+                )
+            }
+        )
+        == 5
+    )

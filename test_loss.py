@@ -29,23 +29,33 @@ def nlog_sigmoid(x):
 
 
 class Net(torch.nn.Module):
-    """Called like diffusers' UNet, small, and with parameters that autocast casts (Conv, Linear) and leaves (Norm)."""
+    """Called like diffusers' UNet; with parameters that autocast casts (Conv, Linear) and leaves (Norm)."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.out = torch.nn.Conv2d(4, 8, 3, 1, 1), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 4, 1)
+        self.conv, self.norm, self.out = (
+            torch.nn.Conv2d(4, 8, 3, 1, 1),
+            torch.nn.GroupNorm(2, 8),
+            torch.nn.Conv2d(8, 4, 1),
+        )
         self.text = torch.nn.Linear(6, 8)
 
     def forward(self, x, t, encoder_hidden_states, return_dict):
-        h = self.norm(self.conv(x) + self.text(encoder_hidden_states)[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000)
+        h = self.norm(
+            self.conv(x) + self.text(encoder_hidden_states)[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000
+        )
         return (self.out(F.silu(h)),)
 
 
 def net_and_inputs(n=6, seed=0):
     torch.manual_seed(seed)
-    inputs = dict(latents=torch.randn(n, 4, 8, 8), noise=torch.randn(n, 4, 8, 8), timesteps=torch.randint(1000, (n,)),
-                  conditioning={"encoder_hidden_states": torch.randn(n, 6)},
-                  alphas_cumprod=torch.linspace(0.999, 0.005, 1000))
+    inputs = dict(
+        latents=torch.randn(n, 4, 8, 8),
+        noise=torch.randn(n, 4, 8, 8),
+        timesteps=torch.randint(1000, (n,)),
+        conditioning={"encoder_hidden_states": torch.randn(n, 6)},
+        alphas_cumprod=torch.linspace(0.999, 0.005, 1000),
+    )
     return Net(), inputs
 
 
@@ -75,9 +85,9 @@ def test_rpo_by_hand_on_a_2x2(position):
         for j in range(2):
             logit = -BETA / 2 * ((w[i] - rw[i]) - (l[j] - rl[j])).item()
             if position == "inside":
-                total += nlog_sigmoid(weights[i][j] * logit) / 4        # mean over the matrix
+                total += nlog_sigmoid(weights[i][j] * logit) / 4  # mean over the matrix
             else:
-                total += weights[i][j] * nlog_sigmoid(logit) / 2        # mean over the winners of a weighted sum
+                total += weights[i][j] * nlog_sigmoid(logit) / 2  # mean over the winners of a weighted sum
     loss, _ = rpo_loss(w, l, rw, rl, BETA, torch.tensor(weights), position)
     assert loss.item() == pytest.approx(total, abs=1e-6)
 
@@ -87,7 +97,7 @@ def test_log_2_where_the_policy_is_the_reference(name):
     w, l, *_ = errors(4)
     loss, metrics = LOSSES[name](w, l, w.detach(), l.detach(), 5000, softmax_rows(4))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert metrics["reward/margin"] == 0 and metrics["reward/accuracy"] == 0.5      # a tie counts one half
+    assert metrics["reward/margin"] == 0 and metrics["reward/accuracy"] == 0.5  # a tie counts one half
 
 
 # Equalities
@@ -114,8 +124,10 @@ def test_rpo_with_identity_weights_has_dpos_gradient_over_the_group_size():
 def test_permuting_pairs_permutes_only_the_order(name):
     inputs, weights, order = errors(5), softmax_rows(5), torch.tensor([3, 0, 4, 1, 2])
     shuffled = [err.detach()[order].requires_grad_(err.requires_grad) for err in inputs]
-    (a, metrics_a), (b, metrics_b) = (LOSSES[name](*inputs, BETA, weights),
-                                      LOSSES[name](*shuffled, BETA, weights[order][:, order]))
+    (a, metrics_a), (b, metrics_b) = (
+        LOSSES[name](*inputs, BETA, weights),
+        LOSSES[name](*shuffled, BETA, weights[order][:, order]),
+    )
     torch.testing.assert_close(a, b, **close)
     for key in metrics_a:
         torch.testing.assert_close(metrics_a[key], metrics_b[key], **close)
@@ -126,7 +138,10 @@ def test_permuting_pairs_permutes_only_the_order(name):
 @pytest.mark.parametrize("name", ["dpo", "rpo"])
 def test_swapping_winner_and_loser_negates_the_margin(name):
     w, l, rw, rl = errors(4)
-    a, b = LOSSES[name](w, l, rw, rl, BETA, softmax_rows(4))[1], LOSSES[name](l, w, rl, rw, BETA, softmax_rows(4))[1]
+    a, b = (
+        LOSSES[name](w, l, rw, rl, BETA, softmax_rows(4))[1],
+        LOSSES[name](l, w, rl, rw, BETA, softmax_rows(4))[1],
+    )
     torch.testing.assert_close(a["reward/margin"], -b["reward/margin"], **close)
     torch.testing.assert_close(a["reward/accuracy"], 1 - b["reward/accuracy"], **close)
 
@@ -154,7 +169,7 @@ def test_the_gradient_lowers_winners_raises_losers_and_spares_the_reference(name
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_are_reduced_in_float32(name, dtype):
-    """The same rounded numbers, given in half or in float32, make the same loss: nothing is added up in half."""
+    """The same rounded numbers, in half or in float32, make the same loss: nothing is added up in half."""
     inputs, weights = [err.detach().to(dtype) for err in errors(4)], softmax_rows(4).to(dtype)
     half = LOSSES[name](*inputs, 5000.0, weights)[0]
     full = LOSSES[name](*(err.float() for err in inputs), 5000.0, weights.float())[0]
@@ -187,7 +202,7 @@ def test_error_is_zero_for_the_right_prediction_of_either_type():
     def eps(x_t, t, return_dict, **_):
         return ((x_t - a_t.sqrt() * x) / (1 - a_t).sqrt(),)
 
-    def v(x_t, t, return_dict, **_):        # v = (sqrt(a_t) x_t - x) / sqrt(1 - a_t)
+    def v(x_t, t, return_dict, **_):  # v = (sqrt(a_t) x_t - x) / sqrt(1 - a_t)
         return ((a_t.sqrt() * x_t - x) / (1 - a_t).sqrt(),)
 
     for predict, prediction_type in ((eps, "epsilon"), (v, "v_prediction")):
@@ -199,6 +214,7 @@ def test_error_is_zero_for_the_right_prediction_of_either_type():
 
 def test_target_and_x_t_are_diffusers_own():
     from diffusers import DDPMScheduler
+
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     _, inputs = net_and_inputs()
     inputs["alphas_cumprod"] = scheduler.alphas_cumprod
@@ -219,7 +235,10 @@ def test_policy_and_reference_agree_to_the_last_bit(dtype):
     """Invariant 4: the peers' reference, held whole in half precision, is off by many logits at beta 5000."""
     net, inputs = net_and_inputs()
     reference = frozen_reference(net, dtype)
-    err, ref_err = denoising_error(net, **inputs, dtype=dtype), denoising_error(reference, **inputs, dtype=dtype)
+    err, ref_err = (
+        denoising_error(net, **inputs, dtype=dtype),
+        denoising_error(reference, **inputs, dtype=dtype),
+    )
     assert err.dtype == ref_err.dtype == torch.float32 and err.requires_grad and not ref_err.requires_grad
     assert torch.equal(err, ref_err)
     if dtype != torch.float32:
@@ -227,7 +246,8 @@ def test_policy_and_reference_agree_to_the_last_bit(dtype):
 
         def peers(x, t, encoder_hidden_states, return_dict):
             return whole(x.to(dtype), t.to(dtype), encoder_hidden_states.to(dtype), return_dict)
-        assert not torch.equal(err, denoising_error(peers, **inputs))       # so the test can fail
+
+        assert not torch.equal(err, denoising_error(peers, **inputs))  # so the test can fail
 
 
 def test_reference_shares_nothing_with_the_policy():
@@ -244,6 +264,6 @@ def test_reference_shares_nothing_with_the_policy():
 def test_the_error_is_averaged_in_float32():
     """1 + 2^-9 is 1 in bf16: a half-precision reduction of this prediction would give exactly 1."""
     _, inputs = net_and_inputs()
-    inputs["noise"] = torch.full((6, 4, 8, 8), -2.0 ** -9)
+    inputs["noise"] = torch.full((6, 4, 8, 8), -(2.0**-9))
     err = denoising_error(lambda x, t, return_dict, **_: (torch.ones_like(x).bfloat16(),), **inputs)
-    torch.testing.assert_close(err, torch.full((6,), (1 + 2.0 ** -9) ** 2), **close)
+    torch.testing.assert_close(err, torch.full((6,), (1 + 2.0**-9) ** 2), **close)

@@ -45,13 +45,13 @@ def caption(scene):
 def draw(scene, sketch, rng):
     """A PIL picture, 32x32, of (shape, color, background); its place, size and tilt come from `rng`."""
     shape, color, back = scene
-    n, width = SIZE * 4, 10  # drawn four times as large, for smooth edges
+    n = SIZE * 4  # drawn four times as large, for smooth edges
     r, tilt = rng.uniform(.32, .38) * n, rng.uniform(-.1, .1)
     x, y = (n / 2 + rng.uniform(-.06, .06) * n for _ in "xy")
     canvas = ImageDraw.Draw(image := Image.new("RGB", (n, n), PAPER if sketch else COLORS[back]))
     if shape in ("circle", "ring"):
         for r, fill in ((r, COLORS[color]), (r / 2, COLORS[back]))[:1 + (shape == "ring")]:
-            style = dict(outline=INK, width=width) if sketch else dict(fill=fill)
+            style = dict(outline=INK, width=10) if sketch else dict(fill=fill)
             canvas.ellipse((x - r, y - r, x + r, y + r), **style)
     else:
         polar = {"square": [(.95, k / 2 + .25) for k in range(4)],  # (radius, angle / pi) of the corners
@@ -61,14 +61,14 @@ def draw(scene, sketch, rng):
         corners = [(x + r * q * math.cos(math.pi * a + tilt), y + r * q * math.sin(math.pi * a + tilt))
                    for q, a in polar[shape]]
         if sketch:
-            canvas.line(corners + corners[:2], fill=INK, width=width, joint="curve")
+            canvas.line(corners + corners[:2], fill=INK, width=10, joint="curve")
         else:
             canvas.polygon(corners, fill=COLORS[color])
     return image.resize((SIZE, SIZE), Image.LANCZOS)
 
 
 def drawings(n, seed, sketches):
-    """n drawings: pixels [n, 3, 32, 32] in [-1, 1], n scenes, is_sketch [n] and shape index [n], both int64."""
+    """n drawings: pixels [n, 3, 32, 32] in [-1, 1], n scenes, is_sketch [n] and shape index [n], int64."""
     rng = random.Random(seed)
     scenes = [rng.choice(SCENES) for _ in range(n)]
     is_sketch = [rng.random() < sketches for _ in range(n)]
@@ -81,15 +81,13 @@ def fit(name, parameters, lr, loss_of_a_batch):
     """Train for STEPS[name] steps: AdamW with short memory, warm-up, a linear decay over the last 40%."""
     parameters, steps = [p for p in parameters if p.requires_grad], STEPS[name]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(.9, .99), weight_decay=0, fused=True)
-    for step in (bar := tqdm(range(steps), f"building the embedded task, once: {name:5}", mininterval=1)):
+    for step in tqdm(range(steps), f"building the embedded task, once: {name:5}", mininterval=1):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50, (steps - step) / (.4 * steps))
         loss = loss_of_a_batch()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1)
         optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def clip_tokenizer(length):
@@ -112,7 +110,7 @@ def build_pipeline(folder):
         up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, norm_num_groups=8,
         mid_block_add_attention=False).to(memory_format=LAST)
 
-    def vae_loss():  # noise of a fixed size and a pull to 0 do what the KL term is for, without its slow start
+    def vae_loss():  # fixed noise and a pull to 0 do what the KL term is for, without its slow start
         x = pixels[torch.randint(len(pixels), (8,))]
         z, logvar = (posterior := vae.encode(x).latent_dist).mean, posterior.logvar
         error = F.mse_loss(vae.decode(z + .1 * torch.randn_like(z)).sample, x)
@@ -126,8 +124,8 @@ def build_pipeline(folder):
 
     tokenizer = clip_tokenizer(16)
     text_encoder = CLIPTextModel(CLIPTextConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
-        max_position_embeddings=16))
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=64, max_position_embeddings=16))
     words = text_encoder.get_input_embeddings().requires_grad_(False)  # random vectors tell words well apart
     nn.init.normal_(words.weight, std=.5)
     unet = UNet2DConditionModel(
@@ -260,8 +258,8 @@ def measure(pipe, n=96, seed=0, steps=20, guidance=3.0):
     """n samples for the held-out prompts: {"style": share of sketches, "shape": share of the right shape}."""
     scenes = [HELD_OUT[i % len(HELD_OUT)] for i in range(n)]
     noise = [torch.Generator().manual_seed(seed * n + i) for i in range(n)]
-    images = pipe([*map(caption, scenes)], num_inference_steps=steps, guidance_scale=guidance, generator=noise,
-                  output_type="pt").images.float().cpu()  # [n, 3, 32, 32] in [0, 1]
+    images = pipe([*map(caption, scenes)], num_inference_steps=steps, guidance_scale=guidance,
+                  generator=noise, output_type="pt").images.float().cpu()  # [n, 3, 32, 32] in [0, 1]
     is_sketch, shape = judge(images * 2 - 1)
     wanted = torch.tensor([SHAPES.index(scene[0]) for scene in scenes])
     return {"style": is_sketch.float().mean().item(), "shape": (shape == wanted).float().mean().item()}

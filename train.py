@@ -30,9 +30,9 @@ from loss import LOSSES, denoising_error, frozen_reference
 
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
-    "tiny": dict(steps=120, batch_size=16, lr=2e-5, warmup=10, beta=4000, prompt_dropout=0.1, sample_every=40,
+    "tiny": dict(steps=120, batch_size=16, lr=2e-5, warmup=10, beta=8000, prompt_dropout=0.1, sample_every=40,
                  sample_steps=20, guidance=3.0),
-    "tiny dpo": dict(beta=1000),
+    "tiny dpo": dict(beta=500),
     "tiny sft": dict(lr=1e-4),
     "sd15": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=512),
     "sdxl": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=1024,
@@ -56,16 +56,16 @@ def get_args(argv=None):
     add("--beta", type=float, default=5000, help="strength of the pull to the reference")
     add("--group_size", type=int, default=8, help="rpo: pairs contrasted with each other")
     add("--tau", type=float, default=0.5, help="rpo: temperature of the cross-pair weights")
-    add("--similarity", default="both", choices=["text", "image", "both"], help="rpo: what the weights compare")
+    add("--similarity", default="both", choices=["text", "image", "both"], help="rpo: what weights compare")
     add("--weight_position", default="inside", choices=["inside", "outside"], help="rpo: of the log-sigmoid")
-    add("--group_noise", default="own", choices=["own", "timestep", "both"], help="what a group's pairs share")
-    add("--clip", metavar="ARCH:WEIGHTS", help="rpo: open_clip model, a tag or a file; or tiny [the preset's]")
+    add("--group_noise", default="own", choices=["own", "timestep", "both"], help="what a group shares")
+    add("--clip", metavar="ARCH:WEIGHTS", help="rpo: of open_clip, a tag or a file; or tiny [the preset's]")
     # data
     add("--resolution", type=int, help="side of the training images, pixels [the model's own]")
     add("--random_flip", action=flag, default=False, help="mirror half of the pairs")
     add("--random_crop", action=flag, default=False, help="crop a pair anywhere instead of in the middle")
     add("--prompt_dropout", type=float, default=0.2, help="share of pairs trained without their prompt")
-    add("--vae_sample", default="sample", choices=["mean", "sample"], help="what is taken of the VAE's posterior")
+    add("--vae_sample", default="sample", choices=["mean", "sample"], help="what the VAE's posterior gives")
     add("--workers", type=int, help="processes that decode images [8 beside a GPU, else 0]")
     # optimisation
     add("--steps", type=int, default=1000)
@@ -107,9 +107,9 @@ def get_args(argv=None):
         p.error("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
     args.workers = (8 if kind == "cuda" else 0) if args.workers is None else args.workers
 
-    for name, least in dict(steps=1, batch_size=1, group_size=1, micro_batch=1, resolution=8, sample_steps=1).items():
-        if (value := getattr(args, name)) is not None and value < least:
-            p.error(f"--{name} must be at least {least}, not {value}")
+    for name in ("steps", "batch_size", "group_size", "micro_batch", "resolution", "sample_steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            p.error(f"--{name} must be at least 1, not {value}")
     for name in ("beta", "tau", "lr", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             p.error(f"--{name} must be a positive number, not {getattr(args, name)}")
@@ -122,8 +122,8 @@ def get_args(argv=None):
     fitting = [size for size in range(group, 17, group) if args.batch_size % size == 0]
     args.micro_batch = args.micro_batch or max(fitting, default=group)
     if args.batch_size % args.micro_batch or args.micro_batch % group:
-        p.error(f"--micro_batch {args.micro_batch} must divide --batch_size {args.batch_size} and be a multiple "
-                f"of --group_size {group}")
+        p.error(f"--micro_batch {args.micro_batch} must divide --batch_size {args.batch_size} and be a "
+                f"multiple of --group_size {group}")
     return args
 
 
@@ -137,30 +137,32 @@ def get_optimizer(args, parameters):
 
 
 def draw(args, step, positions, shape, num_timesteps):
-    """The random numbers of the pairs at `positions` of the global batch: functions of (seed, step, position).
+    """The random numbers of the pairs at `positions` of the global batch, from (seed, step, position) alone.
 
-    returns  timesteps [B] int64, noise [B, *shape], and noise for the VAE's posterior [B, 2, *shape], all drawn
-             on the CPU, so that every device sees the same
+    Drawn on the CPU, so that every device sees the same. B is len(positions); the VAE's are its posterior's.
+
+    returns  timesteps [B] int64, noise [B, *shape], VAE noise [B, 2, *shape]
     """
     def generator(name, position, shared=False):  # what a group shares is drawn as for its first pair
         position -= position % args.group_size if shared else 0
         return data.keyed_generator(args.seed, name, step, position)
 
     one_t, one_noise = args.group_noise != "own", args.group_noise == "both"
-    return (torch.stack([torch.randint(num_timesteps, (), generator=generator("timestep", i, one_t)) for i in positions]),
-            torch.stack([torch.randn(shape, generator=generator("noise", i, one_noise)) for i in positions]),
-            torch.stack([torch.randn((2, *shape), generator=generator("vae", i)) for i in positions]))
+    t = [torch.randint(num_timesteps, (), generator=generator("timestep", i, one_t)) for i in positions]
+    noise = [torch.randn(shape, generator=generator("noise", i, one_noise)) for i in positions]
+    vae_noise = [torch.randn((2, *shape), generator=generator("vae", i)) for i in positions]
+    return torch.stack(t), torch.stack(noise), torch.stack(vae_noise)
 
 
 def sample(args, pipe, prompts, dtype):
-    """A row of pictures for the prompts, from noise that is the same at every call; small ones are enlarged."""
+    """A row of pictures for the prompts, from the same noise at every call; small ones are enlarged."""
     size = max(1, 128 // args.resolution) * args.resolution
     row = Image.new("RGB", (len(prompts) * size, size))
     for i in range(0, len(prompts), 4):  # at most four at once, for memory
         noise = [data.keyed_generator(args.seed, "sample", k) for k in range(i, min(i + 4, len(prompts)))]
         with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-            images = pipe(prompts[i:i + 4], num_inference_steps=args.sample_steps, guidance_scale=args.guidance,
-                          height=args.resolution, width=args.resolution, generator=noise).images
+            images = pipe(prompts[i:i + 4], num_inference_steps=args.sample_steps, height=args.resolution,
+                          width=args.resolution, guidance_scale=args.guidance, generator=noise).images
         for k, image in enumerate(images, i):
             row.paste(image.resize((size, size), Image.NEAREST), (k * size, 0))
     return row
@@ -191,23 +193,23 @@ def main(argv=None):
         data.find_pipeline(args.model)
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
                                  args.prompt_dropout)
-    print("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {n} unreadable"
-          .format(n=len(pairs.unreadable), **pairs.report()))
+    print("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
+          "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
     pipe = data.load_pipeline(args.model).to(device)
     unet, vae = pipe.unet, pipe.vae
     args.resolution = pairs.resolution = args.resolution or unet.config.sample_size * pipe.vae_scale_factor
     if args.resolution % (least := pipe.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)):
         sys.exit(f"train.py: --resolution {args.resolution} is no multiple of {least}, as this model needs")
     size = sum(parameter.numel() for parameter in unet.parameters())
-    args.clip = args.clip or ("tiny" if size < 1e8 else data.MODELS["sd15"]["clip"])  # a toy takes the toy CLIP
+    args.clip = args.clip or ("tiny" if size < 1e8 else data.H14)  # a toy model takes the toy CLIP
     clip = data.Clip(args.clip, device, dtype) if args.loss == "rpo" and args.group_size > 1 else None
     pairs.clip_transform = clip.transform if clip and args.similarity != "text" else None
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        sys.exit(f"train.py: {args.model} predicts {scheduler.config.prediction_type}, not epsilon or v_prediction")
+        sys.exit(f"train.py: {args.model} predicts {scheduler.config.prediction_type}; that is not supported")
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
-    # The policy is `unet`, float32 in every precision; dropout would part it from the reference, hence eval().
+    # The policy is `unet`, float32 in every precision; eval(): dropout would part it from the reference.
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(name == "unet")
@@ -220,16 +222,17 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     loss_of_group, group = LOSSES[args.loss], args.micro_batch
     if args.loss == "rpo":
-        loss_of_group, group = functools.partial(LOSSES["rpo"], position=args.weight_position), args.group_size
+        loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
+        group = args.group_size
     batches = iter(torch.utils.data.DataLoader(
         pairs, args.micro_batch, sampler=range(args.steps * args.batch_size), collate_fn=data.collate,
         num_workers=args.workers, pin_memory=device.type == "cuda"))
 
-    embedded, result = args.model == args.data == "tiny", {}
+    embedded = args.model == args.data == "tiny"
     if embedded:
         result = {"judge": tiny.judge_accuracy(), "base": tiny.measure(pipe)}
-        print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it has not "
-              "seen".format(**result["judge"]))
+        print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
+              "has not seen".format(**result["judge"]))
         prompts = [tiny.caption(scene) for scene in tiny.HELD_OUT[:8]]
     else:
         first = (pairs.rows[int(row)]["caption"] for row in pairs.pairs[:100])
@@ -257,12 +260,13 @@ def main(argv=None):
             # One timestep and one noise per pair; winners first on the batch axis, then losers.
             pixels = batch["pixels"][:, :sides].transpose(0, 1).flatten(0, 1)       # [sides B, 3, H, W]
             shape = vae.config.latent_channels, *(n // pipe.vae_scale_factor for n in pixels.shape[2:])
-            t, noise, vae_noise = draw(args, step, range(first, first + args.micro_batch), shape, len(alphas_cumprod))
-            vae_noise = vae_noise[:, :sides].transpose(0, 1).flatten(0, 1) if args.vae_sample == "sample" else None
-            latents = data.encode_images(vae, pixels, vae_noise)                    # [sides B, C, h, w]
+            positions = range(first, first + args.micro_batch)
+            t, noise, vae_noise = draw(args, step, positions, shape, len(alphas_cumprod))
+            vae_noise = vae_noise[:, :sides].transpose(0, 1).flatten(0, 1)          # [sides B, C, h, w]
+            latents = data.encode_images(vae, pixels, vae_noise if args.vae_sample == "sample" else None)
             conditioning = data.encode_prompts(pipe, batch["prompt"], batch["time_ids"][:, :sides], dtype)
-            inputs = (latents, noise.repeat(sides, 1, 1, 1).to(device), t.repeat(sides).to(device), conditioning,
-                      alphas_cumprod, scheduler.config.prediction_type, dtype)
+            inputs = (latents, noise.repeat(sides, 1, 1, 1).to(device), t.repeat(sides).to(device),
+                      conditioning, alphas_cumprod, scheduler.config.prediction_type, dtype)
 
             # Policy and reference through the same function on the same batch.
             errors = [*denoising_error(unet, *inputs).chunk(sides)]                 # err_w [B], err_l [B]
@@ -273,12 +277,12 @@ def main(argv=None):
             # The loss over each group; the mean over all groups of the global batch.
             loss = 0
             for i in range(0, args.micro_batch, group):
-                weights = torch.ones(1, 1, device=device)
+                weights = torch.ones(1, 1, device=device)                           # [group, group]
                 if clip:
-                    weights = data.cross_pair_weights(*(e if e is None else e[i:i + group] for e in embeddings),
-                                                      args.tau, args.similarity)    # [group, group]
-                group_loss, metrics = loss_of_group(*(err[i:i + group] for err in errors), beta=args.beta,
-                                                    weights=weights)
+                    some = (e if e is None else e[i:i + group] for e in embeddings)
+                    weights = data.cross_pair_weights(*some, args.tau, args.similarity)
+                some = (err[i:i + group] for err in errors)
+                group_loss, metrics = loss_of_group(*some, beta=args.beta, weights=weights)
                 loss = loss + group_loss * group / args.batch_size
                 for name, value in {"loss": group_loss.detach(), **metrics}.items():
                     totals[name] = totals.get(name, 0) + value * group / args.batch_size
@@ -286,21 +290,23 @@ def main(argv=None):
 
         scaler.unscale_(optimizer)
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-        record = dict(zip(totals, torch.stack([*totals.values()]).tolist()))        # the step's one host sync
-        if not math.isfinite(record["loss"]) or not (scaler.is_enabled() or math.isfinite(record["grad_norm"])):
-            sys.exit(f"train.py: step {step}: loss {record['loss']}, grad_norm {record['grad_norm']}; the last rows "
-                     f"were {batch['row']}. Nothing was saved; a smaller --lr, or --precision fp32, may hold")
+        values = torch.stack([*totals.values()]).tolist()                           # the step's one host sync
+        record = {"step": step} | dict(zip(totals, values))
+        loss, norm = record["loss"], record["grad_norm"]
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):  # a scaler skips it
+            sys.exit(f"train.py: step {step}: loss {loss}, grad_norm {norm}; the last rows were "
+                     f"{batch['row']}. No model was saved; try a smaller --lr or --precision fp32")
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        record = {"step": step, **record, "lr": lr, "pairs_per_second": args.batch_size / (time.time() - began)}
+        record |= {"lr": lr, "pairs_per_second": args.batch_size / (time.time() - began)}
         print(json.dumps(record), file=log, flush=True)
         bar.set_postfix({name.split("/")[-1]: f"{record[name]:.3f}" for name in (
             "loss", "reward/margin", "reward/accuracy") if name in record})
-        for name in record if board else ():
-            board.add_scalar(name, record[name], step)
+        for name, value in record.items() if board else ():
+            board.add_scalar(name, value, step)
         if rows and (step + 1) % args.sample_every == 0 and step + 1 < args.steps:
             save_grid(out / "samples", step + 1, [rows[0], sample(args, pipe, prompts, dtype)])
 
@@ -314,7 +320,7 @@ def main(argv=None):
         result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
         (out / "result.json").write_text(json.dumps(result, indent=1))
         for name in ("base", "final"):
-            print(f"{name:5}: {result[name]['style']:.0%} sketches, {result[name]['shape']:.0%} the right shape")
+            print(name, "{style:.0%} sketches, {shape:.0%} of the right shape".format(**result[name]))
     print(f"{time.time() - started:.0f} s; {out}/model is a diffusers pipeline, {out}/samples shows it")
 
 
@@ -324,8 +330,8 @@ pipeline_tag: text-to-image
 base_model: {model}
 tags: [preference-optimization, {loss}]
 ---
-`{model}` aligned with the preference pairs `{data}` by {loss} (diffusion-rpo): {steps} steps of {batch_size} pairs,
-beta {beta:g}, groups of {group_size}, tau {tau:g}, {optimizer} at learning rate {lr:g}, seed {seed}.
+`{model}` aligned with the preference pairs `{data}` by {loss} (diffusion-rpo): {steps} steps of {batch_size}
+pairs, beta {beta:g}, groups of {group_size}, tau {tau:g}, {optimizer} at learning rate {lr:g}, seed {seed}.
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("this folder")
