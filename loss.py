@@ -15,6 +15,7 @@ beta stands for beta T omega(lambda_t) of Eq. (14), omega constant. The 1/2 and 
 latent's elements are those of Diffusion-DPO's published code: beta = 5000 means here what it means there.
 
 A new loss is one function with the signature of these, one entry in LOSSES, one test; `--loss NAME` runs it.
+What has a default in its signature is not computed for it: sft sees no loser, no reference; dpo no weights.
 """
 
 import copy
@@ -134,5 +135,5 @@ def preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta):
             "mse/ref_w": ref_err_w.mean(), "mse/ref_l": ref_err_l.mean()}
 
 
-# All are called alike: LOSSES[name](err_w, err_l, ref_err_w, ref_err_l, beta, weights).
+# All can be called alike: LOSSES[name](err_w, err_l, ref_err_w, ref_err_l, beta, weights).
 LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "rpo": rpo_loss}

@@ -71,6 +71,13 @@ def test_another_recipe_is_another_folder(quick_tiny, monkeypatch):
     assert tiny.part("judge") != before
 
 
+@torch.no_grad()
+def test_a_part_is_built_wherever_it_is_first_asked_for(quick_tiny, monkeypatch):
+    """Also where gradients are off, as they are when the judge first judges."""
+    monkeypatch.setattr(tiny, "STEPS", tiny.STEPS | {"judge": 5})
+    assert set(tiny.judge_accuracy(10)) == {"style", "shape"}
+
+
 def test_a_build_leaves_the_random_state_alone(quick_tiny, monkeypatch):
     monkeypatch.setattr(tiny, "STEPS", tiny.STEPS | {"judge": 4})
     torch.manual_seed(5)

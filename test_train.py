@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import data
+import loss as loss_file
 import tiny
 import train
 from loss import denoising_error, frozen_reference
@@ -468,10 +469,28 @@ def test_help_fits_two_screens(capsys):
 def test_every_command_of_the_documents_parses():
     """README, and the heads of the scripts: what they tell to type is accepted."""
     texts = [Path(__file__).with_name(name).read_text() for name in ("README.md", "train.py")]
-    commands = re.findall(r"python (train\.py[^\n`#&]*?)(?:  |\n|`|$|&)", "\n".join(texts))
+    commands = re.findall(r"python (train\.py(?: [\w./-]+)*)", "\n".join(texts))
     assert len(commands) >= 8
     for command in commands:
         train.get_args(shlex.split(command)[1:])
+
+
+def test_the_readmes_own_loss_trains(run, monkeypatch):
+    """A new loss is a function and an entry, as in the README; one that asks for weights gets them."""
+    snippet = re.search(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.S)[1]
+    names = vars(loss_file).copy()
+    exec(snippet, names)
+    seen = []
+
+    def weighted(err_w, err_l, ref_err_w, ref_err_l, beta, weights):
+        seen.append(weights)
+        return names["hinge_loss"](err_w, err_l, ref_err_w, ref_err_l, beta)
+
+    monkeypatch.setitem(loss_file.LOSSES, "hinge", names["LOSSES"]["hinge"])
+    monkeypatch.setitem(loss_file.LOSSES, "weighted", weighted)
+    assert log_of(run("sd", "--loss", "hinge", name="a"))[0]["loss"] == 1
+    assert log_of(run("sd", "--loss", "weighted", "--group_size", "4", name="b"))[0]["loss"] == 1
+    assert len(seen) == 4 and all(weights.shape == (4, 4) for weights in seen)
 
 
 def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys):

@@ -212,7 +212,8 @@ def part(name):
     except (OSError, ValueError):
         pass  # missing or damaged
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside, torch.random.fork_rng(devices=[]):
+    with (tempfile.TemporaryDirectory(dir=folder.parent) as aside, torch.random.fork_rng(devices=[]),
+          torch.enable_grad()):
         torch.manual_seed(0)
         (built := Path(aside) / name).mkdir()
         {"pipeline": build_pipeline, "clip": build_clip, "judge": build_judge}[name](built)

@@ -12,6 +12,7 @@ config.json, data.json, log.jsonl (a line per step), samples/*.png and model/, a
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import sys
@@ -116,7 +117,7 @@ def get_args(argv=None):
     for name in ("warmup", "workers", "sample_every", "weight_decay", "seed", "guidance", "prompt_dropout"):
         if not 0 <= getattr(args, name) < math.inf or name == "prompt_dropout" and args.prompt_dropout > 1:
             p.error(f"--{name} {getattr(args, name)} is out of range")
-    group = args.group_size if args.loss == "rpo" else 1
+    group = args.group_size if needs(args.loss, "weights") else 1
     if args.batch_size % group:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --group_size {group}")
     fitting = [size for size in range(group, 17, group) if args.batch_size % size == 0]
@@ -125,6 +126,11 @@ def get_args(argv=None):
         p.error(f"--micro_batch {args.micro_batch} must divide --batch_size {args.batch_size} and be a "
                 f"multiple of --group_size {group}")
     return args
+
+
+def needs(loss, name):
+    """Whether a loss must be given `name`: it has no default in the loss's signature."""
+    return inspect.signature(LOSSES[loss]).parameters[name].default is inspect.Parameter.empty
 
 
 def get_optimizer(args, parameters):
@@ -202,7 +208,8 @@ def main(argv=None):
         sys.exit(f"train.py: --resolution {args.resolution} is no multiple of {least}, as this model needs")
     size = sum(parameter.numel() for parameter in unet.parameters())
     args.clip = args.clip or ("tiny" if size < 1e8 else data.H14)  # a toy model takes the toy CLIP
-    clip = data.Clip(args.clip, device, dtype) if args.loss == "rpo" and args.group_size > 1 else None
+    weighted = needs(args.loss, "weights") and args.group_size > 1
+    clip = data.Clip(args.clip, device, dtype) if weighted else None
     pairs.clip_transform = clip.transform if clip and args.similarity != "text" else None
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -214,16 +221,17 @@ def main(argv=None):
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(name == "unet")
     unet.to(memory_format=torch.channels_last)
-    sides = 1 if args.loss == "sft" else 2  # sft needs the winners alone and no reference
+    sides = 2 if needs(args.loss, "err_l") else 1  # sft: winners alone, and no reference
     reference = frozen_reference(unet, dtype) if sides == 2 else None
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     optimizer = get_optimizer(args, unet.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     loss_of_group, group = LOSSES[args.loss], args.micro_batch
-    if args.loss == "rpo":
-        loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
+    if needs(args.loss, "weights"):
         group = args.group_size
+    if "position" in inspect.signature(loss_of_group).parameters:
+        loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
     batches = iter(torch.utils.data.DataLoader(
         pairs, args.micro_batch, sampler=range(args.steps * args.batch_size), collate_fn=data.collate,
         num_workers=args.workers, pin_memory=device.type == "cuda"))
