@@ -91,6 +91,8 @@ def test_a_run_leaves_what_it_promises(run, small_model, model, optimizer):
         "--gradient_checkpointing",
         "--random_flip",
         "--random_crop",
+        "--workers",
+        "2",
         "--lr",
         "1e-3",
     )

@@ -167,9 +167,12 @@ def sample(args, pipe, prompts, dtype):
     for i in range(0, len(prompts), 4):  # at most four at once, for memory
         noise = [data.keyed_generator(args.seed, "sample", k) for k in range(i, min(i + 4, len(prompts)))]
         with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-            images = pipe(prompts[i:i + 4], num_inference_steps=args.sample_steps, height=args.resolution,
-                          width=args.resolution, guidance_scale=args.guidance, generator=noise).images
-        for k, image in enumerate(images, i):
+            latents = pipe(prompts[i:i + 4], num_inference_steps=args.sample_steps, height=args.resolution,
+                           width=args.resolution, guidance_scale=args.guidance, generator=noise,
+                           output_type="latent").images
+        with torch.no_grad():  # outside of autocast: SDXL's VAE overflows in fp16
+            images = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
+        for k, image in enumerate(pipe.image_processor.postprocess(images), i):
             row.paste(image.resize((size, size), Image.NEAREST), (k * size, 0))
     return row
 
