@@ -1,8 +1,10 @@
 """What the test files share: no network, a cache of their own, a quick embedded task, small models."""
 
 import os
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing is ever looked up
+os.environ["HF_HUB_OFFLINE"] = "1"  # both before the libraries read them: nothing is ever looked up
+os.environ["HF_HOME"] = tempfile.mkdtemp()
 
 import pytest
 import torch

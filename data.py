@@ -16,6 +16,7 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
 
 import concurrent.futures
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -60,7 +61,7 @@ def brief(error):
 def read_rows(source):
     """A `datasets.Dataset` with caption, jpg_0, jpg_1 and label_0 from a preset's name, a path, or a hub id.
 
-    Of a folder's parquet files those named train-* alone are read, where there are any.
+    Of a folder's files those named train-* alone are read, where there are any.
     """
     import datasets
 
@@ -71,13 +72,12 @@ def read_rows(source):
     try:
         if not path.exists():
             return datasets.load_dataset(hub_id(source), split="train")
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl"))
         files = [file for file in files if file.name.startswith("train-")] or files
         if files and files[0].suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
-        lists = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-        rows = [(file.parent, json.loads(line)) for file in lists
-                for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [(file.parent, json.loads(line)) for file in files
+                for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         return datasets.Dataset.from_dict({
             "caption": [row["prompt"] for _, row in rows], "label_0": [1.0] * len(rows),
             "jpg_0": [str(folder / row["chosen"]) for folder, row in rows],
@@ -152,6 +152,8 @@ class PreferencePairs(torch.utils.data.Dataset):
         columns = set(self.rows.column_names)
         if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - columns:
             raise SystemExit(f"data: {source} lacks {', '.join(sorted(missing))} of Pick-a-Pic's columns")
+        if (kind := self.rows.features["caption"].dtype) not in ("string", "large_string", "null"):
+            raise SystemExit(f"data: the captions of {source} are of type {kind}, not strings")
         for name in ("jpg_0", "jpg_1"):  # a column of the image type gives bytes or a path; decoded here
             if isinstance(self.rows.features[name], datasets.Image):
                 self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
@@ -162,7 +164,7 @@ class PreferencePairs(torch.utils.data.Dataset):
             raise SystemExit(f"data: the labels of {source} are not numbers: {brief(error)}")
         labelled = ~np.isnan(label)
         if "has_label" in columns:
-            labelled &= np.array([flag is not False for flag in self.rows["has_label"][:]], dtype=bool)
+            labelled &= np.array([flag in (None, True, 1) for flag in self.rows["has_label"][:]], dtype=bool)
         wrong = labelled & (~np.isin(label, (0, 0.5, 1)) | (~np.isnan(other) & (label + other != 1)))
         if wrong.any():
             first = ", ".join(f"row {k} ({label[k]:g}, {other[k]:g})" for k in np.flatnonzero(wrong)[:5])
@@ -235,13 +237,14 @@ def find_pipeline(model):
     source = MODELS.get(model, {"id": model})["id"]
     try:
         index = DiffusionPipeline.load_config(source if Path(source).is_dir() else hub_id(source))
+        kind = index["_class_name"]
     except Exception as error:
         raise SystemExit(f"model: {source} cannot be read as a diffusers pipeline: {brief(error)}")
     parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    if index["_class_name"] == "StableDiffusionXLPipeline":
+    if kind == "StableDiffusionXLPipeline":
         parts += ["text_encoder_2", "tokenizer_2"]
-    elif index["_class_name"] != "StableDiffusionPipeline":
-        raise SystemExit(f"model: {source} is a {index['_class_name']}, not of the SD 1.x or the SDXL kind")
+    elif kind != "StableDiffusionPipeline":
+        raise SystemExit(f"model: {source} is a {kind}, not of the SD 1.x or the SDXL kind")
     for part in parts:
         if not (index.get(part) or [None])[0] or Path(source).is_dir() and not (Path(source) / part).is_dir():
             raise SystemExit(f"model: {source} lacks its {part}")
@@ -249,13 +252,28 @@ def find_pipeline(model):
 
 
 def load_pipeline(model):
-    """The float32 diffusers pipeline of a preset's name, a folder, or a hub id, without a safety checker."""
+    """The float32 diffusers pipeline of a preset's name, a folder, or a hub id, without a safety checker.
+
+    SystemExit where a tensor or a vocabulary is missing, for which the libraries would take any other.
+    """
     from diffusers import DiffusionPipeline
 
     source, index = find_pipeline(model if model != "tiny" else str(tiny.part("pipeline")))
     checker = dict(safety_checker=None, requires_safety_checker=False) if "safety_checker" in index else {}
+    networks = {}
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, **checker)
+        for name in {"unet", "vae", "text_encoder", "text_encoder_2"} & index.keys():
+            network = getattr(importlib.import_module(index[name][0]), index[name][1])
+            networks[name], info = network.from_pretrained(source, subfolder=name, dtype=torch.float32,
+                                                           output_loading_info=True)
+            if info["missing_keys"]:
+                raise ValueError(f"its {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+        pipe = DiffusionPipeline.from_pretrained(source, **networks, **checker)
+        for name in {"tokenizer", "tokenizer_2"} & index.keys():
+            if len({tuple(getattr(pipe, name)(word).input_ids) for word in ("cat", "dog")}) < 2:
+                raise ValueError(f"its {name} has no vocabulary")
+        if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
+            raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
     except Exception as error:
         raise SystemExit(f"model: {source} cannot be loaded: {brief(error)}")
     pipe.set_progress_bar_config(disable=True)
@@ -291,9 +309,13 @@ def encode_images(vae, pixels, noise=None):
     """Scaled latents [N, C, h, w] of pixels [N, 3, H, W]: the posterior's mean, or its draw by `noise`.
 
     In float32 whatever the run's precision: SDXL's VAE overflows in fp16. FloatingPointError if it does here.
+    A few images at a time: at 1024 px one activation of 16 pairs would have 2^32 elements.
     """
-    posterior = vae.encode(pixels.to(vae.device)).latent_dist
-    latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(vae.device)
+    parts = pixels.split(max(1, 2 ** 22 // pixels[0, 0].numel()))
+    posteriors = [vae.encode(part.to(vae.device)).latent_dist for part in parts]
+    latents = torch.cat([posterior.mean for posterior in posteriors])
+    if noise is not None:
+        latents = latents + torch.cat([posterior.std for posterior in posteriors]) * noise.to(vae.device)
     if not torch.isfinite(latents).all():
         raise FloatingPointError("the VAE's latents are not finite")
     return latents * vae.config.scaling_factor

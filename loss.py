@@ -16,6 +16,7 @@ latent's elements are those of Diffusion-DPO's published code: beta = 5000 means
 
 A new loss is one function with the signature of these, one entry in LOSSES, one test; `--loss NAME` runs it.
 What has a default in its signature is not computed for it: sft sees no loser, no reference; dpo no weights.
+A loss that couples pairs must ask for weights: only then is it given one group of --group_size at a time.
 """
 
 import copy

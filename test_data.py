@@ -65,7 +65,7 @@ def test_ties_and_unlabelled_rows_are_dropped_by_value_and_counted(tmp_path):
     """Diffusion-DPO drops ties only where the data set's name has "pickapic" in it."""
     rows = rows_of(1.0, 0.5, 0.0, None, 0.5, 1.0)
     for row in rows:
-        row["has_label"] = row is not rows[5]
+        row["has_label"] = int(row is not rows[5])
     pairs = PreferencePairs(parquet(tmp_path, rows, name="my-own-set.parquet"), 16)
     assert pairs.report() == {"rows": 6, "used": 2, "ties": 2, "unlabelled": 2, "unreadable": []}
     assert sorted(pairs[position]["row"] for position in range(2)) == [0, 2]
@@ -155,6 +155,19 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
     (other := tmp_path / "other").mkdir()
     with pytest.raises(SystemExit, match="lacks jpg_1, label_0"):
         PreferencePairs(parquet(other, [{"caption": "c", "jpg_0": b""}]), 16)
+
+
+def test_of_own_lists_too_those_named_train_alone_are_read(tmp_path):
+    for name, lines in (("train-a.jsonl", 1), ("validation.jsonl", 2)):
+        line = json.dumps({"prompt": "p", "chosen": "a.png", "rejected": "a.png"})
+        (tmp_path / name).write_text("\n".join([line] * lines), encoding="utf-8-sig")
+    (tmp_path / "a.png").write_bytes(encoded())
+    assert PreferencePairs(str(tmp_path), 16).report()["rows"] == 1
+
+
+def test_captions_that_are_no_strings_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="captions of .* are of type int64, not strings"):
+        PreferencePairs(parquet(tmp_path, [row | {"caption": 5} for row in rows_of(1.0)]), 16)
 
 
 # Images

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import loss as loss_file
@@ -185,6 +187,56 @@ def test_a_loss_that_is_not_finite_ends_the_run(run):
         run("sd", "--lr", "1e30", "--optimizer", "sgd", "--max_grad_norm", "1e30")
 
 
+def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quick_tiny):
+    """From the label to mse/policy_w: the errors of step 0 are those of the known winner and loser."""
+    import datasets
+
+    rows = tiny.pairs(8)
+    datasets.Dataset.from_list(list(rows)).to_parquet(tmp_path / "train-0.parquet")
+    options = ["--steps", "1", "--batch_size", "8", "--loss", "dpo", "--sample_every", "0", "--device", "cpu"]
+    options += ["--vae_sample", "mean", "--prompt_dropout", "0", "--model", small_model("sd")]
+    train.main(options + ["--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    pipe = data.load_pipeline(small_model("sd"))
+    args = train.get_args(options + ["--data", str(tmp_path)])
+    timesteps, noise, _ = train.draw(args, 0, range(8), (4, 8, 8), 1000)
+    order = torch.randperm(8, generator=data.keyed_generator(0, "order", 0)).tolist()
+    for side, key in ((0, "mse/policy_w"), (1, "mse/policy_l")):
+        images = []
+        for row in (rows[k] for k in order):
+            winner = 0 if row["label_0"] == 1 else 1
+            image = data.read_image(row[f"jpg_{winner if side == 0 else 1 - winner}"])
+            images.append(data.crop_and_resize(image, 32, 0.5, 0.5, False)[0])
+        conditioning = data.encode_prompts(pipe, [rows[k]["caption"] for k in order], torch.zeros(8, 1, 6))
+        latents = data.encode_images(pipe.vae, torch.stack(images))
+        alphas_cumprod = pipe.scheduler.alphas_cumprod
+        err = denoising_error(pipe.unet, latents, noise, timesteps, conditioning, alphas_cumprod)
+        assert log_of(tmp_path / "out")[0][key] == pytest.approx(err.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_model_with_a_hole_is_refused(tmp_path, small_model, fault):
+    """The libraries fill a missing tensor at random, and say so in a warning among many."""
+    shutil.copytree(small_model("sd"), folder := tmp_path / "model")
+    if fault == "tokenizer":
+        for file in (folder / "tokenizer").iterdir():
+            file.unlink()
+    elif fault == "scheduler":
+        (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(
+            json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]})
+        )
+    else:
+        (file,) = (folder / fault).glob("*.safetensors")
+        tensors = load_file(file)
+        del tensors[next(name for name in sorted(tensors) if name.endswith("weight"))]
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        SystemExit, match=f"model: .* cannot be loaded: its .*{fault if fault != 'scheduler' else 'noise'}"
+    ):
+        data.load_pipeline(str(folder))
+
+
 # The forward pass
 
 
@@ -204,17 +256,21 @@ def checkpointed(unet, inputs, on):
     return [parameter.grad.clone() for parameter in unet.parameters()], sum(kept.values())
 
 
-@pytest.mark.parametrize("model", ["sd", "sdxl"])
-def test_gradient_checkpointing_keeps_less_and_changes_nothing(small_model, model):
-    pipe = data.load_pipeline(small_model(model))
+def pair_inputs(pipe):
     torch.manual_seed(0)
-    inputs = dict(
+    return dict(
         latents=torch.randn(8, 4, 8, 8),
         noise=torch.randn(8, 4, 8, 8),
         timesteps=torch.randint(1000, (8,)),
         conditioning=data.encode_prompts(pipe, ["a cat"] * 4, torch.full((4, 2, 6), 32.0)),
         alphas_cumprod=torch.linspace(0.999, 0.005, 1000),
     )
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(small_model, model):
+    pipe = data.load_pipeline(small_model(model))
+    inputs = pair_inputs(pipe)
     plain, kept = checkpointed(pipe.unet.eval(), inputs, on=False)
     saved, kept_less = checkpointed(pipe.unet, inputs, on=True)
     for a, b in zip(plain, saved):
@@ -225,15 +281,19 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(small_model, mode
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_a_reference_in_bf16_is_the_policy_under_autocast(small_model, model):
-    """On diffusers' own UNet: nothing but Linear and Conv weights is in half."""
+    """On diffusers' own UNet: only Linear and Conv weights are in half, and the errors are equal bits."""
     pipe = data.load_pipeline(small_model(model))
-    reference = frozen_reference(pipe.unet, torch.bfloat16)
-    assert {
+    reference = frozen_reference(pipe.unet.eval(), torch.bfloat16)
+    halves = {
         type(module).__name__
         for module in reference.modules()
         for parameter in module.parameters(recurse=False)
         if parameter.dtype == torch.bfloat16
-    } == {"Linear", "Conv2d"}
+    }
+    assert halves == {"Linear", "Conv2d"}
+    inputs = pair_inputs(pipe)
+    err, ref_err = (denoising_error(unet, **inputs, dtype=torch.bfloat16) for unet in (pipe.unet, reference))
+    assert torch.equal(err, ref_err) and err.requires_grad
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
@@ -436,6 +496,12 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run, tmp_path):
     with pytest.raises(SystemExit, match="holds another run; give another --out"):
         run("sd", "--seed", "1")
     assert (tmp_path / "run" / "log.jsonl").read_text() == log
+
+
+def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be made: .*file is no folder that can be written to"):
+        train.main(["--model", "no/model", "--data", "no/pairs", "--out", str(tmp_path / "file" / "run")])
 
 
 def test_precedence_is_default_preset_command_line():

@@ -3,7 +3,7 @@
     python train.py                                             the embedded task: RPO on a laptop, in minutes
     python train.py --loss dpo                                  the same with Diffusion-DPO; or --loss sft
     python train.py --model sd15                                Stable Diffusion 1.5 on Pick-a-Pic v2
-    python train.py --model sdxl --data my_pairs --steps 500    SDXL on a folder of your own pairs
+    python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
     python train.py --model sd15 --dry_run                      print the resolved run and stop
 
 Values come from the defaults, then the preset of --model, then the command line. A run writes to --out:
@@ -15,6 +15,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,8 @@ PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Di
                  sample_steps=20, guidance=3.0),
     "tiny dpo": dict(beta=500),
     "tiny sft": dict(lr=1e-4),
-    "sd15": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=512),
+    "sd15": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=512,
+                 optimizer="adamw"),
     "sdxl": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=1024,
                  optimizer="adafactor", gradient_checkpointing=True, guidance=5.0),
 }
@@ -71,8 +73,8 @@ def get_args(argv=None):
     # optimisation
     add("--steps", type=int, default=1000)
     add("--batch_size", type=int, default=32, help="pairs per step")
-    add("--micro_batch", type=int, help="pairs per forward; for memory alone [at most 16]")
-    add("--optimizer", default="adamw", choices=["adamw", "adafactor", "sgd"])
+    add("--micro_batch", type=int, help="pairs per forward; for memory alone [at most 16; 8 over 512 px]")
+    add("--optimizer", choices=["adamw", "adafactor", "sgd"], help="[adafactor for SDXL, else adamw]")
     add("--lr", type=float, default=1e-5)
     add("--warmup", type=int, default=0, help="steps of linear warm-up to a constant rate")
     add("--weight_decay", type=float, default=0.01)
@@ -98,10 +100,11 @@ def get_args(argv=None):
     args.data = args.data or known.get("data") or p.error(f"--model {model} is no preset, so it needs --data")
     args.clip = args.clip or known.get("clip")
     args.out = args.out or f"out/{Path(model).name}-{args.loss}"
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    there = ["mps"] * torch.backends.mps.is_available() + there
     args.device = args.device or there[0]
     kind = args.device.partition(":")[0]
-    if kind not in there:
+    if args.device not in there and (kind, f"{args.device}:0") != ("cuda", there[0]):
         p.error(f"--device {args.device} is not there; this machine has {', '.join(there)}")
     args.precision = args.precision or ("bf16" if kind == "cuda" else "fp32")
     if args.precision == "fp16" and kind == "cpu":
@@ -120,7 +123,8 @@ def get_args(argv=None):
     group = args.group_size if needs(args.loss, "weights") else 1
     if args.batch_size % group:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --group_size {group}")
-    fitting = [size for size in range(group, 17, group) if args.batch_size % size == 0]
+    most = 8 if (args.resolution or 0) > 512 else 16
+    fitting = [size for size in range(group, most + 1, group) if args.batch_size % size == 0]
     args.micro_batch = args.micro_batch or max(fitting, default=group)
     if args.batch_size % args.micro_batch or args.micro_batch % group:
         p.error(f"--micro_batch {args.micro_batch} must divide --batch_size {args.batch_size} and be a "
@@ -177,11 +181,29 @@ def sample(args, pipe, prompts, dtype):
     return row
 
 
-def save_grid(folder, step, rows):
-    grid = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
-    for i, row in enumerate(rows):
-        grid.paste(row, (0, i * row.height))
-    grid.save(folder / f"{step:06d}.png")
+def save_grid(file, top, bottom):
+    grid = Image.new("RGB", (top.width, 2 * top.height))
+    grid.paste(top, (0, 0))
+    grid.paste(bottom, (0, top.height))
+    grid.save(file)
+
+
+def model_card(args, weighted):
+    settings = f"{args.steps} steps of {args.batch_size} pairs, {args.optimizer}, learning rate {args.lr:g}"
+    settings += f", beta {args.beta:g}" * needs(args.loss, "beta")
+    settings += f", groups of {args.group_size}, tau {args.tau:g}, {args.similarity} similarity" * weighted
+    base = data.MODELS.get(args.model, {"id": args.model})["id"]
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [preference-optimization, {args.loss}]
+---
+`{base}` aligned with the preference pairs `{args.data}` by {args.loss} (diffusion-rpo):
+{settings}, seed {args.seed}.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("this folder")
+"""
 
 
 def main(argv=None):
@@ -189,7 +211,10 @@ def main(argv=None):
     if args.dry_run:
         return print(json.dumps(vars(args), indent=1))
     out, device = Path(args.out), torch.device(args.device)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    nearest = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        sys.exit(f"train.py: {out} cannot be made: {nearest} is no folder that can be written to")
+    if nearest == out and any(out.iterdir()):
         sys.exit(f"train.py: {out} holds another run; give another --out, or remove it")
     started = time.time()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
@@ -198,7 +223,7 @@ def main(argv=None):
         library.utils.logging.disable_progress_bar()
 
     # Data and models, the quickest to fail first.
-    if args.model != "tiny":
+    if args.model != "tiny":  # which is built below, after the data were found good
         data.find_pipeline(args.model)
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
                                  args.prompt_dropout)
@@ -206,7 +231,9 @@ def main(argv=None):
           "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
     pipe = data.load_pipeline(args.model).to(device)
     unet, vae = pipe.unet, pipe.vae
-    args.resolution = pairs.resolution = args.resolution or unet.config.sample_size * pipe.vae_scale_factor
+    own_size = torch.tensor(unet.config.sample_size).min().item() * pipe.vae_scale_factor
+    args.resolution = pairs.resolution = args.resolution or own_size
+    args.optimizer = args.optimizer or ("adafactor" if "text_encoder_2" in pipe.components else "adamw")
     if args.resolution % (least := pipe.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)):
         sys.exit(f"train.py: --resolution {args.resolution} is no multiple of {least}, as this model needs")
     size = sum(parameter.numel() for parameter in unet.parameters())
@@ -223,7 +250,8 @@ def main(argv=None):
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(name == "unet")
-    unet.to(memory_format=torch.channels_last)
+    if device.type != "mps":  # the faster layout for convolutions
+        unet.to(memory_format=torch.channels_last)
     sides = 2 if needs(args.loss, "err_l") else 1  # sft: winners alone, and no reference
     reference = frozen_reference(unet, dtype) if sides == 2 else None
     if args.gradient_checkpointing:
@@ -248,10 +276,11 @@ def main(argv=None):
     else:
         first = (pairs.rows[int(row)]["caption"] for row in pairs.pairs[:100])
         prompts = list(dict.fromkeys(caption for caption in first if caption))[:8] or [""]
-    rows = [sample(args, pipe, prompts, dtype)] if args.sample_every else []
+    top = sample(args, pipe, prompts, dtype) if args.sample_every else None
 
     (out / "samples").mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(vars(args), indent=1))
+    (out / "data.json").write_text(json.dumps(pairs.report(), indent=1))
     log = open(out / "log.jsonl", "w")
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -301,10 +330,11 @@ def main(argv=None):
 
         scaler.unscale_(optimizer)
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-        values = torch.stack([*totals.values()]).tolist()                           # the step's one host sync
+        values = torch.stack([*totals.values()]).tolist()                           # sync point
         record = {"step": step} | dict(zip(totals, values))
         loss, norm = record["loss"], record["grad_norm"]
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):  # a scaler skips it
+        skipped = scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler lowers its scale instead
+        if not math.isfinite(loss) or not math.isfinite(norm) and (not skipped or scaler.get_scale() < 1):
             sys.exit(f"train.py: step {step}: loss {loss}, grad_norm {norm}; the last rows were "
                      f"{batch['row']}. No model was saved; try a smaller --lr or --precision fp32")
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
@@ -312,20 +342,19 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad()
 
-        record |= {"lr": lr, "pairs_per_second": args.batch_size / (time.time() - began)}
+        record |= {"grad_norm": None if skipped else norm, "lr": lr,
+                   "pairs_per_second": args.batch_size / (time.time() - began)}
         print(json.dumps(record), file=log, flush=True)
         bar.set_postfix({name.split("/")[-1]: f"{record[name]:.3f}" for name in (
             "loss", "reward/margin", "reward/accuracy") if name in record})
-        for name, value in record.items() if board else ():
-            board.add_scalar(name, value, step)
-        if rows and (step + 1) % args.sample_every == 0 and step + 1 < args.steps:
-            save_grid(out / "samples", step + 1, [rows[0], sample(args, pipe, prompts, dtype)])
+        for name in record if board else ():
+            board.add_scalar(name, record[name] or 0, step)
+        if top and ((step + 1) % args.sample_every == 0 or step + 1 == args.steps):
+            save_grid(out / "samples" / f"{step + 1:06d}.png", top, sample(args, pipe, prompts, dtype))
 
-    if rows:
-        save_grid(out / "samples", args.steps, [rows[0], sample(args, pipe, prompts, dtype)])
     (out / "data.json").write_text(json.dumps(pairs.report(), indent=1))
     pipe.save_pretrained(out / "model.part")  # aside, then renamed: model/ is whole or not there
-    (out / "model.part" / "README.md").write_text(MODEL_CARD.format(**vars(args)))
+    (out / "model.part" / "README.md").write_text(model_card(args, weighted))
     (out / "model.part").rename(out / "model")
     if embedded:
         result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
@@ -333,20 +362,6 @@ def main(argv=None):
         for name in ("base", "final"):
             print(name, "{style:.0%} sketches, {shape:.0%} of the right shape".format(**result[name]))
     print(f"{time.time() - started:.0f} s; {out}/model is a diffusers pipeline, {out}/samples shows it")
-
-
-MODEL_CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-base_model: {model}
-tags: [preference-optimization, {loss}]
----
-`{model}` aligned with the preference pairs `{data}` by {loss} (diffusion-rpo): {steps} steps of {batch_size}
-pairs, beta {beta:g}, groups of {group_size}, tau {tau:g}, {optimizer} at learning rate {lr:g}, seed {seed}.
-
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained("this folder")
-"""
 
 
 if __name__ == "__main__":
