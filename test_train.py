@@ -213,6 +213,24 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
         assert log_of(tmp_path / "out")[0][key] == pytest.approx(err.mean().item(), rel=1e-5)
 
 
+def test_weights_as_older_libraries_wrote_them_load(tmp_path, small_model):
+    """Stable Diffusion 1.5 itself: a text_model. prefix that transformers 5 dropped, position_ids, .bin files."""
+    shutil.copytree(small_model("sd"), folder := tmp_path / "model")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = {
+        f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()
+    }
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (file,) = (folder / "vae").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    old, new = data.load_pipeline(str(folder)), data.load_pipeline(small_model("sd"))
+    for name in ("text_encoder", "vae"):
+        for a, b in zip(getattr(old, name).parameters(), getattr(new, name).parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("fault", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_model_with_a_hole_is_refused(tmp_path, small_model, fault):
     """The libraries fill a missing tensor at random, and say so in a warning among many."""
