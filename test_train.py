@@ -214,7 +214,7 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
 
 
 def test_weights_as_older_libraries_wrote_them_load(tmp_path, small_model):
-    """Stable Diffusion 1.5 itself: a text_model. prefix that transformers 5 dropped, position_ids, .bin files."""
+    """As SD 1.5 itself: a text_model. prefix that transformers 5 dropped, position_ids, .bin files."""
     shutil.copytree(small_model("sd"), folder := tmp_path / "model")
     (file,) = (folder / "text_encoder").glob("*.safetensors")
     tensors = {
