@@ -4,7 +4,8 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # both before the libraries read them: nothing is ever looked up
-os.environ["HF_HOME"] = tempfile.mkdtemp()
+hub_cache = tempfile.TemporaryDirectory()  # removed when the tests end
+os.environ["HF_HOME"] = hub_cache.name
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import tiny
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield patch
+        yield
 
 
 @pytest.fixture

@@ -21,21 +21,10 @@ import tiny
 import train
 from loss import denoising_error, frozen_reference
 
-KEYS = {
-    "step",
-    "loss",
-    "grad_norm",
-    "lr",
-    "pairs_per_second",
-    "reward/chosen",
-    "reward/rejected",
-    "reward/margin",
-    "reward/accuracy",
-    "mse/policy_w",
-    "mse/policy_l",
-    "mse/ref_w",
-    "mse/ref_l",
-}
+KEYS = set(
+    "step loss grad_norm lr pairs_per_second reward/chosen reward/rejected reward/margin reward/accuracy "
+    "mse/policy_w mse/policy_l mse/ref_w mse/ref_l".split()
+)
 
 
 @pytest.fixture
@@ -44,27 +33,8 @@ def run(tmp_path, small_model, few_pairs, quick_tiny):
 
     def run(model, *options, name="run"):
         out = tmp_path / name
-        train.main(
-            [
-                "--model",
-                small_model(model),
-                "--data",
-                few_pairs,
-                "--out",
-                str(out),
-                "--steps",
-                "2",
-                "--batch_size",
-                "8",
-                "--sample_every",
-                "0",
-                "--clip",
-                "tiny",
-                "--device",
-                "cpu",
-                *options,
-            ]
-        )
+        fixed = "--steps 2 --batch_size 8 --sample_every 0 --clip tiny --device cpu".split()
+        train.main(["--model", small_model(model), "--data", few_pairs, "--out", str(out), *fixed, *options])
         return out
 
     return run
@@ -80,24 +50,9 @@ def log_of(out):
 @pytest.mark.parametrize("model, optimizer", [("sd", "adamw"), ("sdxl", "adafactor"), ("sd-v", "sgd")])
 def test_a_run_leaves_what_it_promises(run, small_model, model, optimizer):
     """Also that the result is a stock pipeline in which the UNet alone, all of it in float32, has moved."""
-    out = run(
-        model,
-        "--optimizer",
-        optimizer,
-        "--sample_every",
-        "1",
-        "--sample_steps",
-        "2",
-        "--precision",
-        "bf16",
-        "--gradient_checkpointing",
-        "--random_flip",
-        "--random_crop",
-        "--workers",
-        "2",
-        "--lr",
-        "1e-3",
-    )
+    options = "--sample_every 1 --sample_steps 2 --precision bf16 --workers 2 --lr 1e-3"
+    flags = "--gradient_checkpointing --random_flip --random_crop"
+    out = run(model, "--optimizer", optimizer, *options.split(), *flags.split())
     assert json.loads((out / "config.json").read_text())["resolution"] == 32
     assert json.loads((out / "data.json").read_text()) == {
         "rows": 27,
@@ -480,30 +435,19 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(
 ):
     import datasets
 
-    sd, bad = Path(small_model("sd")), {"{sd}": small_model("sd"), "{pairs}": few_pairs}
+    paths = {"{sd}": small_model("sd"), "{pairs}": few_pairs}
     for name in ("no-unet", "no-weights", "other", "labels"):
-        bad[f"{{{name}}}"] = str(tmp_path / name)
-        if f"{{{name}}}" in options:
-            (tmp_path / name).mkdir()
-            for file in sd.rglob("*"):
-                if (
-                    file.is_file()
-                    and not (name == "no-unet" and "unet" in file.parts)
-                    and not (
-                        name == "no-weights" and file.parent.name == "vae" and file.suffix == ".safetensors"
-                    )
-                ):
-                    (copy := tmp_path / name / file.relative_to(sd)).parent.mkdir(exist_ok=True)
-                    copy.write_bytes(file.read_bytes())
-    if "{other}" in options:
-        (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    if options[1] == "{labels}":
-        (tmp_path / "labels" / "model_index.json").unlink()
-    elif "{labels}" in options:
-        row = tiny.pairs(1)[0] | {"label_0": 3.0, "label_1": -2.0}
-        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "labels" / "train-0.parquet")
+        paths[f"{{{name}}}"] = str(tmp_path / name)
+    for name in ("no-unet", "no-weights", "other"):
+        shutil.copytree(small_model("sd"), tmp_path / name)
+    shutil.rmtree(tmp_path / "no-unet" / "unet")
+    next((tmp_path / "no-weights" / "vae").glob("*.safetensors")).unlink()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    (tmp_path / "labels").mkdir()
+    row = tiny.pairs(1)[0] | {"label_0": 3.0, "label_1": -2.0}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "labels" / "train-0.parquet")
     with pytest.raises(SystemExit) as end:
-        train.main([bad.get(option, option) for option in options] + ["--out", str(tmp_path / "out")])
+        train.main([paths.get(option, option) for option in options] + ["--out", str(tmp_path / "out")])
     message = str(end.value.code)
     assert re.search(complaint, message) and "\n" not in message
     assert not (tmp_path / "out").exists() and "Traceback" not in capsys.readouterr().err

@@ -258,9 +258,8 @@ def main(argv=None):
         unet.enable_gradient_checkpointing()
     optimizer = get_optimizer(args, unet.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    loss_of_group, group = LOSSES[args.loss], args.micro_batch
-    if needs(args.loss, "weights"):
-        group = args.group_size
+    loss_of_group = LOSSES[args.loss]
+    group = args.group_size if needs(args.loss, "weights") else args.micro_batch
     if "position" in inspect.signature(loss_of_group).parameters:
         loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
     batches = iter(torch.utils.data.DataLoader(
