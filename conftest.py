@@ -1,6 +1,9 @@
-"""What the test files share: no network, a cache of their own, a quick embedded task, small models."""
+"""What the test files share: no network, a cache of their own, a quick embedded task, small models, processes."""
 
+import multiprocessing
 import os
+import socket
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # both before the libraries read them: nothing is ever looked up
@@ -24,6 +27,51 @@ def own_cache(tmp_path_factory):
 def quick_tiny(monkeypatch):
     """The parts of the embedded task, trained for so few steps that they know nothing."""
     monkeypatch.setattr(tiny, "STEPS", {name: 2 for name in tiny.STEPS})
+
+
+forks = multiprocessing.get_context("forkserver")  # children of a process that has imported torch already
+forks.set_forkserver_preload(
+    "train conftest open_clip datasets diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl "
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion".split()
+)
+
+
+def in_child(rank, world, port, text, environment, function, args):
+    os.environ.update(environment)
+    if world > 1:  # as torchrun sets them
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        torch.set_num_threads(1)
+    sys.stdout.flush()
+    for stream in (1, 2):
+        os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
+    tiny.STEPS = {name: 2 for name in tiny.STEPS}
+    function(*args)
+
+
+def launch(folder, world, function, *args):
+    """(exit status, output) of each of `world` new processes that call an importable function."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True, parents=True)
+    texts = [folder / f"rank-{rank}.txt" for rank in range(world)]
+    for text in texts:
+        text.write_text("")
+    environment = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME")}
+    children = [
+        forks.Process(target=in_child, args=(rank, world, port, text, environment, function, args))
+        for rank, text in enumerate(texts)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.is_alive():
+            for other in children:
+                other.kill()
+            pytest.fail(f"a process hangs: {[text.read_text()[-2000:] for text in texts]}")
+    return [(child.exitcode, text.read_text()) for child, text in zip(children, texts)]
 
 
 @pytest.fixture(scope="session")

@@ -139,11 +139,12 @@ class PreferencePairs(torch.utils.data.Dataset):
     source          see the head of this file
     resolution      side of the training square, pixels
     clip_transform  a function from a picture to a tensor for `clip_pixels`, or None
+    scan            whether up to SCAN_LIMIT pairs are all decoded now, for a complete report
     raises          SystemExit, in one line, where the source cannot be read or holds a wrong label or no pair
     """
 
     def __init__(self, source, resolution, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
-                 clip_transform=None):
+                 clip_transform=None, scan=True):
         import datasets
 
         self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
@@ -175,7 +176,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         self.ties, self.unlabelled = int((labelled & (label == 0.5)).sum()), int((~labelled).sum())
         self.order = (-1, None)  # (epoch, its shuffle) of the last item
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            scanned = self.pairs if len(self.pairs) <= SCAN_LIMIT else []
+            scanned = self.pairs if scan and len(self.pairs) <= SCAN_LIMIT else []
             failed = pool.map(lambda row: self.images(row) is None, scanned)
             self.unreadable = {int(row) for row, bad in zip(scanned, failed) if bad}
         if len(self.unreadable) == len(self.pairs):
@@ -203,13 +204,13 @@ class PreferencePairs(torch.utils.data.Dataset):
             generator = keyed_generator(self.seed, "order", epoch)
             self.order = epoch, torch.randperm(len(self), generator=generator).numpy()
         unreadable = []
-        for k in range(len(self)):
+        for k in range(min(len(self), 1000)):
             row = int(self.pairs[self.order[1][(start + k) % len(self)]])
             if images := self.images(row):
                 break
             unreadable.append(row)
         else:
-            raise RuntimeError("not one of the pairs can be decoded any more: is the storage still there?")
+            raise RuntimeError(f"{k + 1} pairs in a row cannot be decoded any more: is the storage gone?")
         y, x, flip, drop = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row)).tolist()
         y, x = (y, x) if self.random_crop else (0.5, 0.5)
         flip = self.random_flip and flip < 0.5
@@ -308,16 +309,14 @@ def encode_prompts(pipe, prompts, time_ids, dtype=torch.float32):
 def encode_images(vae, pixels, noise=None):
     """Scaled latents [N, C, h, w] of pixels [N, 3, H, W]: the posterior's mean, or its draw by `noise`.
 
-    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. FloatingPointError if it does here.
-    A few images at a time: at 1024 px one activation of 16 pairs would have 2^32 elements.
+    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few images at a time: at 1024 px
+    one activation of 16 pairs would have 2^32 elements.
     """
     parts = pixels.split(max(1, 2 ** 22 // pixels[0, 0].numel()))
     posteriors = [vae.encode(part.to(vae.device)).latent_dist for part in parts]
     latents = torch.cat([posterior.mean for posterior in posteriors])
     if noise is not None:
         latents = latents + torch.cat([posterior.std for posterior in posteriors]) * noise.to(vae.device)
-    if not torch.isfinite(latents).all():
-        raise FloatingPointError("the VAE's latents are not finite")
     return latents * vae.config.scaling_factor
 
 
@@ -349,20 +348,21 @@ class Clip:
 
     @torch.no_grad()
     def embed(self, captions, clip_pixels=None):
-        """text, image_w, image_l, each [B, E]: of B captions, and of clip_pixels [B, 2, 3, h, w] or None."""
+        """[B, 3, E]: text, image_w, image_l of B captions and clip_pixels [B, 2, 3, h, w]; without, zeros."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             text = self.model.encode_text(self.tokenizer(captions).to(self.device))
-            if clip_pixels is None:
-                return text.float(), None, None
-            image = self.model.encode_image(clip_pixels.flatten(0, 1).to(self.device)).unflatten(0, (-1, 2))
-        return text.float(), image[:, 0].float(), image[:, 1].float()
+            image = torch.zeros_like(text)[:, None].repeat(1, 2, 1)
+            if clip_pixels is not None:
+                pixels = clip_pixels.flatten(0, 1).to(self.device)
+                image = self.model.encode_image(pixels).unflatten(0, (-1, 2))               # [B, 2, E]
+        return torch.cat([text[:, None], image], 1).float()
 
 
 def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):
     """How much winner i is held against loser j: w_ij = softmax over j of ( -d_ij / tau ), arXiv:2406.06382.
 
     d_ij is the cosine distance of the two captions ("text"), of winner i's image to loser j's ("image"), or
-    the mean of these ("both"). Embeddings that are not used may be None.
+    the mean of these ("both"). Embeddings that are not used may be anything.
 
     text, image_w, image_l  [B, E] CLIP embeddings of captions, winners, losers; normalised here, in float32
     tau                     temperature > 0; toward 0 a winner meets the nearest losers alone, else all alike

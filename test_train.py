@@ -354,7 +354,7 @@ def test_clip_from_a_local_file(tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     clip = data.Clip(f"test-arch:{tmp_path / 'weights.pt'}")
     image = clip.transform(Image.new("RGB", (50, 40), "red"))
-    text, image_w, image_l = clip.embed(["a red field"], torch.stack([image, image])[None])
+    text, image_w, image_l = clip.embed(["a red field"], torch.stack([image, image])[None]).unbind(1)
     torch.testing.assert_close(text, model.eval().encode_text(clip.tokenizer(["a red field"])).detach())
     torch.testing.assert_close(image_w, model.encode_image(image[None]).detach())
     assert torch.equal(image_w, image_l)

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import filelock
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -206,20 +207,21 @@ def part(name):
     recipe = hashlib.sha256(Path(__file__).read_bytes() + repr(STEPS).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "diffusion-rpo" / f"tiny-{recipe}" / name
-    try:
-        if json.loads((folder / "digests.json").read_text()) == digests(folder):
-            return folder
-    except (OSError, ValueError):
-        pass  # missing or damaged
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryDirectory(dir=folder.parent) as aside, torch.random.fork_rng(devices=[]),
-          torch.enable_grad()):
-        torch.manual_seed(0)
-        (built := Path(aside) / name).mkdir()
-        {"pipeline": build_pipeline, "clip": build_clip, "judge": build_judge}[name](built)
-        (built / "digests.json").write_text(json.dumps(digests(built)))
-        shutil.rmtree(folder, ignore_errors=True)
-        built.rename(folder)
+    with filelock.FileLock(folder.parent / f"{name}.lock"):  # of several processes one builds, the others wait
+        try:
+            if json.loads((folder / "digests.json").read_text()) == digests(folder):
+                return folder
+        except (OSError, ValueError):
+            pass  # missing or damaged
+        with (tempfile.TemporaryDirectory(dir=folder.parent) as aside, torch.random.fork_rng(devices=[]),
+              torch.enable_grad()):
+            torch.manual_seed(0)
+            (built := Path(aside) / name).mkdir()
+            {"pipeline": build_pipeline, "clip": build_clip, "judge": build_judge}[name](built)
+            (built / "digests.json").write_text(json.dumps(digests(built)))
+            shutil.rmtree(folder, ignore_errors=True)
+            built.rename(folder)
     return folder
 
 

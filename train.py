@@ -3,11 +3,14 @@
     python train.py                                             the embedded task: RPO on a laptop, in minutes
     python train.py --loss dpo                                  the same with Diffusion-DPO; or --loss sft
     python train.py --model sd15                                Stable Diffusion 1.5 on Pick-a-Pic v2
+    torchrun --nproc_per_node=8 train.py --model sdxl           SDXL on eight GPUs
     python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
     python train.py --model sd15 --dry_run                      print the resolved run and stop
 
 Values come from the defaults, then the preset of --model, then the command line. A run writes to --out:
-config.json, data.json, log.jsonl (a line per step), samples/*.png and model/, a diffusers pipeline.
+config.json, data.json, log.jsonl (a line per step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers
+pipeline. It is a function of its arguments: processes and --micro_batch change rounding, nothing else. Killed
+or stopped, the same command goes on from the last checkpoint and ends in the same weights.
 """
 
 import argparse
@@ -16,30 +19,36 @@ import inspect
 import json
 import math
 import os
+import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
+import filelock
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
-from PIL import Image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
+import resume
 import tiny
 from loss import LOSSES, denoising_error, frozen_reference
 
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
     "tiny": dict(steps=120, batch_size=16, lr=2e-5, warmup=10, beta=8000, prompt_dropout=0.1, sample_every=40,
-                 sample_steps=20, guidance=3.0),
+                 sample_steps=20, guidance=3.0, save_every=40),
     "tiny dpo": dict(beta=500),
     "tiny sft": dict(lr=1e-4),
     "sd15": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=512,
-                 optimizer="adamw"),
+                 optimizer="adamw", save_every=50),
     "sdxl": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=1024,
-                 optimizer="adafactor", gradient_checkpointing=True, guidance=5.0),
+                 optimizer="adafactor", gradient_checkpointing=True, guidance=5.0, save_every=20),
 }
 
 
@@ -49,11 +58,12 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(
         prog="train.py", usage="python train.py [options]", allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
-    p.error = lambda message: sys.exit(f"train.py: {message}")
+    rank, local_rank, world = torchrun()
+    p.error = lambda message: sys.exit(f"train.py: {message}" if rank == 0 else 1)
     flag, add = argparse.BooleanOptionalAction, p.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
     add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]")
-    add("--out", metavar="DIR", help="a new folder for the run [out/MODEL-LOSS]")
+    add("--out", metavar="DIR", help="the run's folder; started again, it goes on [out/MODEL-LOSS]")
     # the method
     add("--loss", default="rpo", choices=LOSSES)
     add("--beta", type=float, default=5000, help="strength of the pull to the reference")
@@ -70,6 +80,7 @@ def get_args(argv=None):
     add("--prompt_dropout", type=float, default=0.2, help="share of pairs trained without their prompt")
     add("--vae_sample", default="sample", choices=["mean", "sample"], help="what the VAE's posterior gives")
     add("--workers", type=int, help="processes that decode images [8 beside a GPU, else 0]")
+    add("--data_timeout", type=int, default=600, help="seconds without a batch that end the run")
     # optimisation
     add("--steps", type=int, default=1000)
     add("--batch_size", type=int, default=32, help="pairs per step")
@@ -84,7 +95,8 @@ def get_args(argv=None):
     add("--device", help="cuda, mps or cpu [the best there is]")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="of the forward pass [bf16 on cuda, else fp32]")
     add("--gradient_checkpointing", action=flag, default=False, help="less memory for a third more time")
-    # samples
+    # what it leaves
+    add("--save_every", type=int, default=100, help="steps between checkpoints; 0 = one, at the end")
     add("--sample_every", type=int, default=100, help="steps between grids of samples; 0 = never")
     add("--sample_steps", type=int, default=30, help="denoising steps of a sample")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance of a sample")
@@ -100,8 +112,12 @@ def get_args(argv=None):
     args.data = args.data or known.get("data") or p.error(f"--model {model} is no preset, so it needs --data")
     args.clip = args.clip or known.get("clip")
     args.out = args.out or f"out/{Path(model).name}-{args.loss}"
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
-    there = ["mps"] * torch.backends.mps.is_available() + there
+    gpus, there = torch.cuda.device_count(), ["mps"] * torch.backends.mps.is_available()
+    if world > 1:  # a GPU for each process of this machine, by its local rank
+        there = ["cuda"] * bool(gpus)
+        if local_rank >= gpus > 0 and args.device != "cpu":
+            p.error(f"more processes than GPUs: --nproc_per_node must be at most {gpus}, or --device cpu")
+    there = [f"cuda:{i}" for i in range(gpus)] * (world == 1) + there + ["cpu"]
     args.device = args.device or there[0]
     kind = args.device.partition(":")[0]
     if args.device not in there and (kind, f"{args.device}:0") != ("cuda", there[0]):
@@ -111,25 +127,33 @@ def get_args(argv=None):
         p.error("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
     args.workers = (8 if kind == "cuda" else 0) if args.workers is None else args.workers
 
-    for name in ("steps", "batch_size", "group_size", "micro_batch", "resolution", "sample_steps"):
+    for name in ("steps", "batch_size", "group_size", "micro_batch", "resolution", "sample_steps",
+                 "data_timeout"):
         if (value := getattr(args, name)) is not None and value < 1:
             p.error(f"--{name} must be at least 1, not {value}")
     for name in ("beta", "tau", "lr", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             p.error(f"--{name} must be a positive number, not {getattr(args, name)}")
-    for name in ("warmup", "workers", "sample_every", "weight_decay", "seed", "guidance", "prompt_dropout"):
+    for name in ("warmup", "workers", "sample_every", "save_every", "weight_decay", "seed", "guidance",
+                 "prompt_dropout"):
         if not 0 <= getattr(args, name) < math.inf or name == "prompt_dropout" and args.prompt_dropout > 1:
             p.error(f"--{name} {getattr(args, name)} is out of range")
     group = args.group_size if needs(args.loss, "weights") else 1
     if args.batch_size % group:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --group_size {group}")
-    most = 8 if (args.resolution or 0) > 512 else 16
-    fitting = [size for size in range(group, most + 1, group) if args.batch_size % size == 0]
-    args.micro_batch = args.micro_batch or max(fitting, default=group)
-    if args.batch_size % args.micro_batch or args.micro_batch % group:
-        p.error(f"--micro_batch {args.micro_batch} must divide --batch_size {args.batch_size} and be a "
-                f"multiple of --group_size {group}")
+    share, rest = divmod(args.batch_size, world)  # pairs per step and process
+    if rest or args.micro_batch and share % args.micro_batch:
+        p.error(f"--batch_size {args.batch_size} is not a multiple of {world} processes * --micro_batch "
+                f"{args.micro_batch or 1}")
+    sizes = [n for n in range(1, 17 if (args.resolution or 0) <= 512 else 9) if share % n == 0]
+    args.micro_batch = args.micro_batch or max(sizes, key=lambda n: (n * world % group == 0, n))
     return args
+
+
+def torchrun():
+    """(rank, rank on this machine, number of processes) as torchrun sets them; without it (0, 0, 1)."""
+    return tuple(int(os.environ.get(name, alone)) for name, alone in
+                 [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
 
 
 def needs(loss, name):
@@ -164,34 +188,21 @@ def draw(args, step, positions, shape, num_timesteps):
     return torch.stack(t), torch.stack(noise), torch.stack(vae_noise)
 
 
+@torch.no_grad()
 def sample(args, pipe, prompts, dtype):
-    """A row of pictures for the prompts, from the same noise at every call; small ones are enlarged."""
-    size = max(1, 128 // args.resolution) * args.resolution
-    row = Image.new("RGB", (len(prompts) * size, size))
+    """Pictures [N, 3, H, W] in [0, 1] of N prompts, from the same noise at every call; small ones grow."""
+    images = []
     for i in range(0, len(prompts), 4):  # at most four at once, for memory
         noise = [data.keyed_generator(args.seed, "sample", k) for k in range(i, min(i + 4, len(prompts)))]
         with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
             latents = pipe(prompts[i:i + 4], num_inference_steps=args.sample_steps, height=args.resolution,
                            width=args.resolution, guidance_scale=args.guidance, generator=noise,
-                           output_type="latent").images
-        with torch.no_grad():  # outside of autocast: SDXL's VAE overflows in fp16
-            images = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
-        for k, image in enumerate(pipe.image_processor.postprocess(images), i):
-            row.paste(image.resize((size, size), Image.NEAREST), (k * size, 0))
-    return row
+                           output_type="latent").images  # decoded in fp32: SDXL's VAE overflows in fp16
+        images.append(pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample.cpu())
+    return F.interpolate(torch.cat(images) / 2 + 0.5, scale_factor=max(1, 128 // args.resolution)).clamp(0, 1)
 
 
-def save_grid(file, top, bottom):
-    grid = Image.new("RGB", (top.width, 2 * top.height))
-    grid.paste(top, (0, 0))
-    grid.paste(bottom, (0, top.height))
-    grid.save(file)
-
-
-def model_card(args, weighted):
-    settings = f"{args.steps} steps of {args.batch_size} pairs, {args.optimizer}, learning rate {args.lr:g}"
-    settings += f", beta {args.beta:g}" * needs(args.loss, "beta")
-    settings += f", groups of {args.group_size}, tau {args.tau:g}, {args.similarity} similarity" * weighted
+def model_card(args):
     base = data.MODELS.get(args.model, {"id": args.model})["id"]
     return f"""---
 library_name: diffusers
@@ -199,24 +210,52 @@ pipeline_tag: text-to-image
 tags: [preference-optimization, {args.loss}]
 ---
 `{base}` aligned with the preference pairs `{args.data}` by {args.loss} (diffusion-rpo):
-{settings}, seed {args.seed}.
 
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained("this folder")
+    {json.dumps(vars(args))}
 """
 
 
-def main(argv=None):
-    args = get_args(argv)
-    if args.dry_run:
-        return print(json.dumps(vars(args), indent=1))
-    out, device = Path(args.out), torch.device(args.device)
-    nearest = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        sys.exit(f"train.py: {out} cannot be made: {nearest} is no folder that can be written to")
-    if nearest == out and any(out.iterdir()):
-        sys.exit(f"train.py: {out} holds another run; give another --out, or remove it")
-    started = time.time()
+def gather(values):
+    """[n, ...] of every process -> [world n, ...], in the order of their ranks."""
+    everyone = values.new_empty(dist.get_world_size() * len(values), *values.shape[1:])
+    dist.all_gather_into_tensor(everyone, values.contiguous())
+    return everyone
+
+
+def together(some, world):
+    """The lists of all processes as one list, in the order of their ranks; of plain objects."""
+    lists = [some]
+    if world > 1:
+        dist.all_gather_object(lists := [None] * world, some)
+    return sum(lists, [])
+
+
+def blame(seen, world):
+    """What went bad in a step: the first term that is not finite, and the rows of the pairs where it is not.
+
+    seen  of every micro-batch its rows, B numbers, and its terms in the order of their computation, each [B]
+    """
+    bad = together([(k, name, row) for rows, terms in seen for k, (name, values) in enumerate(terms.items())
+                    for row, finite in zip(rows, values.isfinite().tolist()) if not finite], world)
+    if bad:
+        first = min(bad)[:2]
+        return f"{first[1]} of rows {', '.join(str(row) for *term, row in bad if tuple(term) == first)}"
+    rows = together([row for rows, _ in seen for row in rows], world)
+    return f"the loss or its gradient, at finite errors, of rows {', '.join(map(str, rows))}"
+
+
+def train(args, state, lock):
+    """The run of the resolved `args`, from `state` on; `lock` is taken before the folder is written to."""
+    started, out = time.time(), Path(args.out)
+    rank, local_rank, world = torchrun()
+    say = print if rank == 0 else lambda *_: None
+    device = torch.device(f"cuda:{local_rank}" if args.device == "cuda" and world > 1 else args.device)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Patient: others wait while the first one samples and saves. A process that ends is noticed anyway.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
+                                device_id=device if device.type == "cuda" else None)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     for library in (transformers, diffusers):  # diffusers would report every prompt that is cut to 77 tokens
         library.utils.logging.set_verbosity_error()
@@ -226,9 +265,11 @@ def main(argv=None):
     if args.model != "tiny":  # which is built below, after the data were found good
         data.find_pipeline(args.model)
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
-                                 args.prompt_dropout)
-    print("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
-          "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
+                                 args.prompt_dropout, scan=rank == 0)
+    say("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
+        "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
+    if state and state["pairs"] != len(pairs):
+        sys.exit(f"train.py: {out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
     pipe = data.load_pipeline(args.model).to(device)
     unet, vae = pipe.unet, pipe.vae
     own_size = torch.tensor(unet.config.sample_size).min().item() * pipe.vae_scale_factor
@@ -254,113 +295,222 @@ def main(argv=None):
         unet.to(memory_format=torch.channels_last)
     sides = 2 if needs(args.loss, "err_l") else 1  # sft: winners alone, and no reference
     reference = frozen_reference(unet, dtype) if sides == 2 else None
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = get_optimizer(args, unet.parameters())
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    loss_of_group = LOSSES[args.loss]
-    group = args.group_size if needs(args.loss, "weights") else args.micro_batch
-    if "position" in inspect.signature(loss_of_group).parameters:
-        loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
-    batches = iter(torch.utils.data.DataLoader(
-        pairs, args.micro_batch, sampler=range(args.steps * args.batch_size), collate_fn=data.collate,
-        num_workers=args.workers, pin_memory=device.type == "cuda"))
-
-    embedded = args.model == args.data == "tiny"
+    embedded, top = args.model == args.data == "tiny", None
     if embedded:
-        result = {"judge": tiny.judge_accuracy(), "base": tiny.measure(pipe)}
-        print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
-              "has not seen".format(**result["judge"]))
         prompts = [tiny.caption(scene) for scene in tiny.HELD_OUT[:8]]
     else:
         first = (pairs.rows[int(row)]["caption"] for row in pairs.pairs[:100])
         prompts = list(dict.fromkeys(caption for caption in first if caption))[:8] or [""]
-    top = sample(args, pipe, prompts, dtype) if args.sample_every else None
+    if rank == 0 and embedded:
+        result = {"judge": tiny.judge_accuracy(), "base": tiny.measure(pipe)}
+        print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
+              "has not seen".format(**result["judge"]))
+    if rank == 0 and args.sample_every:
+        top = sample(args, pipe, prompts, dtype)
 
-    (out / "samples").mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(vars(args), indent=1))
-    (out / "data.json").write_text(json.dumps(pairs.report(), indent=1))
-    log = open(out / "log.jsonl", "w")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(out / "tensorboard")
-    except ImportError:
-        board = None
-    print(f"{args.loss} on {args.model}: {size / 1e6:.1f} M parameters, {args.resolution} px, {args.device}, "
-          f"{args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a forward"
-          + (f", groups of {group}, clip {args.clip}" if clip else ""))
+    # What moves, from the last checkpoint on; the reference and the samples above are the starting model's.
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = get_optimizer(args, unet.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    start, skipped = state.get("step", 0), state.get("skipped", 0)
+    if state:
+        unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        pairs.unreadable.update(state["unreadable"])
+    ddp = torch.nn.parallel.DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
+    if world > 1 and len(set(gather(torch.tensor([start], device=device)).tolist())) > 1:
+        sys.exit(f"train.py: the processes see different checkpoints in {out}; it must lie on shared storage")
 
-    for step in (bar := tqdm(range(args.steps), args.loss)):
-        began, totals = time.time(), {}
-        for first in range(0, args.batch_size, args.micro_batch):
-            batch = next(batches)
-            pairs.unreadable.update(batch["unreadable"])
+    # A window is `span` pairs of every process, side by side in the global batch: the fewest whole groups.
+    loss_of_group = LOSSES[args.loss]
+    if "position" in inspect.signature(loss_of_group).parameters:
+        loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
+    group = args.group_size if needs(args.loss, "weights") else args.micro_batch
+    span = args.micro_batch * group // math.gcd(group, args.micro_batch * world)
+    assert args.batch_size % (span * world) == 0
+    windows = range(0, args.batch_size, span * world)
+    one_pass, shared = span == args.micro_batch, world > 1 and args.micro_batch % group > 0
 
-            # One timestep and one noise per pair; winners first on the batch axis, then losers.
-            pixels = batch["pixels"][:, :sides].transpose(0, 1).flatten(0, 1)       # [sides B, 3, H, W]
-            shape = vae.config.latent_channels, *(n // pipe.vae_scale_factor for n in pixels.shape[2:])
-            positions = range(first, first + args.micro_batch)
-            t, noise, vae_noise = draw(args, step, positions, shape, len(alphas_cumprod))
-            vae_noise = vae_noise[:, :sides].transpose(0, 1).flatten(0, 1)          # [sides B, C, h, w]
-            latents = data.encode_images(vae, pixels, vae_noise if args.vae_sample == "sample" else None)
-            conditioning = data.encode_prompts(pipe, batch["prompt"], batch["time_ids"][:, :sides], dtype)
-            inputs = (latents, noise.repeat(sides, 1, 1, 1).to(device), t.repeat(sides).to(device),
-                      conditioning, alphas_cumprod, scheduler.config.prediction_type, dtype)
+    def micro_batches(window):  # the first pairs of this process's
+        return range(window + rank * span, window + (rank + 1) * span, args.micro_batch)
 
-            # Policy and reference through the same function on the same batch.
-            errors = [*denoising_error(unet, *inputs).chunk(sides)]                 # err_w [B], err_l [B]
-            with torch.no_grad():
-                errors += denoising_error(reference, *inputs).chunk(2) if reference else []
-            embeddings = clip.embed(batch["caption"], batch.get("clip_pixels")) if clip else None
+    def policy_error(first, inputs):
+        if world > 1:  # gradients are averaged over the processes on the last micro-batch of a step alone
+            ddp.require_backward_grad_sync = first == micro_batches(windows[-1])[-1]
+        return denoising_error(ddp if torch.is_grad_enabled() else unet, *inputs)
 
-            # The loss over each group; the mean over all groups of the global batch.
-            loss = 0
-            for i in range(0, args.micro_batch, group):
-                weights = torch.ones(1, 1, device=device)                           # [group, group]
+    batches = iter(torch.utils.data.DataLoader(
+        pairs, collate_fn=data.collate, num_workers=args.workers, worker_init_fn=resume.ignore_signals,
+        pin_memory=device.type == "cuda", batch_sampler=(
+            range(step * args.batch_size + first, step * args.batch_size + first + args.micro_batch)
+            for step in range(start, args.steps) for window in windows for first in micro_batches(window))))
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        resume.write(out / "config.json", json.dumps(vars(args), indent=1))
+        resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
+        (out / "samples").mkdir(exist_ok=True)
+        if start < args.steps and (out / "model").exists():  # of fewer --steps
+            (out / "model").rename(out / f"model-{start:06d}")
+        lines = (out / "log.jsonl").read_text().splitlines()[:start] if start else []
+        resume.write(out / "log.jsonl", "".join(f"{line}\n" for line in lines))
+        log = open(out / "log.jsonl", "a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(out / "tensorboard", purge_step=start)
+        except ImportError:
+            board = None
+    say(f"{args.loss} on {args.model}: {size / 1e6:.1f} M parameters, {args.resolution} px, {args.device}, "
+        f"{args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a forward, processes: {world}"
+        + f", groups of {group} in {2 - one_pass} pass(es), clip {args.clip}" * weighted
+        + f"; going on after {start} steps" * (start > 0))
+    stop = resume.catch_signals()
+
+    bar = tqdm(range(start, args.steps), args.loss, args.steps, initial=start, disable=rank > 0)
+    for step in bar:
+        began, values, seen = time.time(), [], []
+        for window in windows:
+            inputs, errs, errors, embeddings = [], [], [], []
+            for first in micro_batches(window):
+                batch = resume.next_batch(batches, args.data_timeout)
+                pairs.unreadable.update(batch["unreadable"])
+
+                # One timestep and one noise per pair; winners first on the batch axis, then losers.
+                pixels = batch["pixels"][:, :sides].transpose(0, 1).flatten(0, 1)   # [sides B, 3, H, W]
+                shape = vae.config.latent_channels, *(n // pipe.vae_scale_factor for n in pixels.shape[2:])
+                positions = range(first, first + args.micro_batch)
+                t, noise, vae_noise = draw(args, step, positions, shape, len(alphas_cumprod))
+                vae_noise = vae_noise[:, :sides].transpose(0, 1).flatten(0, 1)      # [sides B, C, h, w]
+                latents = data.encode_images(vae, pixels, vae_noise if args.vae_sample == "sample" else None)
+                conditioning = data.encode_prompts(pipe, batch["prompt"], batch["time_ids"][:, :sides], dtype)
+                inputs.append((latents, noise.repeat(sides, 1, 1, 1).to(device), t.repeat(sides).to(device),
+                               conditioning, alphas_cumprod, scheduler.config.prediction_type, dtype))
+
+                # Policy and reference through the same function on the same batch.
+                with torch.set_grad_enabled(one_pass):  # of two passes, the first is for the numbers alone
+                    errs.append(policy_error(first, inputs[-1]))                    # [sides B]
+                with torch.no_grad():
+                    ref_err = denoising_error(reference, *inputs[-1]).chunk(2) if reference else []
+                errors.append(torch.stack([*errs[-1].detach().chunk(sides), *ref_err], 1))  # [B, 1 or 4]
+                embeddings.append(clip.embed(batch["caption"], batch.get("clip_pixels")) if clip
+                                  else errors[-1][:, :0, None])                     # [B, 3, E]
+                seen.append((batch["row"], {
+                    "the VAE's latents": latents.unflatten(0, (sides, -1)).sum((0, 2, 3, 4)),
+                    "the CLIP embeddings": embeddings[-1].sum((1, 2)),
+                    "the reference's errors": errors[-1][:, sides:].sum(1),
+                    "the policy's errors": errors[-1][:, :sides].sum(1)}))          # [B] each
+
+            # The loss over whole groups, and its slope along the errors of this process.
+            errors, embeddings = torch.cat(errors), torch.cat(embeddings)       # [span, 1 or 4], [span, 3, E]
+            if shared:
+                errors, embeddings = gather(errors), gather(embeddings)             # [world span, ...]
+            errors.requires_grad_()
+            loss, weights = 0, torch.ones(1, 1, device=device)                      # [group, group]
+            for i in range(0, len(errors), group):
                 if clip:
-                    some = (e if e is None else e[i:i + group] for e in embeddings)
+                    some = embeddings[i:i + group].unbind(1)
                     weights = data.cross_pair_weights(*some, args.tau, args.similarity)
-                some = (err[i:i + group] for err in errors)
+                some = errors[i:i + group].unbind(1)
                 group_loss, metrics = loss_of_group(*some, beta=args.beta, weights=weights)
                 loss = loss + group_loss * group / args.batch_size
-                for name, value in {"loss": group_loss.detach(), **metrics}.items():
-                    totals[name] = totals.get(name, 0) + value * group / args.batch_size
-            scaler.scale(loss).backward()
+                values.append(torch.stack([group_loss.detach(), *metrics.values()]))
+            slope = torch.autograd.grad(loss, errors)[0].split(span)[rank if shared else 0][:, :sides]
+
+            # Down the graph that gave the errors; of two passes, the second forward's, on the same inputs.
+            for k, part in enumerate(slope.split(args.micro_batch)):                # [B, sides]
+                err = errs[k] if one_pass else policy_error(micro_batches(window)[k], inputs[k])
+                scaler.scale(err @ part.T.flatten() * world).backward()             # DDP averages, not adds
 
         scaler.unscale_(optimizer)
-        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-        values = torch.stack([*totals.values()]).tolist()                           # sync point
-        record = {"step": step} | dict(zip(totals, values))
-        loss, norm = record["loss"], record["grad_norm"]
-        skipped = scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler lowers its scale instead
-        if not math.isfinite(loss) or not math.isfinite(norm) and (not skipped or scaler.get_scale() < 1):
-            sys.exit(f"train.py: step {step}: loss {loss}, grad_norm {norm}; the last rows were "
-                     f"{batch['row']}. No model was saved; try a smaller --lr or --precision fp32")
+        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+        asked = torch.tensor(float(len(stop)), device=device)
+        values = torch.stack([*torch.stack(values).mean(0), norm, asked]) / world
+        if world > 1:
+            dist.all_reduce(values)
+        *values, norm, asked = values.tolist()                                      # sync point
+        record = {"step": step} | dict(zip(["loss", *metrics], values))
+        overflow = scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler lowers its scale
+        if not math.isfinite(record["loss"] + (0 if overflow and scaler.get_scale() >= 1 else norm)):
+            what = blame(seen, world)
+            kept = max(out.glob("checkpoint-*.pt"), default="no checkpoint")
+            sys.exit(f"train.py: step {step}: loss {record['loss']}, gradient norm {norm}. Not finite: "
+                     f"{what}. Kept: {kept}. Try a smaller --lr or --precision fp32" if rank == 0 else 1)
+        skipped += overflow
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        record |= {"grad_norm": None if skipped else norm, "lr": lr,
+        done = step + 1 == args.steps
+        record |= {"grad_norm": None if overflow else norm, "lr": lr,
                    "pairs_per_second": args.batch_size / (time.time() - began)}
-        print(json.dumps(record), file=log, flush=True)
-        bar.set_postfix({name.split("/")[-1]: f"{record[name]:.3f}" for name in (
-            "loss", "reward/margin", "reward/accuracy") if name in record})
-        for name in record if board else ():
-            board.add_scalar(name, record[name] or 0, step)
-        if top and ((step + 1) % args.sample_every == 0 or step + 1 == args.steps):
-            save_grid(out / "samples" / f"{step + 1:06d}.png", top, sample(args, pipe, prompts, dtype))
+        record |= {"skipped": skipped} if scaler.is_enabled() else {}
+        if rank == 0:
+            print(json.dumps(record), file=log, flush=True)
+            bar.set_postfix({name.split("/")[-1]: f"{record[name]:.3f}" for name in (
+                "loss", "reward/margin", "reward/accuracy", "skipped") if name in record})
+            for name in record if board else ():
+                board.add_scalar(name, record[name] or 0, step)
+            if args.sample_every and ((step + 1) % args.sample_every == 0 or done):
+                grid = torch.cat([top, sample(args, pipe, prompts, dtype)])
+                save_image(grid, out / "samples" / f"{step + 1:06d}.png", nrow=len(top), padding=0)
+        if done or asked or args.save_every and (step + 1) % args.save_every == 0:
+            pairs.unreadable.update(together([*pairs.unreadable], world))
+            if rank == 0:
+                os.fsync(log.fileno())
+                resume.save(out, {
+                    "step": step + 1, "args": vars(args), "pairs": len(pairs), "unet": unet.state_dict(),
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": skipped,
+                    "unreadable": sorted(pairs.unreadable)})
+        if asked and not done:
+            sys.exit(f"train.py: saved after {step + 1} steps; the same command goes on" if rank == 0 else 1)
 
-    (out / "data.json").write_text(json.dumps(pairs.report(), indent=1))
-    pipe.save_pretrained(out / "model.part")  # aside, then renamed: model/ is whole or not there
-    (out / "model.part" / "README.md").write_text(model_card(args, weighted))
-    (out / "model.part").rename(out / "model")
-    if embedded:
-        result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
-        (out / "result.json").write_text(json.dumps(result, indent=1))
-        for name in ("base", "final"):
-            print(name, "{style:.0%} sketches, {shape:.0%} of the right shape".format(**result[name]))
-    print(f"{time.time() - started:.0f} s; {out}/model is a diffusers pipeline, {out}/samples shows it")
+    if rank == 0:
+        resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
+        shutil.rmtree(out / "model.part", ignore_errors=True)
+        pipe.save_pretrained(out / "model.part")  # aside, then renamed: model/ is whole or not there
+        (out / "model.part" / "README.md").write_text(model_card(args))
+        if embedded:
+            result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
+            resume.write(out / "result.json", json.dumps(result, indent=1))
+            for name in ("base", "final"):
+                print(name, "{style:.0%} sketches, {shape:.0%} of the right shape".format(**result[name]))
+        (out / "model.part").rename(out / "model")
+        print(f"{time.time() - started:.0f} s; {out}/model is a diffusers pipeline, {out}/samples shows it")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main(argv=None):
+    args = get_args(argv)
+    rank, out = torchrun()[0], Path(args.out)
+    say = print if rank == 0 else lambda *_: None
+    if args.dry_run:
+        return say(json.dumps(vars(args), indent=1))
+    nearest = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        sys.exit(f"train.py: {out} cannot be made: {nearest} is no folder that can be written to")
+    resume.end_with_launcher()
+    state = resume.load(out, args)
+    if state and state["step"] == args.steps and (out / "model").exists():
+        return say(f"{out} holds all {args.steps} steps of this run; to train it again remove the folder or "
+                   "give another --out, to go on give more --steps")
+    lock = filelock.FileLock(out / "lock", timeout=5)
+    try:
+        if rank == 0 and out.exists():
+            lock.acquire()
+        train(args, state, lock)
+    except filelock.Timeout:
+        sys.exit(f"train.py: another live run is writing to {out}")
+    except Exception as error:
+        resume.explain(error)
+        raise
+    finally:
+        lock.release()
+        resume.release()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""How a run stops, dies and goes on: the folder, its checkpoints, signals, lost processes, stalled storage.
+
+A run is a function of its arguments, and a checkpoint of the steps taken: weights, optimizer, scaler, step.
+No generator has a state to save: timestep, noise, crop and order follow from (seed, step or epoch, position).
+So the same command goes on by itself, and ends in the same bits as a run that nobody killed.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+import torch
+
+MAY_CHANGE = {  # when a run goes on; anything else would make it another run
+    "steps", "micro_batch", "save_every", "sample_every", "gradient_checkpointing", "workers", "data_timeout",
+    "device", "out", "dry_run"}
+MEANINGS = {  # of words in the libraries' errors
+    r"DataLoader worker \(pid": "a process that reads images has died; if for memory, try fewer --workers",
+    "be decoded any more": "the data are out of reach",
+    "onnection (closed|reset|refused)|NCCL|gloo": "another process of this run has ended, and says why",
+    "No space left|os error 28|File too large": "there is no room to write",
+}
+
+
+def load(out, args):
+    """The state in the last checkpoint of the folder `out`, {} where there is none, for a run of `args`.
+
+    raises  SystemExit, in one line, where the folder is another run's or holds anything else
+    """
+    files, config = sorted(out.glob("checkpoint-*.pt")), out / "config.json"
+    strange = {file.name for file in out.glob("*")} - {"lock", "config.json.part"}
+    if strange and not files and not config.exists():
+        sys.exit(f"train.py: {out} holds something else ({min(strange)}); give another --out")
+    try:
+        state = torch.load(files[-1], "cpu", weights_only=True, mmap=True) if files else {}
+        theirs = state["args"] if state else json.loads(config.read_text()) if config.exists() else {}
+    except Exception as error:
+        sys.exit(f"train.py: {files[-1] if files else config} cannot be read ({error}); give another --out")
+    for name, value in vars(args).items():  # None will become what it became then
+        if name not in MAY_CHANGE and value is not None and value != theirs.get(name, value):
+            sys.exit(f"train.py: {out} holds a run with --{name} {theirs[name]}, not {value}; give another "
+                     "--out, or remove it")
+    if state and state["step"] > args.steps:
+        sys.exit(f"train.py: {out} has taken {state['step']} steps already; --steps {args.steps} is less")
+    return state
+
+
+def save(out, state):
+    """Writes a checkpoint aside, flushes it, renames it, then removes the one before: one is always whole."""
+    file = out / f"checkpoint-{state['step']:06d}.pt"
+    before, part = sorted(out.glob("checkpoint-*.pt")), file.with_suffix(".part")
+    try:
+        with open(part, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        kept = before[-1] if before else "no checkpoint"
+        sys.exit(f"train.py: {file} cannot be written ({error}). Kept: {kept}. With more room the same "
+                 "command goes on")
+    part.replace(file)
+    for old in before:
+        if old != file:
+            old.unlink()
+
+
+def write(file, text):
+    """The text as a file, aside first, so that nobody reads half of it."""
+    (part := file.with_name(file.name + ".part")).write_text(text)
+    part.replace(file)
+
+
+def catch_signals():
+    """A list that grows by SIGTERM and Ctrl-C, for the step to be finished; a second Ctrl-C ends all."""
+    def asked(number, _):
+        stop.append(number)
+        if number == signal.SIGINT:  # not SIGTERM, of which Slurm and torchrun may both send one
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    stop = []
+    signal.signal(signal.SIGTERM, asked)
+    signal.signal(signal.SIGINT, asked)
+    return stop
+
+
+def ignore_signals(_):
+    """For the loader's processes: torchrun, Slurm and Ctrl-C signal them too; the step needs their data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def release():
+    """Gives the signals back and ends the loader's processes, which ignore a request, or hang in a read."""
+    for number in (signal.SIGTERM, signal.SIGCHLD):  # the latter is the loader's, to report dead processes
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def end_with_launcher():
+    """Ends this process soon after torchrun: killed by -9, that leaves its workers running."""
+    def watch(launcher):
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+
+
+def next_batch(batches, seconds):
+    """The next of an iterator of batches. Without one for so many seconds this process ends, in one line."""
+    def stalled(*_):
+        sys.exit(f"train.py: no batch came for {seconds} s: is the storage slow, or gone? The same command "
+                 "goes on from the last checkpoint; --data_timeout sets the limit")
+
+    signal.signal(signal.SIGALRM, stalled)
+    signal.alarm(seconds)
+    try:
+        return next(batches)
+    finally:
+        signal.alarm(0)
+
+
+def explain(error):
+    """Ends the process in one line where a library's error has a known meaning; else does nothing."""
+    for words, meaning in MEANINGS.items():
+        if re.search(words, str(error)):
+            sys.exit(f"train.py: {meaning} ({str(error).strip().splitlines()[-1]}). The same command goes on "
+                     "from the last checkpoint")
