@@ -64,7 +64,9 @@ def read_rows(source):
     Of a folder's files those named train-* alone are read, where there are any.
     """
     import datasets
+    import pyarrow.parquet
 
+    files = []
     if source == "tiny":
         return tiny.pairs()
     source = DATA.get(source, source)
@@ -85,6 +87,13 @@ def read_rows(source):
     except KeyError as error:
         raise SystemExit(f"data: a line of {source} lacks {error}; it takes prompt, chosen and rejected")
     except Exception as error:
+        for file in (file for file in files if file.suffix == ".parquet"):  # `datasets` does not say which
+            try:
+                for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
+                    pass
+            except Exception as fault:
+                source, error = file, fault
+                break
         raise SystemExit(f"data: {source} cannot be read: {brief(error)}")
 
 
@@ -139,12 +148,13 @@ class PreferencePairs(torch.utils.data.Dataset):
     source          see the head of this file
     resolution      side of the training square, pixels
     clip_transform  a function from a picture to a tensor for `clip_pixels`, or None
-    scan            whether up to SCAN_LIMIT pairs are all decoded now, for a complete report
+    scan            takes the iterator that decodes up to SCAN_LIMIT pairs once, now, for a complete report, and
+                    gives one; None: nothing is decoded yet
     raises          SystemExit, in one line, where the source cannot be read or holds a wrong label or no pair
     """
 
     def __init__(self, source, resolution, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
-                 clip_transform=None, scan=True):
+                 clip_transform=None, scan=iter):
         import datasets
 
         self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
@@ -178,7 +188,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             scanned = self.pairs if scan and len(self.pairs) <= SCAN_LIMIT else []
             failed = pool.map(lambda row: self.images(row) is None, scanned)
-            self.unreadable = {int(row) for row, bad in zip(scanned, failed) if bad}
+            self.unreadable = {int(row) for row, bad in zip(scanned, scan(failed) if scan else []) if bad}
         if len(self.unreadable) == len(self.pairs):
             raise SystemExit(f"data: {source} holds no usable pair: {self.report()}")
 

@@ -5,9 +5,12 @@ No generator has a state to save: timestep, noise, crop and order follow from (s
 So the same command goes on by itself, and ends in the same bits as a run that nobody killed.
 """
 
+import os
+
+LAUNCHER = os.getppid()  # before the seconds that other imports take, in which it may be killed
+
 import json
 import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -107,27 +110,32 @@ def release():
 
 def end_with_launcher():
     """Ends this process soon after torchrun: killed by -9, that leaves its workers running."""
-    def watch(launcher):
-        while os.getppid() == launcher:
+    def watch():
+        while os.getppid() == LAUNCHER:
             time.sleep(0.2)
         os._exit(1)
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
 
 
-def next_batch(batches, seconds):
-    """The next of an iterator of batches. Without one for so many seconds this process ends, in one line."""
-    def stalled(*_):
-        sys.exit(f"train.py: no batch came for {seconds} s: is the storage slow, or gone? The same command "
-                 "goes on from the last checkpoint; --data_timeout sets the limit")
+def within(seconds, iterator):
+    """Yields what `iterator` does. Where that takes longer for one of them, this process ends in one line."""
+    def stalled(*_):  # not sys.exit, which would wait for a thread that hangs in a read
+        os.write(2, f"train.py: no data came for {seconds} s: is the storage slow, or gone? The same command "
+                    "goes on from the last checkpoint; --data_timeout sets the limit\n".encode())
+        os._exit(1)
 
     signal.signal(signal.SIGALRM, stalled)
-    signal.alarm(seconds)
-    try:
-        return next(batches)
-    finally:
-        signal.alarm(0)
+    while True:
+        signal.alarm(seconds)
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            signal.alarm(0)
+        yield item
 
 
 def explain(error):

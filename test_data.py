@@ -157,6 +157,19 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
         PreferencePairs(parquet(other, [{"caption": "c", "jpg_0": b""}]), 16)
 
 
+@pytest.mark.parametrize("damage", ["cut", "garbled", "empty"])
+def test_an_unreadable_shard_is_named(tmp_path, damage):
+    """`datasets` says that an error occurred while generating the dataset."""
+    for number in range(3):
+        parquet(tmp_path, rows_of(*[1.0] * 20), f"train-{number}.parquet")
+    whole = (tmp_path / "train-1.parquet").read_bytes()
+    garbled = whole[:200] + bytes(byte ^ 255 for byte in whole[200:-2000]) + whole[-2000:]
+    damaged = {"cut": whole[: len(whole) // 2], "garbled": garbled, "empty": b""}[damage]
+    (tmp_path / "train-1.parquet").write_bytes(damaged)
+    with pytest.raises(SystemExit, match="data: .*/train-1.parquet cannot be read: [^\n]*$"):
+        PreferencePairs(str(tmp_path), 32)
+
+
 def test_of_own_lists_too_those_named_train_alone_are_read(tmp_path):
     for name, lines in (("train-a.jsonl", 1), ("validation.jsonl", 2)):
         line = json.dumps({"prompt": "p", "chosen": "a.png", "rejected": "a.png"})

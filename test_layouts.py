@@ -1,11 +1,13 @@
 """A run is a function of its arguments: the same on any number of processes, with any micro-batch."""
 
+import functools
 import json
 
 import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import bench
 import data
 import tiny
 import train
@@ -83,6 +85,7 @@ def run(tmp_path_factory, small_model, few_pairs):
 def giant(small_model, few_pairs):
     """giant(loss, group, model): the first gradient by one forward of the whole batch and plain autograd."""
 
+    @functools.cache
     def giant(loss, group, model="sd"):
         args = train.get_args(["--model", small_model(model), "--data", few_pairs, "--batch_size", str(BATCH)])
         pipe = data.load_pipeline(small_model(model))
@@ -133,7 +136,6 @@ def check(run, giant, world, micro, loss, group, small_model, model="sd"):
             for name, weight in got["weights"].items():
                 assert apart(weight, one["weights"][name]) < 1e-4, name
         a, b, c = (torch.cat([w.flatten() for w in some.values()]) for some in (got["weights"], one["weights"], start))
-        print(world, micro, loss, group, optimizer, "gradient", apart(got["gradient"], giant(loss, group, model)), "tensors", max((apart(w, one["weights"][n]), n) for n, w in got["weights"].items()), "moved", (b-c).norm().item(), "diff", ((a-b).norm()/(b-c).norm()).item(), "loss", max(abs(x["loss"]/y["loss"]-1) for x,y in zip(got["log"],one["log"])), max(abs(x["grad_norm"]/y["grad_norm"]-1) for x,y in zip(got["log"],one["log"])), got["log"][-1].get("reward/margin"))
         assert (a - b).norm() < 0.01 * (b - c).norm()
         assert got["meetings"] == [STEPS * (world > 1)] * world  # gradients are reduced once a step
 
@@ -173,3 +175,21 @@ def test_the_noise_of_a_pair_is_its_own_on_any_process(run):
     assert together[0] | together[1] == alone[0]
     assert len(alone[0]) == STEPS * BATCH == len({noise for _, noise, _ in alone[0].values()})
     assert len({vae_noise for *_, vae_noise in alone[0].values()}) == STEPS * BATCH
+
+
+def measured(argv, file):
+    json.dump(bench.measure(argv), open(file, "w"))
+
+
+@pytest.mark.slow
+def test_a_larger_group_takes_no_more_memory(tmp_path, small_model, few_pairs):
+    """Two passes keep the graph of one micro-batch: 64 pairs against each other for the memory of 8."""
+    peaks = []
+    for group in ("8", "64"):
+        argv = ["--model", small_model("sd"), "--data", few_pairs, "--clip", "tiny", "--device", "cpu"]
+        argv += "--resolution 256 --steps 2 --batch_size 64 --micro_batch 8 --group_size".split()
+        ((status, text),) = launch(tmp_path, 1, measured, [*argv, group], str(tmp_path / group))
+        assert status == 0, text
+        peaks.append(json.loads((tmp_path / group).read_text())["memory"])
+    print(peaks)
+    assert peaks[0] > 500 and peaks[1] < 1.05 * peaks[0]  # MiB over the loaded models

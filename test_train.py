@@ -138,7 +138,7 @@ def test_without_tensorboard_a_run_still_runs(run, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run):
-    with pytest.raises(SystemExit, match=r"step 1: loss nan.* the last rows were \["):
+    with pytest.raises(SystemExit, match="step 1: loss nan.* Not finite: the policy's errors of rows .* Kept: no checkpoint"):
         run("sd", "--lr", "1e30", "--optimizer", "sgd", "--max_grad_norm", "1e30")
 
 
@@ -302,8 +302,6 @@ def test_latents_are_the_posteriors_mean_or_draw_scaled(small_model):
     torch.testing.assert_close(
         data.encode_images(vae, pixels, noise), (posterior.mean + posterior.std * noise) * 0.13025
     )
-    with pytest.raises(FloatingPointError, match="not finite"):
-        data.encode_images(vae, pixels * math.inf)
 
 
 def test_draws_depend_on_seed_step_and_position_alone():
@@ -394,8 +392,8 @@ def test_openais_weights_get_their_activation(monkeypatch, spec, quick):
         (["--batch_size", "2.5"], "invalid int value: '2.5'"),
         (["--prompt_dropout", "1.5"], "--prompt_dropout 1.5 is out of range"),
         (["--batch_size", "12"], "--batch_size 12 is not a multiple of --group_size 8"),
-        (["--micro_batch", "5", "--loss", "dpo"], "--micro_batch 5 must divide --batch_size 16"),
-        (["--micro_batch", "4"], "a multiple of --group_size 8"),
+        (["--micro_batch", "5", "--loss", "dpo"], "--batch_size 16 is not a multiple of 1 processes . --micro_batch 5"),
+        (["--save_every", "-1"], "--save_every -1 is out of range"),
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs CUDA or MPS"),
         (["--device", "tpu"], "--device tpu is not there"),
         (
@@ -451,13 +449,6 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(
     message = str(end.value.code)
     assert re.search(complaint, message) and "\n" not in message
     assert not (tmp_path / "out").exists() and "Traceback" not in capsys.readouterr().err
-
-
-def test_a_folder_that_holds_a_run_is_refused_and_kept(run, tmp_path):
-    log = (run("sd") / "log.jsonl").read_text()
-    with pytest.raises(SystemExit, match="holds another run; give another --out"):
-        run("sd", "--seed", "1")
-    assert (tmp_path / "run" / "log.jsonl").read_text() == log
 
 
 def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path):

@@ -13,6 +13,8 @@ pipeline. It is a function of its arguments: processes and --micro_batch change 
 or stopped, the same command goes on from the last checkpoint and ends in the same weights.
 """
 
+import resume  # first, to know the launcher
+
 import argparse
 import functools
 import inspect
@@ -35,7 +37,6 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
-import resume
 import tiny
 from loss import LOSSES, denoising_error, frozen_reference
 
@@ -254,7 +255,7 @@ def train(args, state, lock):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Patient: others wait while the first one samples and saves. A process that ends is noticed anyway.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
                                 device_id=device if device.type == "cuda" else None)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     for library in (transformers, diffusers):  # diffusers would report every prompt that is cut to 77 tokens
@@ -262,10 +263,11 @@ def train(args, state, lock):
         library.utils.logging.disable_progress_bar()
 
     # Data and models, the quickest to fail first.
+    watched = functools.partial(resume.within, args.data_timeout)
     if args.model != "tiny":  # which is built below, after the data were found good
         data.find_pipeline(args.model)
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
-                                 args.prompt_dropout, scan=rank == 0)
+                                 args.prompt_dropout, scan=watched if rank == 0 else None)
     say("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
         "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
     if state and state["pairs"] != len(pairs):
@@ -341,11 +343,11 @@ def train(args, state, lock):
             ddp.require_backward_grad_sync = first == micro_batches(windows[-1])[-1]
         return denoising_error(ddp if torch.is_grad_enabled() else unet, *inputs)
 
-    batches = iter(torch.utils.data.DataLoader(
+    batches = watched(iter(torch.utils.data.DataLoader(
         pairs, collate_fn=data.collate, num_workers=args.workers, worker_init_fn=resume.ignore_signals,
         pin_memory=device.type == "cuda", batch_sampler=(
             range(step * args.batch_size + first, step * args.batch_size + first + args.micro_batch)
-            for step in range(start, args.steps) for window in windows for first in micro_batches(window))))
+            for step in range(start, args.steps) for window in windows for first in micro_batches(window)))))
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -375,7 +377,7 @@ def train(args, state, lock):
         for window in windows:
             inputs, errs, errors, embeddings = [], [], [], []
             for first in micro_batches(window):
-                batch = resume.next_batch(batches, args.data_timeout)
+                batch = next(batches)
                 pairs.unreadable.update(batch["unreadable"])
 
                 # One timestep and one noise per pair; winners first on the batch axis, then losers.

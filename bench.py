@@ -1,0 +1,65 @@
+"""What a training step costs: variants of one run side by side, each in a process of its own.
+
+    python bench.py                                        the embedded task, on this machine
+    python bench.py --model sd15 --data my_pairs           options of train.py, given to every variant
+
+A group that one forward holds takes one pass; a larger one takes two, the first of which has no gradients and
+keeps errors alone: a fourth more of the UNet's arithmetic (policy and reference forward, and the two forwards'
+worth of a backward, are four; a second forward makes five), and the memory of one micro-batch.
+"""
+
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import train
+
+
+def memory(peak=False):
+    """MiB in use, or at most since the last call for what is in use: the GPU's, else (Linux) the process's."""
+    if torch.cuda.is_available():
+        used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return used / 2**20
+    used = re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    return int(used) / 2**10
+
+
+def measure(argv):
+    """{"pairs_per_second": median over the steps but the first, "memory": MiB over that of the loaded models}."""
+    error, loaded = train.denoising_error, []
+
+    def first_seen(*inputs):
+        loaded.append(memory()) if not loaded else None
+        return error(*inputs)
+
+    train.denoising_error = first_seen
+    with tempfile.TemporaryDirectory() as out:
+        train.main([*argv, "--sample_every", "0", "--save_every", "0", "--out", out])
+        log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {"pairs_per_second": statistics.median(record["pairs_per_second"] for record in log[1:]),
+            "memory": memory(peak=True) - loaded[0]}
+
+
+if __name__ == "__main__":
+    options = ["--batch_size", "64", "--micro_batch", "8", "--steps", "8", *sys.argv[1:]]
+    args = train.get_args(options)
+    groups = {"one pass": args.micro_batch, "two passes": args.batch_size}
+    rows = {}
+    for name, group in groups.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows[name] = pool.apply(measure, [[*options, "--group_size", str(group)]])
+    print(f"\n{args.model}, {args.device}, {args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a "
+          "forward\n")
+    print("| group | pairs per second | step, relative | MiB over the models |\n|---|---|---|---|")
+    base = rows["one pass"]["pairs_per_second"]
+    for name, row in rows.items():
+        print(f"| {groups[name]}, {name} | {row['pairs_per_second']:.2f} | {base / row['pairs_per_second']:.2f} "
+              f"| {row['memory']:.0f} |")
