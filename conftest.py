@@ -46,6 +46,7 @@ def in_child(rank, world, port, text, environment, function, args):
     for stream in (1, 2):
         os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
     tiny.STEPS = {name: 2 for name in tiny.STEPS}
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
     function(*args)
 
 

@@ -357,9 +357,9 @@ def train(args, state, lock):
         (out / "samples").mkdir(exist_ok=True)
         if start < args.steps and (out / "model").exists():  # of fewer --steps
             (out / "model").rename(out / f"model-{start:06d}")
-        lines = (out / "log.jsonl").read_text().splitlines()[:start] if start else []
-        resume.write(out / "log.jsonl", "".join(f"{line}\n" for line in lines))
-        log = open(out / "log.jsonl", "a")
+        (log := out / "log.jsonl").touch()
+        resume.write(log, "".join(log.read_text().splitlines(keepends=True)[:start]))
+        log = open(log, "a")
         try:
             from torch.utils.tensorboard import SummaryWriter
             board = SummaryWriter(out / "tensorboard", purge_step=start)
@@ -500,7 +500,7 @@ def main(argv=None):
     if state and state["step"] == args.steps and (out / "model").exists():
         return say(f"{out} holds all {args.steps} steps of this run; to train it again remove the folder or "
                    "give another --out, to go on give more --steps")
-    lock = filelock.FileLock(out / "lock", timeout=5)
+    lock = filelock.FileLock(out / "lock", timeout=2)
     try:
         if rank == 0 and out.exists():
             lock.acquire()
