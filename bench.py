@@ -8,6 +8,7 @@ keeps errors alone: a fourth more of the UNet's arithmetic (policy and reference
 worth of a backward, are four; a second forward makes five), and the memory of one micro-batch.
 """
 
+import concurrent.futures
 import json
 import multiprocessing
 import re
@@ -54,8 +55,8 @@ if __name__ == "__main__":
     groups = {"one pass": args.micro_batch, "two passes": args.batch_size}
     rows = {}
     for name, group in groups.items():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows[name] = pool.apply(measure, [[*options, "--group_size", str(group)]])
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            rows[name] = process.submit(measure, [*options, "--group_size", str(group)]).result()
     print(f"\n{args.model}, {args.device}, {args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a "
           "forward\n")
     print("| group | pairs per second | step, relative | MiB over the models |\n|---|---|---|---|")

@@ -87,14 +87,15 @@ def read_rows(source):
     except KeyError as error:
         raise SystemExit(f"data: a line of {source} lacks {error}; it takes prompt, chosen and rejected")
     except Exception as error:
+        fault = source, error
         for file in (file for file in files if file.suffix == ".parquet"):  # `datasets` does not say which
             try:
                 for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
                     pass
-            except Exception as fault:
-                source, error = file, fault
+            except Exception as error:
+                fault = file, error
                 break
-        raise SystemExit(f"data: {source} cannot be read: {brief(error)}")
+        raise SystemExit(f"data: {fault[0]} cannot be read: {brief(fault[1])}")
 
 
 def read_image(source):

@@ -43,7 +43,7 @@ def load(out, args):
         state = torch.load(files[-1], "cpu", weights_only=True, mmap=True) if files else {}
         theirs = state["args"] if state else json.loads(config.read_text()) if config.exists() else {}
     except Exception as error:
-        sys.exit(f"train.py: {files[-1] if files else config} cannot be read ({error}); give another --out")
+        sys.exit(f"train.py: {files[-1] if files else config} cannot be read ({error!r:.200}); give another --out")
     for name, value in vars(args).items():  # None will become what it became then
         if name not in MAY_CHANGE and value is not None and value != theirs.get(name, value):
             sys.exit(f"train.py: {out} holds a run with --{name} {theirs[name]}, not {value}; give another "
@@ -65,7 +65,7 @@ def save(out, state):
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         kept = before[-1] if before else "no checkpoint"
-        sys.exit(f"train.py: {file} cannot be written ({error}). Kept: {kept}. With more room the same "
+        sys.exit(f"train.py: {file} cannot be written ({error!r:.200}). Kept: {kept}. With more room the same "
                  "command goes on")
     part.replace(file)
     for old in before:

@@ -31,17 +31,23 @@ pytestmark = pytest.mark.usefixtures("quick_tiny")
 
 
 def faulty(fault, number, argv):
-    """train.main with a fault, at the number-th line of ours, the number-th save, or in the step `number`."""
+    """train.main with a fault, at the number-th line of ours, the number-th save, or in the step `number`.
+
+    "line VICTIM" and "half VICTIM", of a save, kill this process, its launcher, or everything.
+    """
     lines, saves, draw, torch_save = 0, 0, train.draw, torch.save
-    launcher, rank = os.getppid(), train.torchrun()[0]
+    launcher, rank, (fault, _, victim) = os.getppid(), train.torchrun()[0], str(fault).partition(" ")
 
     def strike():
         others = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         others = [int(other) for other in others if int(other) != os.getpid()]
-        for process in {"launcher": [launcher], "everything": [launcher, *others]}.get(fault, []):
+        victims = {
+            "launcher": [launcher],
+            "everything": [launcher, *others, os.getpid()],
+            "self": [os.getpid()],
+        }
+        for process in victims[victim]:
             os.kill(process, signal.SIGKILL)
-        if fault != "launcher":
-            os.kill(os.getpid(), signal.SIGKILL)
 
     def trace(frame, event, _):
         nonlocal lines
@@ -86,7 +92,7 @@ def faulty(fault, number, argv):
                 os.dup2(os.open("/dev/full", os.O_WRONLY), int(log))
         return draw(args, step, positions, *rest)
 
-    if fault in ("line", "launcher", "everything"):
+    if fault == "line":
         sys.settrace(trace)
     if fault == "half":
         torch.save = half_a_save
@@ -161,7 +167,9 @@ def killed(run, folder, unbroken, kills, world):
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, unbroken, options, kills):
     def run(fault, number):
-        (ended,) = launch(tmp_path, 1, faulty, fault, number, [*options, "--out", str(tmp_path / "out")])
+        (ended,) = launch(
+            tmp_path, 1, faulty, f"{fault} self", number, [*options, "--out", str(tmp_path / "out")]
+        )
         return ended
 
     killed(run, tmp_path, unbroken, kills, 1)
@@ -180,7 +188,7 @@ def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
     """The launcher alone, which leaves its processes running but for our watch; and all of them at once."""
 
     def run(fault, number):
-        ended = by_torchrun(tmp_path, fault and victim, number, options)
+        ended = by_torchrun(tmp_path, f"{fault} {victim}", number, options)
         return ended.returncode, ended.stderr
 
     killed(run, tmp_path, unbroken, 10, 2)

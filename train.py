@@ -352,6 +352,8 @@ def train(args, state, lock):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        for half in out.glob("checkpoint-*.part"):  # of a save that was killed
+            half.unlink()
         resume.write(out / "config.json", json.dumps(vars(args), indent=1))
         resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
         (out / "samples").mkdir(exist_ok=True)
