@@ -1,4 +1,4 @@
-"""What a training step costs: variants of one run side by side, each in a process of its own.
+"""What a training step costs: variants of one run side by side, each in a process of its own (memory: CUDA, Linux).
 
     python bench.py                                        the embedded task, on this machine
     python bench.py --model sd15 --data my_pairs           options of train.py, given to every variant
@@ -34,24 +34,30 @@ def memory(peak=False):
 
 
 def measure(argv):
-    """{"pairs_per_second": median over the steps but the first, "memory": MiB over that of the loaded models}."""
-    error, loaded = train.denoising_error, []
+    """{"pairs_per_second": median over the steps but the first, "memory": MiB that the first step took at most}."""
+    error, clip_grad_norm_, used = train.denoising_error, torch.nn.utils.clip_grad_norm_, []
 
-    def first_seen(*inputs):
-        loaded.append(memory()) if not loaded else None
+    def before(*inputs):  # the first forward
+        used.append(memory()) if not used else None
         return error(*inputs)
 
-    train.denoising_error = first_seen
+    def after(*some):  # all backwards of the first step
+        used.append(memory(peak=True)) if len(used) == 1 else None
+        return clip_grad_norm_(*some)
+
+    train.denoising_error, torch.nn.utils.clip_grad_norm_ = before, after
     with tempfile.TemporaryDirectory() as out:
         train.main([*argv, "--sample_every", "0", "--save_every", "0", "--out", out])
         log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return {"pairs_per_second": statistics.median(record["pairs_per_second"] for record in log[1:]),
-            "memory": memory(peak=True) - loaded[0]}
+            "memory": used[1] - used[0]}
 
 
 if __name__ == "__main__":
     options = ["--batch_size", "64", "--micro_batch", "8", "--steps", "8", *sys.argv[1:]]
     args = train.get_args(options)
+    if args.loss != "rpo":
+        sys.exit(f"bench.py: --loss {args.loss} has no groups; take rpo")
     groups = {"one pass": args.micro_batch, "two passes": args.batch_size}
     rows = {}
     for name, group in groups.items():
@@ -59,7 +65,7 @@ if __name__ == "__main__":
             rows[name] = process.submit(measure, [*options, "--group_size", str(group)]).result()
     print(f"\n{args.model}, {args.device}, {args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a "
           "forward\n")
-    print("| group | pairs per second | step, relative | MiB over the models |\n|---|---|---|---|")
+    print("| group | pairs per second | step, relative | MiB of a step |\n|---|---|---|---|")
     base = rows["one pass"]["pairs_per_second"]
     for name, row in rows.items():
         print(f"| {groups[name]}, {name} | {row['pairs_per_second']:.2f} | {base / row['pairs_per_second']:.2f} "

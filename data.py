@@ -87,8 +87,9 @@ def read_rows(source):
     except KeyError as error:
         raise SystemExit(f"data: a line of {source} lacks {error}; it takes prompt, chosen and rejected")
     except Exception as error:
-        fault = source, error
-        for file in (file for file in files if file.suffix == ".parquet"):  # `datasets` does not say which
+        fault = source, error.__cause__ or error
+        damaged = not getattr(fault[1], "errno", None)  # else a full disk or the like: no file is to blame
+        for file in (file for file in files if damaged and file.suffix == ".parquet"):
             try:
                 for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
                     pass

@@ -2,7 +2,8 @@
 
 A run is a function of its arguments, and a checkpoint of the steps taken: weights, optimizer, scaler, step.
 No generator has a state to save: timestep, noise, crop and order follow from (seed, step or epoch, position).
-So the same command goes on by itself, and ends in the same bits as a run that nobody killed.
+So the same command goes on by itself, and ends in the weights of a run that nobody killed: in the same bits in
+float32 on a CPU.
 """
 
 import os
@@ -25,8 +26,8 @@ MAY_CHANGE = {  # when a run goes on; anything else would make it another run
 MEANINGS = {  # of words in the libraries' errors
     r"DataLoader worker \(pid": "a process that reads images has died; if for memory, try fewer --workers",
     "be decoded any more": "the data are out of reach",
-    "onnection (closed|reset|refused)|NCCL|gloo": "another process of this run has ended, and says why",
-    "No space left|os error 28|File too large": "there is no room to write",
+    "onnection (closed|reset) by peer|remote process exited": "another process of this run has ended",
+    "No space left|os error 28|File too large|uota exceeded": "there is no room to write",
 }
 
 
@@ -37,13 +38,13 @@ def load(out, args):
     """
     files, config = sorted(out.glob("checkpoint-*.pt")), out / "config.json"
     strange = {file.name for file in out.glob("*")} - {"lock", "config.json.part"}
-    if strange and not files and not config.exists():
-        sys.exit(f"train.py: {out} holds something else ({min(strange)}); give another --out")
     try:
         state = torch.load(files[-1], "cpu", weights_only=True, mmap=True) if files else {}
         theirs = state["args"] if state else json.loads(config.read_text()) if config.exists() else {}
     except Exception as error:
         sys.exit(f"train.py: {files[-1] if files else config} cannot be read ({error!r:.200}); give another --out")
+    if strange and "loss" not in theirs:
+        sys.exit(f"train.py: {out} holds something else ({min(strange)}); give another --out")
     for name, value in vars(args).items():  # None will become what it became then
         if name not in MAY_CHANGE and value is not None and value != theirs.get(name, value):
             sys.exit(f"train.py: {out} holds a run with --{name} {theirs[name]}, not {value}; give another "
@@ -64,6 +65,8 @@ def save(out, state):
             os.fsync(stream.fileno())
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):  # it may be raised anywhere
+            raise
         kept = before[-1] if before else "no checkpoint"
         sys.exit(f"train.py: {file} cannot be written ({error!r:.200}). Kept: {kept}. With more room the same "
                  "command goes on")
@@ -122,6 +125,7 @@ def end_with_launcher():
 def within(seconds, iterator):
     """Yields what `iterator` does. Where that takes longer for one of them, this process ends in one line."""
     def stalled(*_):  # not sys.exit, which would wait for a thread that hangs in a read
+        release()
         os.write(2, f"train.py: no data came for {seconds} s: is the storage slow, or gone? The same command "
                     "goes on from the last checkpoint; --data_timeout sets the limit\n".encode())
         os._exit(1)

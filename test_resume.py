@@ -284,11 +284,26 @@ def test_a_run_that_is_done_says_so_and_is_left_alone(tmp_path, options, capsys)
     }
 
 
-def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, options):
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(SystemExit, match="holds something else .thesis.tex.; give another --out"):
+@pytest.mark.parametrize("name, text", [("thesis.tex", "precious"), ("config.json", '{"hidden_size": 8}')])
+def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, options, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=f"holds something else .{name}.; give another --out"):
         train.main([*options, "--out", str(tmp_path)])
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_resumed_run_lets_go_of_the_old_checkpoint(tmp_path, options, monkeypatch):
+    """A file that is still mapped takes its room on the disk until the run ends."""
+    argv = [*options, "--out", str(tmp_path / "out")]
+    train.main([*argv, "--steps", "2"])
+    draw = train.draw
+
+    def mapped(*some):
+        assert "checkpoint-" not in Path("/proc/self/maps").read_text()
+        return draw(*some)
+
+    monkeypatch.setattr(train, "draw", mapped)
+    train.main([*argv, "--steps", "3"])
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path, options, few_pairs):
@@ -356,7 +371,7 @@ def left_step(out):
         ("policy", "the policy's errors of rows 4, 20, 16, 12"),
         (
             "gradient",
-            r"the loss or its gradient, at finite errors, of rows 4, \d+, 20, \d+, 16, \d+, 12, \d+",
+            "the loss or its gradient, at finite errors",
         ),
     ],
 )

@@ -204,16 +204,21 @@ def part(name):
         files = sorted(file for file in root.rglob("*") if file.is_file() and file.name != "digests.json")
         return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
+    def whole(root):
+        try:
+            return json.loads((root / "digests.json").read_text()) == digests(root)
+        except (OSError, ValueError):
+            return False
+
     recipe = hashlib.sha256(Path(__file__).read_bytes() + repr(STEPS).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "diffusion-rpo" / f"tiny-{recipe}" / name
+    if whole(folder):
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / f"{name}.lock"):  # of several processes one builds, the others wait
-        try:
-            if json.loads((folder / "digests.json").read_text()) == digests(folder):
-                return folder
-        except (OSError, ValueError):
-            pass  # missing or damaged
+        if whole(folder):
+            return folder
         with (tempfile.TemporaryDirectory(dir=folder.parent) as aside, torch.random.fork_rng(devices=[]),
               torch.enable_grad()):
             torch.manual_seed(0)

@@ -10,7 +10,8 @@
 Values come from the defaults, then the preset of --model, then the command line. A run writes to --out:
 config.json, data.json, log.jsonl (a line per step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers
 pipeline. It is a function of its arguments: processes and --micro_batch change rounding, nothing else. Killed
-or stopped, the same command goes on from the last checkpoint and ends in the same weights.
+or stopped, the same command goes on from the last checkpoint, to the same weights (the same bits in fp32 on a
+CPU).
 """
 
 import resume  # first, to know the launcher
@@ -43,7 +44,7 @@ from loss import LOSSES, denoising_error, frozen_reference
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
     "tiny": dict(steps=120, batch_size=16, lr=2e-5, warmup=10, beta=8000, prompt_dropout=0.1, sample_every=40,
-                 sample_steps=20, guidance=3.0, save_every=40),
+                 sample_steps=20, guidance=3.0, save_every=40, resolution=32),
     "tiny dpo": dict(beta=500),
     "tiny sft": dict(lr=1e-4),
     "sd15": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=512,
@@ -59,8 +60,8 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(
         prog="train.py", usage="python train.py [options]", allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
-    rank, local_rank, world = torchrun()
-    p.error = lambda message: sys.exit(f"train.py: {message}" if rank == 0 else 1)
+    _, local_rank, world = torchrun()
+    p.error = lambda message: sys.exit(f"train.py: {message}" if local_rank == 0 else 1)
     flag, add = argparse.BooleanOptionalAction, p.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
     add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]")
@@ -85,7 +86,7 @@ def get_args(argv=None):
     # optimisation
     add("--steps", type=int, default=1000)
     add("--batch_size", type=int, default=32, help="pairs per step")
-    add("--micro_batch", type=int, help="pairs per forward; for memory alone [at most 16; 8 over 512 px]")
+    add("--micro_batch", type=int, help="pairs per forward; for memory alone [8; 16 up to 512 px]")
     add("--optimizer", choices=["adamw", "adafactor", "sgd"], help="[adafactor for SDXL, else adamw]")
     add("--lr", type=float, default=1e-5)
     add("--warmup", type=int, default=0, help="steps of linear warm-up to a constant rate")
@@ -116,7 +117,7 @@ def get_args(argv=None):
     gpus, there = torch.cuda.device_count(), ["mps"] * torch.backends.mps.is_available()
     if world > 1:  # a GPU for each process of this machine, by its local rank
         there = ["cuda"] * bool(gpus)
-        if local_rank >= gpus > 0 and args.device != "cpu":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus > 0 and args.device != "cpu":
             p.error(f"more processes than GPUs: --nproc_per_node must be at most {gpus}, or --device cpu")
     there = [f"cuda:{i}" for i in range(gpus)] * (world == 1) + there + ["cpu"]
     args.device = args.device or there[0]
@@ -146,7 +147,7 @@ def get_args(argv=None):
     if rest or args.micro_batch and share % args.micro_batch:
         p.error(f"--batch_size {args.batch_size} is not a multiple of {world} processes * --micro_batch "
                 f"{args.micro_batch or 1}")
-    sizes = [n for n in range(1, 17 if (args.resolution or 0) <= 512 else 9) if share % n == 0]
+    sizes = [n for n in range(1, 17 if (args.resolution or 1024) <= 512 else 9) if share % n == 0]
     args.micro_batch = args.micro_batch or max(sizes, key=lambda n: (n * world % group == 0, n))
     return args
 
@@ -238,15 +239,15 @@ def blame(seen, world):
     """
     bad = together([(k, name, row) for rows, terms in seen for k, (name, values) in enumerate(terms.items())
                     for row, finite in zip(rows, values.isfinite().tolist()) if not finite], world)
-    if bad:
-        first = min(bad)[:2]
-        return f"{first[1]} of rows {', '.join(str(row) for *term, row in bad if tuple(term) == first)}"
-    rows = together([row for rows, _ in seen for row in rows], world)
-    return f"the loss or its gradient, at finite errors, of rows {', '.join(map(str, rows))}"
+    if not bad:
+        return "the loss or its gradient, at finite errors"
+    first = min(bad)[:2]
+    rows = [str(row) for *term, row in bad if tuple(term) == first]
+    return f"{first[1]} of rows {', '.join(rows[:32])}{' ...' * (len(rows) > 32)}"
 
 
-def train(args, state, lock):
-    """The run of the resolved `args`, from `state` on; `lock` is taken before the folder is written to."""
+def train(args, state):
+    """The run of the resolved `args`, from `state` on."""
     started, out = time.time(), Path(args.out)
     rank, local_rank, world = torchrun()
     say = print if rank == 0 else lambda *_: None
@@ -267,7 +268,8 @@ def train(args, state, lock):
     if args.model != "tiny":  # which is built below, after the data were found good
         data.find_pipeline(args.model)
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
-                                 args.prompt_dropout, scan=watched if rank == 0 else None)
+                                 args.prompt_dropout, scan=watched if rank == 0 and not state else None)
+    pairs.unreadable.update(state.get("unreadable", []))
     say("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
         "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
     if state and state["pairs"] != len(pairs):
@@ -320,12 +322,16 @@ def train(args, state, lock):
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        pairs.unreadable.update(state["unreadable"])
+        for parameter, kept in optimizer.state.items():  # in this device's layout, and no longer in the file
+            kept.update({name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape
+                         else value.clone() for name, value in kept.items() if torch.is_tensor(value)})
+        state.clear()
     ddp = torch.nn.parallel.DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
     if world > 1 and len(set(gather(torch.tensor([start], device=device)).tolist())) > 1:
         sys.exit(f"train.py: the processes see different checkpoints in {out}; it must lie on shared storage")
 
-    # A window is `span` pairs of every process, side by side in the global batch: the fewest whole groups.
+    # A window of the global batch is `span` pairs of each process, side by side: as few micro-batches of each as
+    # make whole groups together.
     loss_of_group = LOSSES[args.loss]
     if "position" in inspect.signature(loss_of_group).parameters:
         loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
@@ -350,15 +356,14 @@ def train(args, state, lock):
             for step in range(start, args.steps) for window in windows for first in micro_batches(window)))))
 
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
         for half in out.glob("checkpoint-*.part"):  # of a save that was killed
             half.unlink()
         resume.write(out / "config.json", json.dumps(vars(args), indent=1))
         resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
         (out / "samples").mkdir(exist_ok=True)
         if start < args.steps and (out / "model").exists():  # of fewer --steps
-            (out / "model").rename(out / f"model-{start:06d}")
+            shutil.rmtree(before := out / f"model-{start:06d}", ignore_errors=True)
+            (out / "model").rename(before)
         (log := out / "log.jsonl").touch()
         resume.write(log, "".join(log.read_text().splitlines(keepends=True)[:start]))
         log = open(log, "a")
@@ -393,14 +398,15 @@ def train(args, state, lock):
                 inputs.append((latents, noise.repeat(sides, 1, 1, 1).to(device), t.repeat(sides).to(device),
                                conditioning, alphas_cumprod, scheduler.config.prediction_type, dtype))
 
-                # Policy and reference through the same function on the same batch.
-                with torch.set_grad_enabled(one_pass):  # of two passes, the first is for the numbers alone
-                    errs.append(policy_error(first, inputs[-1]))                    # [sides B]
+                # Policy and reference through the same function on the same batch. Where a window takes two
+                # passes, the first is for the errors alone.
                 with torch.no_grad():
                     ref_err = denoising_error(reference, *inputs[-1]).chunk(2) if reference else []
+                    embeddings.append(clip.embed(batch["caption"], batch.get("clip_pixels")) if clip
+                                      else latents.new_zeros(args.micro_batch, 3, 0))   # [B, 3, E]
+                with torch.set_grad_enabled(one_pass):
+                    errs.append(policy_error(first, inputs[-1]))                    # [sides B]
                 errors.append(torch.stack([*errs[-1].detach().chunk(sides), *ref_err], 1))  # [B, 1 or 4]
-                embeddings.append(clip.embed(batch["caption"], batch.get("clip_pixels")) if clip
-                                  else errors[-1][:, :0, None])                     # [B, 3, E]
                 seen.append((batch["row"], {
                     "the VAE's latents": latents.unflatten(0, (sides, -1)).sum((0, 2, 3, 4)),
                     "the CLIP embeddings": embeddings[-1].sum((1, 2)),
@@ -423,7 +429,7 @@ def train(args, state, lock):
                 values.append(torch.stack([group_loss.detach(), *metrics.values()]))
             slope = torch.autograd.grad(loss, errors)[0].split(span)[rank if shared else 0][:, :sides]
 
-            # Down the graph that gave the errors; of two passes, the second forward's, on the same inputs.
+            # Back-propagate the slopes; in two passes, through a second forward on the same inputs.
             for k, part in enumerate(slope.split(args.micro_batch)):                # [B, sides]
                 err = errs[k] if one_pass else policy_error(micro_batches(window)[k], inputs[k])
                 scaler.scale(err @ part.T.flatten() * world).backward()             # DDP averages, not adds
@@ -441,12 +447,13 @@ def train(args, state, lock):
             what = blame(seen, world)
             kept = max(out.glob("checkpoint-*.pt"), default="no checkpoint")
             sys.exit(f"train.py: step {step}: loss {record['loss']}, gradient norm {norm}. Not finite: "
-                     f"{what}. Kept: {kept}. Try a smaller --lr or --precision fp32" if rank == 0 else 1)
+                     f"{what}. Kept: {kept}. In another --out, try a smaller --lr or --precision fp32"
+                     if rank == 0 else 1)
         skipped += overflow
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world == 1)  # else the gradients would leave the buckets of DDP
 
         done = step + 1 == args.steps
         record |= {"grad_norm": None if overflow else norm, "lr": lr,
@@ -470,6 +477,8 @@ def train(args, state, lock):
                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": skipped,
                     "unreadable": sorted(pairs.unreadable)})
         if asked and not done:
+            if world > 1:
+                dist.barrier()  # torchrun would kill the first, still saving, soon after another's exit
             sys.exit(f"train.py: saved after {step + 1} steps; the same command goes on" if rank == 0 else 1)
 
     if rank == 0:
@@ -498,23 +507,28 @@ def main(argv=None):
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         sys.exit(f"train.py: {out} cannot be made: {nearest} is no folder that can be written to")
     resume.end_with_launcher()
-    state = resume.load(out, args)
-    if state and state["step"] == args.steps and (out / "model").exists():
-        return say(f"{out} holds all {args.steps} steps of this run; to train it again remove the folder or "
-                   "give another --out, to go on give more --steps")
-    lock = filelock.FileLock(out / "lock", timeout=2)
+    lock, new = filelock.FileLock(out / "lock", timeout=2), not out.exists()
     try:
-        if rank == 0 and out.exists():
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        train(args, state, lock)
+        state = resume.load(out, args)
+        if state and state["step"] == args.steps and (out / "model").exists():
+            return say(f"{out} holds all {args.steps} steps of this run; to train it again remove the folder or "
+                       "give another --out, to go on give more --steps")
+        train(args, state)
     except filelock.Timeout:
         sys.exit(f"train.py: another live run is writing to {out}")
     except Exception as error:
         resume.explain(error)
         raise
     finally:
-        lock.release()
         resume.release()
+        if lock.is_locked and not (out / "config.json").exists():  # nothing was written: leave nothing
+            (out / "lock").unlink(missing_ok=True)
+            if new:
+                out.rmdir()
+        lock.release()
 
 
 if __name__ == "__main__":
