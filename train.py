@@ -453,7 +453,7 @@ def train(args, state):
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=world == 1)  # else the gradients would leave the buckets of DDP
+        optimizer.zero_grad(set_to_none=world == 1)  # under DDP they live in its buckets, and stay there
 
         done = step + 1 == args.steps
         record |= {"grad_norm": None if overflow else norm, "lr": lr,
