@@ -273,6 +273,20 @@ def test_four_steps_are_two_and_two(tmp_path, options, optimizer, loss):
     same_bits(left(tmp_path / "two"), left(tmp_path / "four"))
 
 
+def test_a_checkpoint_of_another_device_takes_the_layout_of_this_one(tmp_path, options):
+    """On MPS weights are not channels-last, and the CPU's fused AdamW walks through memory as it lies."""
+    for steps, name in (("4", "four"), ("2", "two")):
+        train.main([*options, "--steps", steps, "--out", str(tmp_path / name)])
+    (file,) = (tmp_path / "two").glob("checkpoint-*.pt")
+    state = torch.load(file, weights_only=True)
+    for kept in state["optimizer"]["state"].values():
+        assert kept["exp_avg"].dim() < 4 or kept["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+        kept.update(exp_avg=kept["exp_avg"].contiguous(), exp_avg_sq=kept["exp_avg_sq"].contiguous())
+    torch.save(state, file)
+    train.main([*options, "--steps", "4", "--out", str(tmp_path / "two")])
+    same_bits(left(tmp_path / "two"), left(tmp_path / "four"))
+
+
 def test_a_run_that_is_done_says_so_and_is_left_alone(tmp_path, options, capsys):
     argv = [*options, "--steps", "1", "--out", str(tmp_path / "out")]
     train.main(argv)

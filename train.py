@@ -330,8 +330,8 @@ def train(args, state):
     if world > 1 and len(set(gather(torch.tensor([start], device=device)).tolist())) > 1:
         sys.exit(f"train.py: the processes see different checkpoints in {out}; it must lie on shared storage")
 
-    # A window of the global batch is `span` pairs of each process, side by side: as few micro-batches of each as
-    # make whole groups together.
+    # A window of the global batch is `span` pairs of each process, side by side: as few micro-batches of each
+    # as make whole groups together.
     loss_of_group = LOSSES[args.loss]
     if "position" in inspect.signature(loss_of_group).parameters:
         loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
@@ -514,8 +514,8 @@ def main(argv=None):
             lock.acquire()
         state = resume.load(out, args)
         if state and state["step"] == args.steps and (out / "model").exists():
-            return say(f"{out} holds all {args.steps} steps of this run; to train it again remove the folder or "
-                       "give another --out, to go on give more --steps")
+            return say(f"{out} holds all {args.steps} steps of this run; to train it again remove the folder "
+                       "or give another --out, to go on give more --steps")
         train(args, state)
     except filelock.Timeout:
         sys.exit(f"train.py: another live run is writing to {out}")
