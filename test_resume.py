@@ -61,12 +61,12 @@ def faulty(fault, number, argv):
     def half_a_save(state, stream):
         nonlocal saves
         torch_save(state, whole := io.BytesIO())
-        saves += 1
+        content, saves = whole.getvalue(), saves + 1
+        stream.write(content[: len(content) // 2])
         if saves == number:
-            stream.write(whole.getvalue()[: len(whole.getvalue()) // 2])
             stream.flush()
             strike()
-        stream.write(whole.getvalue())
+        stream.write(content[len(content) // 2 :])
 
     def draw_and(args, step, positions, *rest):
         if step == number and (positions[0] == 0 or fault == "rank"):  # once
