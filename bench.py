@@ -1,4 +1,4 @@
-"""What a training step costs: variants of one run side by side, each in a process of its own (memory: CUDA, Linux).
+"""What a training step costs: variants of one run side by side, each in its own process (memory: CUDA, Linux).
 
     python bench.py                                        the embedded task, on this machine
     python bench.py --model sd15 --data my_pairs           options of train.py, given to every variant
@@ -34,7 +34,7 @@ def memory(peak=False):
 
 
 def measure(argv):
-    """{"pairs_per_second": median over the steps but the first, "memory": MiB that the first step took at most}."""
+    """{"pairs_per_second": median of all steps but the first, "memory": MiB that the first took at most}."""
     error, clip_grad_norm_, used = train.denoising_error, torch.nn.utils.clip_grad_norm_, []
 
     def before(*inputs):  # the first forward

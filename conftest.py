@@ -1,5 +1,6 @@
 """What the test files share: no network, a cache of their own, a quick embedded task, small models, processes."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -15,6 +16,12 @@ import torch
 
 import tiny
 
+QUICK = {name: 2 for name in tiny.STEPS}  # training steps of the embedded task's parts: they know nothing
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
@@ -25,8 +32,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture
 def quick_tiny(monkeypatch):
-    """The parts of the embedded task, trained for so few steps that they know nothing."""
-    monkeypatch.setattr(tiny, "STEPS", {name: 2 for name in tiny.STEPS})
+    monkeypatch.setattr(tiny, "STEPS", QUICK)
 
 
 forks = multiprocessing.get_context("forkserver")  # children of a process that has imported torch already
@@ -45,7 +51,7 @@ def in_child(rank, world, port, text, environment, function, args):
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
-    tiny.STEPS = {name: 2 for name in tiny.STEPS}
+    tiny.STEPS = QUICK
     multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
     function(*args)
 

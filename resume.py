@@ -31,18 +31,23 @@ MEANINGS = {  # of words in the libraries' errors
 }
 
 
+def newest(out):
+    """The file of the last checkpoint of a folder, or None."""
+    return max(out.glob("checkpoint-*.pt"), default=None)
+
+
 def load(out, args):
     """The state in the last checkpoint of the folder `out`, {} where there is none, for a run of `args`.
 
     raises  SystemExit, in one line, where the folder is another run's or holds anything else
     """
-    files, config = sorted(out.glob("checkpoint-*.pt")), out / "config.json"
+    file, config = newest(out), out / "config.json"
     strange = {file.name for file in out.glob("*")} - {"lock", "config.json.part"}
     try:
-        state = torch.load(files[-1], "cpu", weights_only=True, mmap=True) if files else {}
+        state = torch.load(file, "cpu", weights_only=True, mmap=True) if file else {}
         theirs = state["args"] if state else json.loads(config.read_text()) if config.exists() else {}
     except Exception as error:
-        sys.exit(f"train.py: {files[-1] if files else config} cannot be read ({error!r:.200}); give another --out")
+        sys.exit(f"train.py: {file or config} cannot be read ({error!r:.200}); give another --out")
     if strange and "loss" not in theirs:
         sys.exit(f"train.py: {out} holds something else ({min(strange)}); give another --out")
     for name, value in vars(args).items():  # None will become what it became then
@@ -57,7 +62,7 @@ def load(out, args):
 def save(out, state):
     """Writes a checkpoint aside, flushes it, renames it, then removes the one before: one is always whole."""
     file = out / f"checkpoint-{state['step']:06d}.pt"
-    before, part = sorted(out.glob("checkpoint-*.pt")), file.with_suffix(".part")
+    part = file.with_suffix(".part")
     try:
         with open(part, "wb") as stream:
             torch.save(state, stream)
@@ -67,11 +72,10 @@ def save(out, state):
         part.unlink(missing_ok=True)
         if "DataLoader worker" in str(error):  # it may be raised anywhere
             raise
-        kept = before[-1] if before else "no checkpoint"
-        sys.exit(f"train.py: {file} cannot be written ({error!r:.200}). Kept: {kept}. With more room the same "
-                 "command goes on")
+        sys.exit(f"train.py: {file} cannot be written ({error!r:.200}). Kept: {newest(out) or 'no checkpoint'}. "
+                 "With more room the same command goes on")
     part.replace(file)
-    for old in before:
+    for old in out.glob("checkpoint-*.pt"):
         if old != file:
             old.unlink()
 

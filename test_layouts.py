@@ -11,7 +11,7 @@ import bench
 import data
 import tiny
 import train
-from conftest import launch
+from conftest import QUICK, launch, log_of
 from loss import denoising_error, rpo_loss
 
 BATCH, STEPS, BETA, TAU = 16, 6, 100, 0.02
@@ -80,7 +80,7 @@ def run(tmp_path_factory, small_model, few_pairs):
         (file,) = (folder / "out").glob("checkpoint-*.pt")
         kept[key] = {
             "weights": torch.load(file, weights_only=True)["unet"],
-            "log": [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()],
+            "log": log_of(folder / "out"),
             "gradient": seen[0]["gradient"],
             "noise": [process["noise"] for process in seen],
             "meetings": [process["meetings"] for process in seen],
@@ -102,7 +102,7 @@ def giant(small_model, few_pairs):
         pipe = data.load_pipeline(small_model(model))
         pairs = data.PreferencePairs(few_pairs, 32, prompt_dropout=args.prompt_dropout)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiny, "STEPS", {name: 2 for name in tiny.STEPS})
+            patch.setattr(tiny, "STEPS", QUICK)
             clip = data.Clip("tiny")
         pairs.clip_transform = clip.transform
         batch = data.collate([pairs[position] for position in range(BATCH)])

@@ -6,7 +6,6 @@ As a script it is train.py with a fault: `python test_resume.py FAULT NUMBER [op
 import resume  # first, to know the launcher
 
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -24,7 +23,7 @@ import torch
 import data
 import tiny
 import train
-from conftest import launch
+from conftest import QUICK, launch, log_of
 
 STEPS = 8
 pytestmark = pytest.mark.usefixtures("quick_tiny")
@@ -35,7 +34,7 @@ def faulty(fault, number, argv):
 
     "line VICTIM" and "half VICTIM", of a save, kill this process, its launcher, or everything.
     """
-    lines, saves, draw, torch_save = 0, 0, train.draw, torch.save
+    lines, saves, struck, draw, torch_save = 0, 0, False, train.draw, torch.save
     launcher, rank, (fault, _, victim) = os.getppid(), train.torchrun()[0], str(fault).partition(" ")
 
     def strike():
@@ -68,8 +67,10 @@ def faulty(fault, number, argv):
             strike()
         stream.write(content[len(content) // 2 :])
 
-    def draw_and(args, step, positions, *rest):
-        if step == number and (positions[0] == 0 or fault == "rank"):  # once
+    def draw_and(args, step, *rest):
+        nonlocal struck
+        if step == number and not struck:
+            struck = True
             if fault in ("SIGTERM", "SIGINT"):
                 os.kill(os.getpid(), getattr(signal, fault))
             elif fault == "group":  # as torchrun and Slurm signal: all processes, the loader's too, and twice
@@ -90,7 +91,7 @@ def faulty(fault, number, argv):
                     if os.path.realpath(f"/proc/self/fd/{descriptor}").endswith("log.jsonl")
                 )
                 os.dup2(os.open("/dev/full", os.O_WRONLY), int(log))
-        return draw(args, step, positions, *rest)
+        return draw(args, step, *rest)
 
     if fault == "line":
         sys.settrace(trace)
@@ -130,7 +131,7 @@ def unbroken(tmp_path_factory, options):
 def left(out):
     """The checkpoint and the log of a folder, the log without its times."""
     (file,) = out.glob("checkpoint-*.pt")
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = log_of(out)
     for record in log:
         del record["pairs_per_second"]
     return torch.load(file, weights_only=True), log
@@ -218,15 +219,7 @@ def test_processes_agree_on_the_step_that_a_signal_ends(tmp_path, unbroken, opti
 
 
 def signalled_second(argv):
-    draw = train.draw
-
-    def draw_and(args, step, *rest):
-        if step == 3 and train.torchrun()[0] == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(args, step, *rest)
-
-    train.draw = draw_and
-    train.main(argv)
+    faulty("SIGTERM" if train.torchrun()[0] == 1 else None, 3, argv)
 
 
 def test_what_may_change_when_a_run_goes_on(tmp_path, unbroken, options):
@@ -366,11 +359,7 @@ def test_a_full_disk_under_the_log(tmp_path, options):
     argv = [*options, "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path, 1, faulty, "log", 3, argv)
     assert status == 1 and "train.py: there is no room to write" in text and "Traceback" not in text, text
-    assert left_step(tmp_path / "out") == 2
-
-
-def left_step(out):
-    return max(int(file.stem.split("-")[1]) for file in out.glob("checkpoint-*.pt"))
+    assert left(tmp_path / "out")[0]["step"] == 2
 
 
 # What is not finite
@@ -416,7 +405,7 @@ def test_a_step_that_goes_bad_names_its_term_and_rows(tmp_path, options, monkeyp
     monkeypatch.setattr(train, "denoising_error", error)
     with pytest.raises(SystemExit, match=f"step 2: .* Not finite: {complaint}.*Kept: .*checkpoint-000002.pt"):
         train.main(argv)
-    assert left_step(tmp_path / "out") == 2
+    assert left(tmp_path / "out")[0]["step"] == 2
 
 
 def test_a_bad_pair_of_one_process_ends_all_and_the_first_names_it(tmp_path, options):
@@ -451,7 +440,7 @@ def test_fp16s_skipped_steps_are_counted_and_shown(tmp_path, options, monkeypatc
         torch.amp, "GradScaler", lambda *some, **more: scaler(*some, init_scale=2.0**127, **more)
     )
     train.main([*options, "--steps", "4", "--out", str(tmp_path / "out")])
-    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "out")
     assert log[0]["skipped"] == 1 and log[0]["grad_norm"] is None
     assert "skipped=" in capsys.readouterr().err
 
@@ -515,5 +504,5 @@ def test_a_rank_that_fails_brings_the_others_down(tmp_path, options):
 
 
 if __name__ == "__main__":
-    tiny.STEPS = {name: 2 for name in tiny.STEPS}
+    tiny.STEPS = QUICK
     faulty(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -19,6 +19,7 @@ import data
 import loss as loss_file
 import tiny
 import train
+from conftest import log_of
 from loss import denoising_error, frozen_reference
 
 KEYS = set(
@@ -38,10 +39,6 @@ def run(tmp_path, small_model, few_pairs, quick_tiny):
         return out
 
     return run
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 # A whole run
@@ -123,7 +120,9 @@ def test_without_tensorboard_a_run_still_runs(run, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run):
-    with pytest.raises(SystemExit, match="step 1: loss nan.* Not finite: the policy's errors of rows .* Kept: no checkpoint"):
+    with pytest.raises(
+        SystemExit, match="step 1: loss nan.* Not finite: the policy's errors of rows .* Kept: no checkpoint"
+    ):
         run("sd", "--lr", "1e30", "--optimizer", "sgd", "--max_grad_norm", "1e30")
 
 
@@ -377,7 +376,10 @@ def test_openais_weights_get_their_activation(monkeypatch, spec, quick):
         (["--batch_size", "2.5"], "invalid int value: '2.5'"),
         (["--prompt_dropout", "1.5"], "--prompt_dropout 1.5 is out of range"),
         (["--batch_size", "12"], "--batch_size 12 is not a multiple of --group_size 8"),
-        (["--micro_batch", "5", "--loss", "dpo"], "--batch_size 16 is not a multiple of 1 processes . --micro_batch 5"),
+        (
+            ["--micro_batch", "5", "--loss", "dpo"],
+            "--batch_size 16 is not a multiple of 1 processes . --micro_batch 5",
+        ),
         (["--save_every", "-1"], "--save_every -1 is out of range"),
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs CUDA or MPS"),
         (["--device", "tpu"], "--device tpu is not there"),

@@ -158,6 +158,12 @@ def torchrun():
                  [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
 
 
+def say(words):
+    """One of all processes prints."""
+    if torchrun()[0] == 0:
+        print(words)
+
+
 def needs(loss, name):
     """Whether a loss must be given `name`: it has no default in the loss's signature."""
     return inspect.signature(LOSSES[loss]).parameters[name].default is inspect.Parameter.empty
@@ -250,7 +256,6 @@ def train(args, state):
     """The run of the resolved `args`, from `state` on."""
     started, out = time.time(), Path(args.out)
     rank, local_rank, world = torchrun()
-    say = print if rank == 0 else lambda *_: None
     device = torch.device(f"cuda:{local_rank}" if args.device == "cuda" and world > 1 else args.device)
     if world > 1:
         if device.type == "cuda":
@@ -445,7 +450,7 @@ def train(args, state):
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler lowers its scale
         if not math.isfinite(record["loss"] + (0 if overflow and scaler.get_scale() >= 1 else norm)):
             what = blame(seen, world)
-            kept = max(out.glob("checkpoint-*.pt"), default="no checkpoint")
+            kept = resume.newest(out) or "no checkpoint"
             sys.exit(f"train.py: step {step}: loss {record['loss']}, gradient norm {norm}. Not finite: "
                      f"{what}. Kept: {kept}. In another --out, try a smaller --lr or --precision fp32"
                      if rank == 0 else 1)
@@ -500,7 +505,6 @@ def train(args, state):
 def main(argv=None):
     args = get_args(argv)
     rank, out = torchrun()[0], Path(args.out)
-    say = print if rank == 0 else lambda *_: None
     if args.dry_run:
         return say(json.dumps(vars(args), indent=1))
     nearest = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
