@@ -1,0 +1,107 @@
+"""The statistics of the evaluation against closed forms and simulated data whose truth is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from stats import bootstrap, cmmd, diversity, frechet, win_rate
+
+
+def test_a_win_rate_is_antisymmetric_and_ties_count_half():
+    """Whoever is named first must not matter."""
+    ours, theirs = np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 3, 2, 1, 5])
+    assert win_rate(ours, theirs) == (0.6, 2, 2, 1)
+    assert win_rate(theirs, ours) == (pytest.approx(1 - 0.6), 1, 2, 2)
+    assert win_rate(ours, ours) == (0.5, 0, 5, 0)
+
+
+@pytest.mark.parametrize("images_per_prompt", [1, 4])
+def test_an_interval_covers_the_truth(images_per_prompt):
+    """Nominally 95%; images of one prompt vary together, so a bootstrap over images would cover about 70%."""
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(200):
+        effect = rng.normal(0.3, 1, size=60).repeat(images_per_prompt)
+        values = effect + rng.normal(0, 0.5, size=len(effect))
+        low, high = bootstrap(values, np.arange(60).repeat(images_per_prompt), draws=500, seed=seed)
+        covered += low < 0.3 < high
+    assert 180 <= covered <= 198
+
+
+def test_an_interval_of_a_constant_is_that_constant():
+    """Ties everywhere leave nothing uncertain."""
+    assert bootstrap(np.full(10, 0.5), [*"abcdefghij"]) == (0.5, 0.5)
+
+
+def test_a_win_rates_interval_covers_the_truth():
+    """The outcomes 0, 1/2, 1 of a model that wins 60% and ties 10%."""
+    rng, covered = np.random.default_rng(1), 0
+    for seed in range(200):
+        outcome = rng.choice([1, 0.5, 0], p=[0.6, 0.1, 0.3], size=100)
+        low, high = bootstrap(outcome, np.arange(100), draws=500, seed=seed)
+        covered += low < 0.65 < high
+    assert 180 <= covered <= 198
+
+
+def directions(n, mean, rng, width=8):
+    return torch.from_numpy(rng.normal(size=(n, width)) + mean)
+
+
+def test_cmmd_is_the_u_statistic_by_hand():
+    """All pairs written out, without the diagonal."""
+    rng = np.random.default_rng(0)
+    x, y = directions(5, 0, rng), directions(7, 1, rng)
+    u, v = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+
+    def mean(a, b, same):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (same and i == j)]
+        return np.mean([np.exp(-(a[i] - b[j]).square().sum().item() / (2 * 10**2)) for i, j in pairs])
+
+    by_hand = 1000 * (mean(u, u, True) + mean(v, v, True) - 2 * mean(u, v, False))
+    assert cmmd(x, y)[0] == pytest.approx(by_hand, abs=1e-9)
+
+
+def test_cmmd_is_zero_on_average_where_the_distributions_are_equal():
+    """The biased statistic would be positive: about 10 times 2 / n here."""
+    rng = np.random.default_rng(0)
+    values = [cmmd(directions(20, 0.5, rng), directions(20, 0.5, rng))[0] for _ in range(300)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300) < 0.1
+    assert min(values) < 0
+
+
+def test_cmmds_interval_covers_the_truth_between_different_distributions():
+    """The truth is that of two very large samples."""
+    rng, covered = np.random.default_rng(0), 0
+    truth = cmmd(directions(4000, 0, rng), directions(4000, 0.7, rng))[0]
+    for seed in range(100):
+        low, high = cmmd(directions(80, 0, rng), directions(80, 0.7, rng), draws=200, seed=seed)[1]
+        covered += low < truth < high
+    assert 88 <= covered <= 99
+
+
+def test_frechet_agrees_with_closed_forms():
+    """Of one dimension, of commuting covariances, and of a set with itself."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(500, 3)))
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet(x, x + 2) == pytest.approx(12, abs=1e-9)  # |m_x - m_y|^2 alone
+    one, other = x[:, :1], 3 * x[:, 1:2] - 1
+    by_hand = (one.mean() - other.mean()) ** 2 + (one.std() - other.std()) ** 2
+    flat = torch.zeros_like(one)  # a second feature that never varies
+    assert frechet(torch.cat([one, flat], 1), torch.cat([other, flat], 1)) == pytest.approx(
+        by_hand.item(), rel=1e-9
+    )
+    by_hand = (x.mean(0) * 3).square().sum() + 9 * x.T.cov().trace()  # of x and 4 x: (4 - 1)^2 of each
+    assert frechet(x, 4 * x) == pytest.approx(by_hand.item(), rel=1e-9)
+
+
+def test_frechet_is_finite_for_fewer_images_than_features():
+    """Rank-deficient covariances, as of 1,000 images and 2,048 features."""
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 64)))
+    assert np.isfinite(frechet(x[:20], x[20:])) and frechet(x[:20], x[20:]) > 0
+
+
+def test_diversity_sees_the_collapse_that_cmmd_does_not():
+    """One image over and over has none; unrelated directions have about 1."""
+    x = directions(200, 0, np.random.default_rng(0), width=512)
+    assert diversity(x) == pytest.approx(1, abs=0.01)
+    assert diversity(x[:1].repeat(50, 1)) == pytest.approx(0, abs=1e-12)
