@@ -40,6 +40,12 @@ DATA = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left t
 SCAN_LIMIT = 10_000  # pairs; up to here all are decoded once at the start, and data.json is complete at once
 
 
+def torchrun():
+    """(rank, rank on this machine, number of processes) as torchrun sets them; without it (0, 0, 1)."""
+    return tuple(int(os.environ.get(name, alone)) for name, alone in
+                 [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
+
+
 def keyed_generator(*key):
     """A CPU random generator that is a function of its key (integers and strings) alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -332,6 +338,24 @@ def encode_images(vae, pixels, noise=None):
     return latents * vae.config.scaling_factor
 
 
+@torch.no_grad()
+def decode_images(vae, latents):
+    """Pictures [N, 3, H, W] float32 on the CPU, in [0, 1], of scaled latents [N, C, h, w]; in float32, too."""
+    parts = (latents.float() / vae.config.scaling_factor).split(max(1, 2 ** 14 // latents[0, 0].numel()))
+    return torch.cat([vae.decode(part).sample.cpu() for part in parts]).div(2).add(.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def sample(pipe, prompts, generators, steps, guidance, dtype=torch.float32, **more):
+    """Scaled latents [N, C, h, w] of N prompts, each from the noise of its own CPU generator.
+
+    more  what else the pipeline takes: height and width in pixels; image and strength of image-to-image
+    """
+    with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
+        return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
+                    output_type="latent", **more).images.float()
+
+
 class Clip:
     """An open_clip model that embeds captions and images for `cross_pair_weights`.
 
@@ -359,15 +383,24 @@ class Clip:
         self.device, self.dtype = torch.device(device), dtype
 
     @torch.no_grad()
+    def embed_texts(self, captions):
+        """[B, E] float32 of B captions."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model.encode_text(self.tokenizer(captions).to(self.device)).float()
+
+    @torch.no_grad()
+    def embed_images(self, pixels):
+        """[N, E] float32 of N pictures, stacked after `transform`."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model.encode_image(pixels.to(self.device)).float()
+
     def embed(self, captions, clip_pixels=None):
         """[B, 3, E]: text, image_w, image_l of B captions and clip_pixels [B, 2, 3, h, w]; without, zeros."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            text = self.model.encode_text(self.tokenizer(captions).to(self.device))
-            image = torch.zeros_like(text)[:, None].repeat(1, 2, 1)
-            if clip_pixels is not None:
-                pixels = clip_pixels.flatten(0, 1).to(self.device)
-                image = self.model.encode_image(pixels).unflatten(0, (-1, 2))               # [B, 2, E]
-        return torch.cat([text[:, None], image], 1).float()
+        text = self.embed_texts(captions)
+        image = torch.zeros_like(text)[:, None].repeat(1, 2, 1)
+        if clip_pixels is not None:
+            image = self.embed_images(clip_pixels.flatten(0, 1)).unflatten(0, (-1, 2))      # [B, 2, E]
+        return torch.cat([text[:, None], image], 1)
 
 
 def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):

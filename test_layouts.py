@@ -47,7 +47,7 @@ def observed(argv, file):
 
     torch.nn.utils.clip_grad_norm_, train.draw = clip_grad_norm_, recorded
     torch.nn.parallel.DistributedDataParallel = Counted
-    rank = train.torchrun()[0]
+    rank = data.torchrun()[0]
     train.main(argv)
     torch.save(seen, f"{file}-{rank}")
 

@@ -35,7 +35,7 @@ def faulty(fault, number, argv):
     "line VICTIM" and "half VICTIM", of a save, kill this process, its launcher, or everything.
     """
     lines, saves, struck, draw, torch_save = 0, 0, False, train.draw, torch.save
-    launcher, rank, (fault, _, victim) = os.getppid(), train.torchrun()[0], str(fault).partition(" ")
+    launcher, rank, (fault, _, victim) = os.getppid(), data.torchrun()[0], str(fault).partition(" ")
 
     def strike():
         others = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -219,7 +219,7 @@ def test_processes_agree_on_the_step_that_a_signal_ends(tmp_path, unbroken, opti
 
 
 def signalled_second(argv):
-    faulty("SIGTERM" if train.torchrun()[0] == 1 else None, 3, argv)
+    faulty("SIGTERM" if data.torchrun()[0] == 1 else None, 3, argv)
 
 
 def test_what_may_change_when_a_run_goes_on(tmp_path, unbroken, options):
@@ -420,7 +420,7 @@ def bad_second(argv):
 
     def bad(*some):
         steps.append(1)
-        return encode(*some) * (float("nan") if len(steps) > 2 and train.torchrun()[0] == 1 else 1)
+        return encode(*some) * (float("nan") if len(steps) > 2 and data.torchrun()[0] == 1 else 1)
 
     data.encode_images = bad
     train.main(argv)

@@ -60,7 +60,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(
         prog="train.py", usage="python train.py [options]", allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
-    _, local_rank, world = torchrun()
+    _, local_rank, world = data.torchrun()
     p.error = lambda message: sys.exit(f"train.py: {message}" if local_rank == 0 else 1)
     flag, add = argparse.BooleanOptionalAction, p.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
@@ -152,15 +152,9 @@ def get_args(argv=None):
     return args
 
 
-def torchrun():
-    """(rank, rank on this machine, number of processes) as torchrun sets them; without it (0, 0, 1)."""
-    return tuple(int(os.environ.get(name, alone)) for name, alone in
-                 [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
-
-
 def say(words):
     """One of all processes prints."""
-    if torchrun()[0] == 0:
+    if data.torchrun()[0] == 0:
         print(words)
 
 
@@ -196,18 +190,15 @@ def draw(args, step, positions, shape, num_timesteps):
     return torch.stack(t), torch.stack(noise), torch.stack(vae_noise)
 
 
-@torch.no_grad()
 def sample(args, pipe, prompts, dtype):
     """Pictures [N, 3, H, W] in [0, 1] of N prompts, from the same noise at every call; small ones grow."""
     images = []
     for i in range(0, len(prompts), 4):  # at most four at once, for memory
         noise = [data.keyed_generator(args.seed, "sample", k) for k in range(i, min(i + 4, len(prompts)))]
-        with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-            latents = pipe(prompts[i:i + 4], num_inference_steps=args.sample_steps, height=args.resolution,
-                           width=args.resolution, guidance_scale=args.guidance, generator=noise,
-                           output_type="latent").images  # decoded in fp32: SDXL's VAE overflows in fp16
-        images.append(pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample.cpu())
-    return F.interpolate(torch.cat(images) / 2 + 0.5, scale_factor=max(1, 128 // args.resolution)).clamp(0, 1)
+        latents = data.sample(pipe, prompts[i:i + 4], noise, args.sample_steps, args.guidance, dtype,
+                              height=args.resolution, width=args.resolution)
+        images.append(data.decode_images(pipe.vae, latents))
+    return F.interpolate(torch.cat(images), scale_factor=max(1, 128 // args.resolution))
 
 
 def model_card(args):
@@ -255,7 +246,7 @@ def blame(seen, world):
 def train(args, state):
     """The run of the resolved `args`, from `state` on."""
     started, out = time.time(), Path(args.out)
-    rank, local_rank, world = torchrun()
+    rank, local_rank, world = data.torchrun()
     device = torch.device(f"cuda:{local_rank}" if args.device == "cuda" and world > 1 else args.device)
     if world > 1:
         if device.type == "cuda":
@@ -504,7 +495,7 @@ def train(args, state):
 
 def main(argv=None):
     args = get_args(argv)
-    rank, out = torchrun()[0], Path(args.out)
+    rank, out = data.torchrun()[0], Path(args.out)
     if args.dry_run:
         return say(json.dumps(vars(args), indent=1))
     nearest = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
