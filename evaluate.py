@@ -1,0 +1,514 @@
+"""Evaluate text-to-image models: generate once, score many, compare, and measure alignment with a style.
+
+    python evaluate.py generate --model sd15 --prompts PartiPrompts.tsv --out images/base
+    python evaluate.py generate --model out/sd15-rpo/model --prompts PartiPrompts.tsv --out images/rpo
+    torchrun --nproc_per_node=8 evaluate.py generate --model sdxl --lora LORA --prompts P --out D
+    python evaluate.py score images/base images/rpo --metrics clip,pickscore,hpsv2,imagereward,aesthetic
+    python evaluate.py compare images/base images/rpo --out report.html
+    python evaluate.py style images/rpo --reference paintings --base images/base
+
+A folder of images is DIR/00000.png ..., and manifest.json, which holds everything that made them. The noise
+of a prompt follows from --seed and its place in the list alone, so every model sees the same. Each command,
+killed and given again, goes on. `compare` holds the other folders against the first.
+"""
+
+import resume  # first, to know the launcher
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import sys
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+import data
+import tiny
+from page import page
+from stats import bootstrap, cmmd, diversity, frechet, win_rate
+
+UNREADABLE = "{} cannot be read ({}); remove it and give the same `generate` again"
+NOTE = "diffusion-rpo"  # the key of the PNG text by which an image knows its prompt
+PROMPT = ("prompt", "caption", "text")  # the columns where a prompt may stand
+
+
+def fail(message):
+    sys.exit(f"evaluate.py: {message}")
+
+
+def digest(content):
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def table(rows):
+    """Rows of strings, aligned: words to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(n) if k == 0 else cell.rjust(n) for k, (cell, n) in
+                               enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+# Generate
+
+
+def read_prompts(source):
+    """The prompts of a txt, tsv, csv, json or jsonl file, a hub id or ID:SPLIT, or "tiny": the held-out ones.
+
+    Of a row with columns that is prompt, caption or text. Tab-separated files are read without quoting, as
+    PartiPrompts wants it: there quotes belong to the prompt. Empty lines of a txt file are left out.
+    SystemExit, in one line, where a file, a column or a prompt is missing.
+    """
+    import datasets
+
+    if source == "tiny":
+        return [tiny.caption(scene) for scene in tiny.HELD_OUT]
+    path, (name, _, split) = Path(source).expanduser(), source.partition(":")
+    try:
+        if not path.exists():
+            splits = datasets.get_dataset_split_names(data.hub_id(name))
+            if (split or splits[0]) not in splits or not split and len(splits) > 1:
+                fail(f"--prompts {name} has the splits {', '.join(splits)}; give {name}:SPLIT")
+            rows = datasets.load_dataset(name, split=split or splits[0])
+            rows = list(rows.select_columns([c for c in rows.column_names if c.lower() in PROMPT]))
+        else:
+            text, kind = path.read_text(encoding="utf-8-sig"), path.suffix.lower()
+            if kind == ".txt":
+                rows = [line for line in text.split("\n") if line.strip()]
+            elif kind in (".tsv", ".csv"):
+                quoting = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == ".tsv" else {}
+                rows = list(csv.DictReader(io.StringIO(text, newline=""), **quoting))
+            elif kind == ".jsonl":
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            elif kind == ".json":
+                rows = list(json.loads(text))
+            else:
+                fail(f"--prompts {source} is none of txt, tsv, csv, json, jsonl")
+    except Exception as error:
+        fail(f"--prompts {source} cannot be read: {data.brief(error)}")
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            columns = {str(key).lower(): value for key, value in row.items()}
+            row = next((columns[name] for name in PROMPT if columns.get(name)), None)
+        if not isinstance(row, str) or not row.strip():
+            fail(f"--prompts {source}: row {number} has no prompt: a string, or {' or '.join(PROMPT)}")
+        prompts.append(row.strip())
+    return prompts or fail(f"--prompts {source} holds no prompt")
+
+
+def fingerprint(pipe):
+    """A digest of all weights of a pipeline: retrained under the same name, it is another model."""
+    total = hashlib.sha256()
+    for _, network in sorted(pipe.components.items(), key=lambda item: item[0]):
+        for tensor in network.state_dict().values() if isinstance(network, torch.nn.Module) else ():
+            total.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+def load_model(model, lora=None):
+    """The float32 pipeline of a preset's name, folder or hub id, with LoRA weights if given."""
+    pipe = data.load_pipeline(model)
+    if lora:
+        try:
+            pipe.load_lora_weights(lora)
+        except Exception as error:
+            fail(f"--lora {lora} cannot be loaded into {model}: {data.brief(error)}")
+    for network in pipe.components.values():
+        if isinstance(network, torch.nn.Module):
+            network.eval().requires_grad_(False)
+    return pipe
+
+
+def own_side(pipe):
+    """The side of the images that a pipeline was made for, pixels."""
+    return int(np.min(pipe.unet.config.sample_size)) * pipe.vae_scale_factor
+
+
+def lighten(pipe, dtype):
+    """Casts of the UNet, in place, what autocast to `dtype` would cast in every forward: the same numbers."""
+    for module in pipe.unet.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.to(dtype)
+
+
+def to_pil(images):
+    """[N, 3, H, W] in [0, 1] -> N PIL pictures; SystemExit where one is not finite: it would be black."""
+    if not images.isfinite().all():
+        fail("the model drew an image that is not finite; try --precision fp32")
+    return [Image.fromarray(image) for image in
+            (images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def save_png(image, file, note=None):
+    """A PNG, aside and then renamed: it is whole or not there. `note` is kept in it, as text."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(NOTE, json.dumps(note or {}))
+    image.save(part := file.with_suffix(".part"), "PNG", pnginfo=info)
+    part.replace(file)
+
+
+def place(args):
+    """(torch device, dtype) of --device and --precision, or the best there is, for this process."""
+    _, local_rank, world = data.torchrun()
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = args.device or best
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" and world > 1 else name)
+    precision = getattr(args, "precision", None) or ("bf16" if device.type == "cuda" else "fp32")
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def meet():
+    """Every process of a torchrun waits here for all others, for a day if it must."""
+    if data.torchrun()[2] > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        dist.barrier()
+
+
+def generate(args):
+    """Make the images of all prompts that are not there yet, and their manifest."""
+    (device, dtype), (rank, _, world), out = place(args), data.torchrun(), Path(args.out)
+    prompts = read_prompts(args.prompts)[:args.limit]
+    pipe = load_model(args.model, args.lora)
+    if args.scheduler:
+        kind = getattr(diffusers, args.scheduler, None) or fail(f"--scheduler {args.scheduler} is unknown")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    toy = sum(parameter.numel() for parameter in pipe.unet.parameters()) < 1e8
+    usual = 3.0 if toy else 5.0 if "text_encoder_2" in pipe.components else 7.5
+    side, guidance = args.resolution or own_side(pipe), usual if args.guidance is None else args.guidance
+    limit = pipe.tokenizer.model_max_length
+    cut = [i for i, ids in enumerate(pipe.tokenizer(prompts).input_ids) if len(ids) > limit]
+    entries = [{"file": f"{i:05d}.png", "index": i, "prompt": prompt,
+                "seed": data.keyed_generator(args.seed, "sample", i).initial_seed()}
+               for i, prompt in enumerate(prompts)]
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    manifest = {
+        "model": args.model, "lora": args.lora, "weights": fingerprint(pipe), "toy": toy,
+        "prompts": {"source": args.prompts, "digest": digest(prompts), "count": len(prompts), "cut": cut},
+        "settings": {"seed": args.seed, "steps": args.steps, "guidance": guidance, "resolution": side,
+                     "precision": str(dtype).removeprefix("torch."),
+                     "scheduler": {"class": type(pipe.scheduler).__name__} | scheduler},
+        "batch_size": args.batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "images": entries}
+    manifest = json.loads(json.dumps(manifest, default=str))
+    if rank == 0:
+        if (out / "manifest.json").exists():
+            if difference := differs(read_json(out / "manifest.json"), manifest, also=["weights"]):
+                fail(f"{out} holds other images: {difference}; give another --out")
+        elif out.exists() and any(out.iterdir()):
+            fail(f"{out} holds something else; give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        resume.write(out / "manifest.json", json.dumps(manifest, indent=1))
+        if cut:
+            print(f"{len(cut)} prompts have more than the {limit} tokens that the model reads and are cut; the "
+                  f"first is that of {cut[0]:05d}.png")
+    meet()
+
+    lighten(pipe.to(device), dtype)
+    # Batches are the same whoever makes them, because a batch's size changes the rounding of its images.
+    batches = [entries[i:i + args.batch_size] for i in range(0, len(entries), args.batch_size)]
+    batches = [batch for batch in batches if any(not (out / entry["file"]).exists() for entry in batch)]
+    meet()
+    for batch in tqdm(batches[rank::world], "images", unit="batch", disable=rank > 0):
+        noise = [torch.Generator().manual_seed(entry["seed"]) for entry in batch]
+        latents = data.sample(pipe, [entry["prompt"] for entry in batch], noise, args.steps, guidance, dtype,
+                              height=side, width=side)
+        for entry, image in zip(batch, to_pil(data.decode_images(pipe.vae, latents))):
+            save_png(image, out / entry["file"], {key: entry[key] for key in ("index", "prompt", "seed")})
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{file} cannot be read: {data.brief(error)}")
+
+
+def differs(one, other, also=()):
+    """What must be alike in two manifests to compare their images and is not, in words, or None."""
+    def flat(manifest):
+        settings, images = dict(manifest.get("settings", {})), manifest["images"]
+        scheduler = settings.pop("scheduler", {})
+        return ({key: manifest.get(key) for key in also} | settings
+                | {f"the scheduler's {key}": value for key, value in scheduler.items()}
+                | {f"the {key} of image {k}": image.get(key) for k, image in enumerate(images)
+                   for key in ("prompt", "seed")} | {"the number of images": len(images)})
+
+    a, b = flat(one), flat(other)
+    return next((f"{key} is {a.get(key)!r} in one and {b.get(key)!r} in the other" for key in a | b
+                 if a.get(key) != b.get(key)), None)
+
+
+def alike(folders):
+    """(manifest of the first, image paths of each) of folders; SystemExit where they cannot be compared."""
+    manifests, files = zip(*map(read_folder, folders))
+    for folder, manifest in zip(folders, manifests):
+        if difference := differs(manifests[0], manifest):
+            fail(f"{folders[0]} and {folder} cannot be compared: {difference}")
+    return manifests[0], files
+
+
+# Score
+
+
+def read_folder(folder):
+    """(manifest, list of image paths) of a folder; SystemExit unless every image is there and its own."""
+    folder = Path(folder)
+    if not (folder / "manifest.json").exists():
+        fail(f"{folder} has no manifest.json, so nobody knows its prompts. `generate` writes one; for images "
+             'from elsewhere write {"images": [{"file": ..., "prompt": ...}, ...]}')
+    manifest = read_json(folder / "manifest.json")
+    try:
+        entries = [(folder / entry["file"], entry["prompt"]) for entry in manifest["images"]]
+    except (KeyError, TypeError) as error:
+        fail(f"{folder}/manifest.json is not a manifest: {error!r}")
+    if missing := [file.name for file, _ in entries if not file.exists()]:
+        fail(f"{folder} lacks {len(missing)} of {len(entries)} images, the first is {missing[0]}; the same "
+             "`generate` makes them")
+    for file, prompt in entries:
+        try:
+            with Image.open(file) as image:
+                note = json.loads(getattr(image, "text", {}).get(NOTE, "{}"))
+        except Exception as error:
+            fail(UNREADABLE.format(file, data.brief(error)))
+        if note.get("prompt", prompt) != prompt:
+            fail(f"{file} was made for the prompt {note['prompt']!r}, not for {prompt!r} of the manifest")
+    return manifest, [file for file, _ in entries]
+
+
+def open_image(file):
+    try:
+        return data.read_image(str(file))
+    except Exception as error:
+        fail(UNREADABLE.format(file, data.brief(error)))
+
+
+def read_scores(folder, files):
+    """({scorer: identity}, a row of scores.csv per image), without scores of other images than these."""
+    fresh = {}, [{"file": file.name, "sha256": digest(file.read_bytes())} for file in files]
+    if not (folder / "scores.json").exists():
+        return fresh
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    same = [(row["file"], row["sha256"]) for row in rows] == [tuple(row.values()) for row in fresh[1]]
+    return (read_json(folder / "scores.json"), rows) if same else fresh
+
+
+def score(args):
+    """Score folders: scores.csv, a row per image and a column per scorer, and scores.json, who scored."""
+    from scorers import get_scorer
+
+    folders = [Path(folder) for folder in args.folders]
+    manifests, files = zip(*map(read_folder, folders))
+    device, lines = place(args)[0], [["", "mean", "n"]]
+    for metric in args.metrics.split(","):
+        loaded = {}
+        for folder, manifest, some in zip(folders, manifests, files):
+            source = "clip=tiny" if metric == "clip" and manifest.get("toy") else metric
+            if source not in loaded:
+                loaded[source] = get_scorer(source, device)
+            name, scorer, identity = loaded[source]
+            identities, rows = read_scores(folder, some)
+            prompts = [entry["prompt"] for entry in manifest["images"]]
+            if identities.get(name) != identity:
+                starts = range(0, len(some), args.batch_size)
+                for i in tqdm(starts, f"{name} of {folder}", unit="batch"):
+                    images = [open_image(file) for file in some[i:i + args.batch_size]]
+                    values = scorer(images, prompts[i:i + args.batch_size]).tolist()
+                    for row, prompt, value in zip(rows[i:], prompts[i:], values):
+                        row |= {"prompt": prompt, name: repr(value)}
+                identities[name] = identity
+                columns = ["file", "sha256", "prompt", *identities]
+                writer = csv.DictWriter(stream := io.StringIO(newline=""), columns)
+                writer.writeheader()
+                writer.writerows(rows)
+                resume.write(folder / "scores.csv", stream.getvalue())
+                resume.write(folder / "scores.json", json.dumps(identities, indent=1))
+            mean = np.mean([float(row[name]) for row in rows])
+            lines.append([f"{name} of {folder}", f"{mean:.4f}", str(len(rows))])
+    print(table(lines))
+
+
+# Compare
+
+
+def compare(args):
+    """Compare scored folders of the same prompts: a table, a json file, and a page with the images."""
+    folders = [Path(folder) for folder in args.folders]
+    manifest, files = alike(folders)
+    identities, rows = zip(*map(read_scores, folders, files))
+    for folder, others in zip(folders, identities):
+        for name, identity in identities[0].items():
+            if name in others and others[name] != identity:
+                fail(f"{folder} was scored by another {name}: {others[name]}, not {identity}")
+        if missing := set().union(*identities) - others.keys():
+            fail(f"{folder} was not scored by {', '.join(sorted(missing))}, or its images changed since; run "
+                 "`score` on it")
+    if not identities[0]:
+        fail(f"{folders[0]} has no scores of its images; run `score` on all folders first")
+    prompts, results, by = [entry["prompt"] for entry in manifest["images"]], [], {}
+    for name in identities[0]:
+        by[name] = np.array([[float(row[name]) for row in some] for some in rows])     # [folders, N]
+        for folder, own in zip(folders, by[name]):
+            rate, wins, ties, losses = win_rate(own, by[name][0])
+            outcome = (own > by[name][0]) + (own == by[name][0]) / 2
+            results.append({"images": str(folder), "scorer": name, "n": len(own), "mean": own.mean(),
+                            "mean_95": bootstrap(own, prompts), "median": np.median(own), "win_rate": rate,
+                            "win_rate_95": bootstrap(outcome, prompts), "wins": wins, "ties": ties,
+                            "losses": losses})
+    summary = [{"": row["images"], "scorer": row["scorer"], "mean": f"{row['mean']:.4f}",
+                "95%": "{:.4f} to {:.4f}".format(*row["mean_95"]), "median": f"{row['median']:.4f}",
+                "win rate": f"{row['win_rate']:.1%}", "95% ": "{:.1%} to {:.1%}".format(*row["win_rate_95"]),
+                "wins/ties/losses": "{wins}/{ties}/{losses}".format(**row), "n": str(row["n"])}
+               for row in results]
+    print(table([[*summary[0]], *([*row.values()] for row in summary)]))
+    print(f"win rate: against {folders[0]}, a tie counts one half; 95%: bootstrap over the prompts")
+    out = Path(args.out)
+    report = {"scorers": identities[0], "results": results}
+    resume.write(out.with_suffix(".json"), json.dumps(report, indent=1))
+    resume.write(out, page([*map(str, folders)], [*by], [
+        {"index": k, "prompt": prompt, "images": [some[k] for some in files],
+         "scores": {name: values[:, k].tolist() for name, values in by.items()}}
+        for k, prompt in enumerate(prompts)], summary))
+
+
+# Style
+
+
+def inception(device):
+    """FID's features, by torch-fidelity: a function from PIL pictures to [N, 2048]; None if not installed."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        return None
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    except Exception as error:
+        fail(f"style: the network of FID cannot be loaded ({data.brief(error)}); give --no-fid")
+    return lambda images: torch.cat([network(  # one by one, because a reference may hold any sizes
+        torch.tensor(np.array(image)).permute(2, 0, 1)[None].to(device))[0].cpu() for image in images])
+
+
+def style(args):
+    """Measure alignment with a style: CMMD (and FID) to a reference, and the guards against a collapse.
+
+    The reference is split at random in two: everything is held against its first half, and its second is the
+    floor, what a perfect model would reach. All sets have one size N, the smallest there is.
+    """
+    device, folders = place(args)[0], [*args.folders, *([args.base] if args.base else [])]
+    manifest, files = alike(folders)
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    found = sorted(file for file in Path(args.reference).glob("*") if file.suffix.lower() in kinds)
+    n = min(len(found) // 2, len(files[0]))
+    if n < 2:
+        fail(f"--reference {args.reference} holds {len(found)} images, {folders[0]} {len(files[0])}; needed "
+             "are 4 and 2")
+    found = [found[i] for i in np.random.default_rng(args.seed).permutation(len(found))]
+    spec = args.clip or ("tiny" if manifest.get("toy") else "ViT-L-14-336-quickgelu:openai")
+    clip, fid = data.Clip(spec, device), inception(device) if args.fid else None
+    prompts, rows = [entry["prompt"] for entry in manifest["images"][:n]], []
+    for name, some in [("reference", found[:n]), *zip(folders, files), ("floor", found[n:])]:
+        embeddings, deep = [], []
+        for i in tqdm(range(0, n, args.batch_size), f"embedding {name}", unit="batch"):
+            images = [open_image(file) for file in some[i:min(i + args.batch_size, n)]]
+            pixels = torch.stack([clip.transform(image) for image in images])           # [B, 3, h, w]
+            embeddings.append(clip.embed_images(pixels).cpu())
+            deep += [fid(images)] if fid else []
+        x, deep = torch.cat(embeddings), torch.cat(deep) if fid else None
+        if name == "reference":
+            reference, deep_reference = x, deep
+            continue
+        text = None if name == "floor" else torch.cat([
+            clip.embed_texts(prompts[i:i + args.batch_size]) for i in range(0, n, args.batch_size)]).cpu()
+        value, interval = cmmd(x, reference, draws=1000, seed=args.seed)
+        rows.append({
+            "images": str(name), "base": name == args.base, "n": n, "cmmd": value, "cmmd_95": interval,
+            "fid": frechet(deep, deep_reference) if fid else None, "diversity": diversity(x),
+            "clip": None if text is None else 100 * F.cosine_similarity(x, text).mean().item()})
+    print(table([["", "CMMD", "95%", "FID", "CLIP score", "diversity", "N"]] + [
+        [row["images"] + " (base)" * row["base"], f"{row['cmmd']:.3f}",
+         "{:.3f} to {:.3f}".format(*row["cmmd_95"]), f"{row['fid']:.2f}" if fid else "-",
+         f"{row['clip']:.2f}" if row["clip"] else "-", f"{row['diversity']:.4f}", str(n)] for row in rows]))
+    print(f"lower CMMD and FID: nearer to {args.reference}; floor: its one half against the other. CLIP "
+          f"score (to the prompt) and diversity fall where a model collapses. By {spec}"
+          + (", FID by torch-fidelity" if fid else "; no FID: --no-fid, or torch-fidelity is not installed"))
+    if args.out:
+        report = {"clip": spec, "reference": args.reference, "rows": rows}
+        resume.write(Path(args.out), json.dumps(report, indent=1))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = p.add_subparsers(dest="command", required=True)
+    p.error = fail
+
+    def shape(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=110)
+
+    def command(function):
+        words = function.__doc__
+        sub = commands.add_parser(function.__name__, help=words.splitlines()[0], description=words,
+                                  allow_abbrev=False, formatter_class=shape)
+        sub.error = lambda message: fail(f"{function.__name__}: {message}")
+        sub.set_defaults(function=function)
+        sub.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+        sub.add_argument("--batch_size", type=int, default=8, help="images at once [%(default)s]")
+        return sub.add_argument
+
+    add = command(generate)
+    add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id [%(default)s]")
+    add("--lora", metavar="LORA", help="LoRA weights for it: a folder, file or hub id")
+    add("--prompts", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of the hub, or tiny")
+    add("--out", metavar="DIR", required=True)
+    add("--limit", type=int, metavar="N", help="the first N prompts alone")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, default=50, help="denoising steps [%(default)s]")
+    add("--guidance", type=float, help="classifier-free guidance [7.5; SDXL 5.0; a toy model 3.0]")
+    add("--scheduler", metavar="CLASS", help="a scheduler of diffusers [the model's own]")
+    add("--resolution", type=int, help="side of the images, pixels [the model's own]")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of UNet and text [bf16 on cuda, else fp32]")
+    add = command(score)
+    add("folders", nargs="+", metavar="DIR")
+    add("--metrics", default="clip", metavar="A,B=SOURCE", help="of clip, pickscore, hpsv2, hpsv2.0, "
+        "imagereward, aesthetic; SOURCE is a local file or folder, of clip ARCH:WEIGHTS [%(default)s]")
+    add = command(compare)
+    add("folders", nargs="+", metavar="DIR")
+    add("--out", metavar="PAGE.html", default="report.html", help="and PAGE.json [%(default)s]")
+    add = command(style)
+    add("folders", nargs="+", metavar="DIR")
+    add("--reference", metavar="DIR", required=True, help="images in the style that were not trained on")
+    add("--base", metavar="DIR", help="images of the model before alignment")
+    add("--clip", metavar="ARCH:WEIGHTS", help="[ViT-L-14-336-quickgelu:openai, CMMD's; for a toy tiny]")
+    add("--fid", action=argparse.BooleanOptionalAction, default=True, help="if torch-fidelity is installed")
+    add("--seed", type=int, default=0, help="of the split of the reference and of the bootstrap")
+    add("--out", metavar="FILE.json", help="the table's numbers")
+    args = p.parse_args(argv)
+    if args.command == "generate":
+        if not args.prompts and args.model != "tiny":
+            fail("generate: --prompts is needed: a txt, tsv, csv, json or jsonl file, a hub id, or tiny")
+        args.prompts = args.prompts or "tiny"
+        for name in ("steps", "limit", "resolution"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                fail(f"generate: --{name} must be at least 1, not {value}")
+    elif data.torchrun()[2] > 1:
+        fail(f"{args.command} takes one process; only generate runs under torchrun")
+    if args.batch_size < 1:
+        fail(f"--batch_size must be at least 1, not {args.batch_size}")
+    resume.end_with_launcher()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

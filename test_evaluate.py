@@ -1,0 +1,482 @@
+"""Evaluation: what makes two folders of images comparable, and that no prompt ever meets another's image."""
+
+import csv
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import tiny
+from conftest import launch
+
+pytestmark = pytest.mark.usefixtures("quick_tiny")
+PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    return str(file)
+
+
+@pytest.fixture
+def generate(tmp_path, small_model, prompts):
+    """generate(name, *options, model="sd"): two steps on a small model into a folder of that name."""
+
+    def generate(name, *options, model="sd"):
+        out = tmp_path / name
+        argv = ["generate", "--model", small_model(model), "--prompts", prompts, "--out", str(out)]
+        evaluate.main([*argv, "--steps", "2", "--batch_size", "2", *options])
+        return out
+
+    return generate
+
+
+def pixels(folder):
+    return {file.name: np.array(Image.open(file)) for file in sorted(folder.glob("*.png"))}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("p.txt", "a cat\n\n  two dogs \r\n"),
+        ("p.tsv", "Prompt\tCategory\tChallenge\tNote\na cat\tA\tB\tC\ntwo dogs\tA\tB\t\n"),
+        ("p.csv", '\ufeffid,caption\n1,a cat\n2,"two dogs"\n'),
+        ("p.json", '["a cat", "two dogs"]'),
+        ("p.json", '[{"id": 7, "Prompt": "a cat"}, {"prompt": "two dogs", "text": "x"}]'),
+        ("p.jsonl", '{"prompt": "a cat"}\n"two dogs"\n\n'),
+    ],
+)
+def test_the_formats_of_prompts(tmp_path, name, text):
+    """What PartiPrompts, HPDv2, DrawBench and people's own lists come as."""
+    (tmp_path / name).write_bytes(text.encode())
+    assert evaluate.read_prompts(str(tmp_path / name)) == ["a cat", "two dogs"]
+
+
+def test_tab_separated_prompts_keep_their_quotes(tmp_path):
+    """A prompt of PartiPrompts begins with one; csv's default quoting would drop it, and swallow lines."""
+    (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"G I G G L E" painted\tx\n"Hi\ty\nend\tz\n')
+    assert evaluate.read_prompts(str(tmp_path / "p.tsv")) == ['"G I G G L E" painted', '"Hi', "end"]
+
+
+@pytest.mark.parametrize(
+    "name, text, complaint",
+    [
+        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.json", "[]", "holds no prompt"),
+        ("p.json", "[1]", "row 1 has no prompt"),
+        ("p.csv", "id,words\n1,x\n", "row 1 has no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "row 2 has no prompt"),
+        ("p.jsonl", "{", "cannot be read"),
+        ("p.docx", "x", "is none of txt"),
+        (None, "", "cannot be read: there is no such file or folder"),
+    ],
+)
+def test_bad_prompts_are_refused_in_one_line(tmp_path, name, text, complaint):
+    """An empty prompt would be drawn, scored and averaged without a word."""
+    if name:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=complaint) as refusal:
+        evaluate.read_prompts(str(tmp_path / (name or "no such file.txt")))
+    assert "\n" not in str(refusal.value)
+
+
+# Generate
+
+
+def test_an_image_is_a_function_of_seed_and_place(generate):
+    """So that all models see the same noise, and a part of the prompts gives a part of the images."""
+    whole, part = (
+        generate("whole", "--batch_size", "1"),
+        generate("part", "--batch_size", "1", "--limit", "2"),
+    )
+    one, other = pixels(whole), pixels(part)
+    assert len(one) == 5 and len(other) == 2 and all((one[name] == other[name]).all() for name in other)
+    assert not (one["00000.png"] == one["00002.png"]).all(), "equal prompts at two places, one noise"
+    assert not same(one, pixels(generate("seed", "--batch_size", "1", "--seed", "1")))
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert [image["prompt"] for image in manifest["images"]] == PROMPTS
+    assert manifest["settings"]["scheduler"]["class"] == "PNDMScheduler"
+    assert manifest["settings"]["resolution"] == 32 and manifest["settings"]["guidance"] == 3.0
+
+
+def test_the_manifests_seed_reproduces_an_image_with_diffusers_alone(generate, small_model):
+    """Whoever has the manifest needs nothing of ours."""
+    from diffusers import StableDiffusionPipeline
+
+    out = generate("images", "--batch_size", "1")
+    manifest = json.loads((out / "manifest.json").read_text())
+    entry = manifest["images"][1]
+    pipe = StableDiffusionPipeline.from_pretrained(small_model("sd"))
+    noise = torch.Generator().manual_seed(entry["seed"])
+    guidance = manifest["settings"]["guidance"]
+    (image,) = pipe(entry["prompt"], num_inference_steps=2, guidance_scale=guidance, generator=noise).images
+    assert np.abs(np.array(image).astype(int) - pixels(out)["00001.png"]).max() <= 1  # of 255
+
+
+def test_generate_goes_on_and_leaves_what_is_there(generate):
+    """The same bytes as unbroken; images that are whole are not drawn again."""
+    out = generate("images")
+    before, kept = pixels(out), (out / "00004.png").stat().st_mtime_ns
+    (out / "00001.png").unlink()
+    (out / "00003.part").write_bytes(b"half of an image")
+    generate("images")
+    assert same(before, pixels(out)) and (out / "00004.png").stat().st_mtime_ns == kept
+
+
+def killed(argv, after):
+    save, saved = evaluate.save_png, []
+
+    def save_and(*some):
+        saved.append(save(*some))
+        if len(saved) == after:
+            os._exit(9)
+
+    evaluate.save_png = save_and
+    evaluate.main(argv)
+
+
+def test_a_killed_generate_goes_on(tmp_path, generate, small_model, prompts):
+    """Killed between two images of a batch, it ends in the same images."""
+    argv = ["generate", "--model", small_model("sd"), "--prompts", prompts, "--out", str(tmp_path / "images")]
+    argv += ["--steps", "2", "--batch_size", "2"]
+    ((status, text),) = launch(tmp_path / "text", 1, killed, argv, 3)
+    assert status == 9 and len(pixels(tmp_path / "images")) == 3, text
+    assert same(pixels(generate("images")), pixels(generate("unbroken")))
+
+
+def test_processes_share_the_prompts_and_make_the_same_images(tmp_path, generate, small_model, prompts):
+    """torchrun is for speed alone."""
+    argv = ["generate", "--model", small_model("sd"), "--prompts", prompts, "--out", str(tmp_path / "two")]
+    for status, text in launch(
+        tmp_path / "text", 2, evaluate.main, [*argv, "--steps", "2", "--batch_size", "2"]
+    ):
+        assert status == 0, text
+    assert same(pixels(tmp_path / "two"), pixels(generate("one")))
+
+
+def test_images_of_another_model_or_setting_are_not_mixed_in(generate, small_model, tmp_path):
+    """A model that was trained on under the same name is another one."""
+    generate("images")
+    with pytest.raises(SystemExit, match="holds other images: steps is 2 in one and 3 in the other"):
+        generate("images", "--steps", "3")
+    with pytest.raises(SystemExit, match="holds other images: guidance is 3.0"):
+        generate("images", "--guidance", "0")
+    copy = tmp_path / "copy"
+    shutil.copytree(small_model("sd"), copy)
+    pipe = data.load_pipeline(str(copy))
+    pipe.unet.conv_out.bias.data += 0.1
+    pipe.unet.save_pretrained(copy / "unet")
+    with pytest.raises(SystemExit, match="holds other images: weights is"):
+        generate("images", "--model", str(copy))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="holds something else"):
+        generate("mine")
+
+
+def test_a_prompt_of_400_words_is_cut_and_said(tmp_path, generate, capsys):
+    """The text encoder reads 77 tokens; the manifest says which prompts it did not read to the end."""
+    file = tmp_path / "long.txt"
+    file.write_text("short\n" + "word " * 400)
+    out = generate("images", "--prompts", str(file))
+    assert "1 prompts have more than the 77 tokens" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["prompts"]["cut"] == [1]
+
+
+def test_lora_weights_change_the_images_unless_they_are_zero(tmp_path, generate, small_model):
+    """Weights as `save_lora_weights` writes them, on SDXL's format; at zero the base model is what is left."""
+    from diffusers import StableDiffusionXLPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    for name, scale in (("zero", 0.0), ("lora", 1.0)):
+        torch.manual_seed(0)
+        pipe = data.load_pipeline(small_model("sdxl"))
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+        for key, parameter in pipe.unet.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=scale)
+        layers = get_peft_model_state_dict(pipe.unet)
+        StableDiffusionXLPipeline.save_lora_weights(tmp_path / name, unet_lora_layers=layers)
+    base, zero, lora = (
+        pixels(generate(f"images {name}", *(["--lora", str(tmp_path / name)] if name else []), model="sdxl"))
+        for name in ("", "zero", "lora")
+    )
+    assert same(base, zero) and not same(base, lora)
+    with pytest.raises(SystemExit, match="--lora .* cannot be loaded"):
+        generate("none", "--lora", str(tmp_path / "nowhere"))
+
+
+def test_bf16_draws_what_autocast_draws(small_model):
+    """Weights are cast once instead of in every forward: the same numbers."""
+    images = []
+    for light in (False, True):
+        pipe = data.load_pipeline(small_model("sd"))
+        if light:
+            evaluate.lighten(pipe, torch.bfloat16)
+        noise = [torch.Generator().manual_seed(0)]
+        images.append(data.sample(pipe, ["a cat"], noise, 2, 3.0, torch.bfloat16))
+    assert torch.equal(*images)
+
+
+def test_an_image_that_is_not_finite_is_not_saved_as_black(generate, monkeypatch):
+    """fp16 overflows in some VAEs, and black images score like any others."""
+    monkeypatch.setattr(data, "decode_images", lambda vae, latents: torch.full((2, 3, 8, 8), float("nan")))
+    with pytest.raises(SystemExit, match="not finite"):
+        generate("images")
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--scheduler", "Nonsense"], "--scheduler Nonsense is unknown"),
+        (["--sed", "1"], "unrecognized arguments: --sed"),
+    ],
+)
+def test_wrong_options_end_in_one_line(generate, options, complaint):
+    """Before anything is drawn."""
+    with pytest.raises(SystemExit, match=complaint):
+        generate("images", *options)
+
+
+# Score and compare
+
+
+def score(*folders, metrics="clip=tiny"):
+    evaluate.main(["score", *map(str, folders), "--metrics", metrics, "--batch_size", "2"])
+    return [list(csv.DictReader(open(folder / "scores.csv", newline=""))) for folder in folders]
+
+
+def test_scores_stand_beside_their_own_prompt(generate):
+    """Each row is what the scorer says of that image and that prompt alone, whatever the batch."""
+    from scorers import get_scorer
+
+    out = generate("images")
+    ((rows),) = score(out)
+    _, scorer, identity = get_scorer("clip=tiny", "cpu")
+    for row, prompt in zip(rows, PROMPTS):
+        assert row["prompt"] == prompt
+        alone = scorer([data.read_image(str(out / row["file"]))], [prompt]).item()
+        assert float(row["clip"]) == pytest.approx(alone, rel=1e-5)
+    assert json.loads((out / "scores.json").read_text()) == {"clip": identity}
+
+
+def test_a_toy_models_images_are_for_the_toy_clip(generate):
+    """So that the embedded task needs no download: plain `score DIR`."""
+    out = generate("images")
+    score(out, metrics="clip")
+    assert json.loads((out / "scores.json").read_text())["clip"]["source"] == "tiny"
+
+
+def test_what_is_scored_is_not_scored_again_unless_its_images_changed(generate, monkeypatch):
+    """A score belongs to the bytes of an image and to the weights of a scorer."""
+    import scorers
+
+    calls, get_scorer = [], scorers.get_scorer
+
+    def counting(source, device):
+        name, scorer, identity = get_scorer(source, device)
+        return name, lambda images, prompts: (calls.append(len(images)), scorer(images, prompts))[1], identity
+
+    monkeypatch.setattr(scorers, "get_scorer", counting)
+    out = generate("images")
+    (first,) = score(out)
+    assert sum(calls) == 5
+    assert score(out) == [first] and sum(calls) == 5
+    image = Image.open(out / "00003.png")
+    evaluate.save_png(image.rotate(180), out / "00003.png")
+    (second,) = score(out)
+    assert sum(calls) == 10 and [a == b for a, b in zip(first, second)] == [True, True, True, False, True]
+
+
+def test_a_model_compared_with_itself_wins_one_half(generate, tmp_path, capsys):
+    """Exactly: all ties."""
+    one, other = generate("one"), generate("other")
+    score(one, other)
+    evaluate.main(["compare", str(one), str(other), "--out", str(tmp_path / "report.html")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    result = report["results"][1]
+    assert result["win_rate"] == 0.5 and result["win_rate_95"] == [0.5, 0.5]
+    assert (result["wins"], result["ties"], result["losses"], result["n"]) == (0, 5, 0, 5)
+    assert "0/5/0" in capsys.readouterr().out and "0/5/0" in (tmp_path / "report.html").read_text()
+
+
+def test_compare_counts_what_the_scores_say(generate, tmp_path):
+    """Three folders, each against the first, over the rows of scores.csv."""
+    folders = [generate(name, "--guidance", "3") for name in "abc"]
+    for folder, angle in zip(folders[1:], (90, 180)):
+        for file in folder.glob("*.png"):
+            note = json.loads(Image.open(file).text[evaluate.NOTE])
+            evaluate.save_png(Image.open(file).rotate(angle), file, note)
+    scores = [[float(row["clip"]) for row in rows] for rows in score(*folders)]
+    evaluate.main(["compare", *map(str, folders), "--out", str(tmp_path / "report.html")])
+    for result, own in zip(json.loads((tmp_path / "report.json").read_text())["results"], scores):
+        assert result["wins"] == sum(a > b for a, b in zip(own, scores[0]))
+        assert result["mean"] == pytest.approx(np.mean(own)) and result["median"] == np.median(own)
+        assert result["mean_95"][0] <= result["mean"] <= result["mean_95"][1]
+
+
+def test_what_cannot_be_compared_is_refused_by_name(generate, tmp_path):
+    """Peers compare models at different guidance, or pair prompts by their place in a sorted list."""
+    base = generate("base")
+    score(base)
+
+    def refused(folder, complaint):
+        with pytest.raises(SystemExit, match=complaint):
+            evaluate.main(["compare", str(base), str(folder), "--out", str(tmp_path / "report.html")])
+
+    refused(generate("guidance", "--guidance", "5"), "guidance is 3.0 in one and 5.0 in the other")
+    refused(generate("seed", "--seed", "1"), "seed is 0 in one and 1 in the other")
+    refused(generate("scheduler", "--scheduler", "DDIMScheduler"), "the scheduler's class is 'PNDMScheduler'")
+    refused(generate("part", "--limit", "3"), "the number of images is 5 in one|prompt of image 3 is")
+    (tmp_path / "other.txt").write_text("\n".join([*PROMPTS[:4], "rain"]))
+    other = generate("prompt", "--prompts", str(tmp_path / "other.txt"))
+    refused(other, "the prompt of image 4 is 'snow' in one and 'rain' in the other")
+    unscored = generate("unscored")
+    refused(unscored, "unscored was not scored by clip")
+    score(unscored)
+    identities = json.loads((unscored / "scores.json").read_text())
+    identities["clip"]["digest"] = "another"
+    (unscored / "scores.json").write_text(json.dumps(identities))
+    refused(unscored, "was scored by another clip")
+
+
+def test_no_score_without_the_right_image(generate, tmp_path):
+    """Each would silently hold a prompt against another's image."""
+    out = generate("images")
+
+    def refused(complaint):
+        with pytest.raises(SystemExit, match=complaint) as refusal:
+            score(out)
+        assert "\n" not in str(refusal.value)
+
+    first, second = (out / f"0000{k}.png" for k in (0, 1))
+    shutil.copy(first, tmp_path / "kept.png")
+    shutil.copy(second, first)
+    refused("00000.png was made for the prompt 'a blue bird on a branch', not for 'a red fox'")
+    first.unlink()
+    refused("lacks 1 of 5 images, the first is 00000.png")
+    first.write_bytes(b"<html>404</html>")
+    refused("00000.png cannot be read .*remove it and give the same `generate` again")
+    whole = (tmp_path / "kept.png").read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    refused("00000.png cannot be read")
+    first.unlink()
+    assert len(score(generate("images"))[0]) == 5
+    (out / "manifest.json").unlink()
+    refused("has no manifest.json, so nobody knows its prompts")
+
+
+def test_images_from_elsewhere_need_a_small_manifest(tmp_path):
+    """File and prompt: other people's samplers can be scored and compared, too."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        images = [{"file": f"{k}.png", "prompt": tiny.caption(tiny.SCENES[k])} for k in range(4)]
+        for k, image in enumerate(images):
+            tiny.draw(tiny.SCENES[k], name == "b", random.Random(k)).save(tmp_path / name / image["file"])
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"images": images}))
+    assert [len(rows) for rows in score(tmp_path / "a", tmp_path / "b")] == [4, 4]
+    out = str(tmp_path / "report.html")
+    evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", out])
+
+
+# Style
+
+
+def drawn(folder, n, sketch, seed):
+    folder.mkdir()
+    rng = random.Random(seed)
+    for k in range(n):
+        tiny.draw(tiny.SCENES[k], sketch, rng).save(folder / f"{k:05d}.png")
+    images = [{"file": f"{k:05d}.png", "prompt": tiny.caption(tiny.SCENES[k])} for k in range(n)]
+    (folder / "manifest.json").write_text(json.dumps({"images": images, "toy": True}))
+    return folder
+
+
+def test_style_holds_everything_against_one_half_of_the_reference(tmp_path, capsys):
+    """Sketches are as near as the floor, plain drawings are not, and one drawing over and over is caught."""
+    reference = drawn(tmp_path / "reference", 60, True, 0)
+    styled, base = drawn(tmp_path / "styled", 30, True, 1), drawn(tmp_path / "base", 40, False, 2)
+    manifest = json.loads((styled / "manifest.json").read_text())
+    base_manifest = manifest | {"images": manifest["images"]}
+    (base / "manifest.json").write_text(json.dumps(base_manifest))
+    collapsed = tmp_path / "collapsed"
+    shutil.copytree(styled, collapsed)
+    for file in collapsed.glob("*.png"):
+        shutil.copy(styled / "00000.png", file)
+    argv = [
+        "style",
+        str(styled),
+        str(collapsed),
+        "--base",
+        str(base),
+        "--reference",
+        str(reference),
+        "--no-fid",
+    ]
+    evaluate.main([*argv, "--out", str(tmp_path / "style.json")])
+    rows = json.loads((tmp_path / "style.json").read_text())["rows"]
+    assert [os.path.basename(row["images"]) for row in rows] == ["styled", "collapsed", "base", "floor"]
+    assert {row["n"] for row in rows} == {30} and [row["base"] for row in rows] == [False, False, True, False]
+    assert rows[0]["cmmd"] < rows[2]["cmmd"] and rows[3]["clip"] is None
+    assert abs(rows[1]["diversity"]) < 1e-6 < rows[0]["diversity"]
+    assert rows[3]["cmmd_95"][0] < rows[3]["cmmd"] < rows[3]["cmmd_95"][1]
+    assert "no FID" in capsys.readouterr().out
+
+
+def test_fid_is_the_frechet_distance_of_torch_fidelitys_features(tmp_path, monkeypatch):
+    """At the N of all other columns, images of any size one by one; its network is stubbed, as it is downloaded."""
+    from stats import frechet
+
+    def features(images):
+        return torch.stack([torch.tensor(np.array(image).mean((0, 1))) for image in images])
+
+    monkeypatch.setattr(evaluate, "inception", lambda device: features)
+    reference, styled = drawn(tmp_path / "reference", 20, True, 0), drawn(tmp_path / "styled", 10, True, 1)
+    argv = ["style", str(styled), "--reference", str(reference), "--out", str(tmp_path / "style.json")]
+    evaluate.main(argv)
+    rows = json.loads((tmp_path / "style.json").read_text())["rows"]
+    order = np.random.default_rng(0).permutation(20)
+    half, other = (
+        [Image.open(reference / f"{i:05d}.png") for i in some] for some in (order[:10], order[10:])
+    )
+    own = [Image.open(file) for file in sorted(styled.glob("*.png"))]
+    assert rows[0]["fid"] == pytest.approx(frechet(features(own), features(half)))
+    assert rows[1]["fid"] == pytest.approx(frechet(features(other), features(half)))
+
+
+def test_a_reference_that_is_too_small_or_missing_is_refused(tmp_path):
+    """Two halves of at least two images."""
+    styled, reference = drawn(tmp_path / "styled", 4, True, 1), drawn(tmp_path / "reference", 3, True, 0)
+    with pytest.raises(SystemExit, match="holds 3 images"):
+        evaluate.main(["style", str(styled), "--reference", str(reference), "--no-fid"])
+    with pytest.raises(SystemExit, match="holds 0 images"):
+        evaluate.main(["style", str(styled), "--reference", str(tmp_path / "nowhere"), "--no-fid"])
+
+
+def test_the_embedded_task_end_to_end(tmp_path, monkeypatch, capsys):
+    """Generate, score, compare and style with nothing but defaults, nothing downloaded."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 0)):
+        evaluate.main(["generate", "--out", name, "--steps", "2", "--limit", "8", "--seed", str(seed)])
+    evaluate.main(["score", "a", "b"])
+    evaluate.main(["compare", "a", "b"])
+    evaluate.main(["style", "b", "--base", "a", "--reference", "a", "--no-fid"])
+    assert (tmp_path / "report.html").exists() and "50.0%" in capsys.readouterr().out
