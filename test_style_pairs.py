@@ -1,0 +1,121 @@
+"""The builder of style pairs: the styled image comes from the plain one, and no prompt is on both sides."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import style_pairs
+from conftest import launch
+
+PROMPTS = ["a red fox", "a blue bird", "snow", "a red fox", "two dogs", "a cat"]
+
+
+@pytest.fixture
+def arguments(tmp_path, small_model):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    argv = ["--model", small_model("sd"), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "4"]
+    return [*argv, "--style", "{}, in oil", "--held_out", "2", "--batch_size", "2", "--guidance", "3"]
+
+
+def contents(folder):
+    return {
+        str(file.relative_to(folder)): np.array(Image.open(file)).tolist()
+        for file in sorted(folder.rglob("*.png"))
+    }
+
+
+def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, arguments):
+    """What train.py reads; a prompt given twice counts once, or it could be in a pair and in the reference."""
+    out = tmp_path / "out"
+    style_pairs.main([*arguments, "--out", str(out)])
+    rows = datasets.load_dataset("parquet", data_files=str(out / "pairs" / "*.parquet"), split="train")
+    held_out = (out / "prompts.txt").read_text().split("\n")[:-1]
+    assert len(rows) == 3 and len(held_out) == 2 == len(list((out / "reference").glob("*.png")))
+    assert {*rows["caption"]} | {*held_out} == {*PROMPTS} and not {*rows["caption"]} & {*held_out}
+    pairs = data.PreferencePairs(str(out / "pairs"), 32)
+    assert pairs.report() == {"rows": 3, "used": 3, "ties": 0, "unlabelled": 0, "unreadable": []}
+    assert evaluate.read_prompts(str(out / "prompts.txt")) == held_out
+    winner, loser = pairs.images(0)
+    prompts = list(dict.fromkeys(PROMPTS))
+    for kind, image in (("styled", winner), ("plain", loser)):
+        file = out / "images" / f"{prompts.index(rows[0]['caption']):05d}-{kind}.png"
+        assert image.tobytes() == Image.open(file).tobytes(), f"the {kind} image is on the wrong side"
+
+
+def test_the_plain_image_is_the_models_own_and_the_styled_one_comes_from_it(tmp_path, arguments, small_model):
+    """Plain: as `evaluate.py generate` draws the prompt. Styled: the nearer to it the lower the strength."""
+    distance = {}
+    for strength in ("0.25", "1"):
+        out = tmp_path / strength
+        style_pairs.main([*arguments, "--out", str(out), "--strength", strength])
+        images = [
+            np.array(Image.open(out / "images" / f"00001-{kind}.png"), float) for kind in ("plain", "styled")
+        ]
+        distance[strength] = np.abs(images[0] - images[1]).mean()
+    assert 0 < distance["0.25"] < distance["1"]
+    generated = tmp_path / "generated"
+    argv = ["--model", small_model("sd"), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(generated)]
+    evaluate.main(["generate", *argv, "--steps", "4", "--guidance", "3", "--batch_size", "2"])
+    assert np.array_equal(np.array(Image.open(generated / "00001.png")), images[0])
+
+
+def test_a_builder_that_was_stopped_goes_on(tmp_path, arguments, monkeypatch):
+    """The same images as unbroken, also on two processes; images of other settings are not mixed in."""
+    style_pairs.main([*arguments, "--out", str(tmp_path / "unbroken")])
+    save, saved = evaluate.save_png, []
+
+    def stopped(*some):
+        saved.append(save(*some))
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "save_png", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        style_pairs.main([*arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "pairs").exists()
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="was begun with strength 0.7, not 0.5"):
+        style_pairs.main([*arguments, "--out", str(tmp_path / "out"), "--strength", "0.5"])
+    argv = [*arguments, "--out", str(tmp_path / "out")]
+    for status, text in launch(tmp_path / "text", 2, style_pairs.main, argv):
+        assert status == 0, text
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
+    one, other = (
+        datasets.load_dataset(
+            "parquet", data_files=str(tmp_path / name / "pairs" / "*.parquet"), split="train"
+        )
+        for name in ("out", "unbroken")
+    )
+    assert list(one) == list(other)
+
+
+def test_sdxl_restyles_latents_that_are_already_scaled(small_model):
+    """Image-to-image takes the plain latents as they are: at hardly any strength it gives them back."""
+    from diffusers import AutoPipelineForImage2Image
+
+    for kind in ("sd", "sdxl"):
+        pipe = data.load_pipeline(small_model(kind))
+        restyle = AutoPipelineForImage2Image.from_pipe(pipe)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        noise = [torch.Generator().manual_seed(1)]
+        again = data.sample(restyle, ["x"], noise, 1000, 1.0, image=latents, strength=0.001)
+        assert (again - latents).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--style", "oil"], "--style oil is none of van-gogh, sketch, winter and has no {} for the prompt"),
+        (["--strength", "0.1"], "--strength 0.1 of 4 steps leaves none"),
+        (["--held_out", "5"], "--held_out 5 leaves no pair of 5 different prompts"),
+    ],
+)
+def test_wrong_options_end_in_one_line(tmp_path, arguments, options, complaint):
+    """Before anything is drawn."""
+    with pytest.raises(SystemExit, match=complaint):
+        style_pairs.main([*arguments, "--out", str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()
