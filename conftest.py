@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import torch
 
 import tiny
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUICK = {name: 2 for name in tiny.STEPS}  # training steps of the embedded task's parts: they know nothing
 
 

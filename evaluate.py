@@ -8,8 +8,8 @@
     python evaluate.py style images/rpo --reference paintings --base images/base
 
 A folder of images is DIR/00000.png ..., and manifest.json, which holds everything that made them. The noise
-of a prompt follows from --seed and its place in the list alone, so every model sees the same. Each command,
-killed and given again, goes on. `compare` holds the other folders against the first.
+of a prompt follows from --seed and its place in the list alone, so every model sees the same. `generate`,
+killed and given again, goes on; `score` keeps what it has. `compare` holds the others against the first.
 """
 
 import resume  # first, to know the launcher
@@ -24,7 +24,6 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,7 +36,7 @@ import tiny
 from page import page
 from stats import bootstrap, cmmd, diversity, frechet, win_rate
 
-UNREADABLE = "{} cannot be read ({}); remove it and give the same `generate` again"
+UNREADABLE = "{} cannot be read: {}; if `generate` made it, remove it and give the same command again"
 NOTE = "diffusion-rpo"  # the key of the PNG text by which an image knows its prompt
 PROMPT = ("prompt", "caption", "text")  # the columns where a prompt may stand
 
@@ -90,7 +89,9 @@ def read_prompts(source):
             elif kind == ".jsonl":
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             elif kind == ".json":
-                rows = list(json.loads(text))
+                rows = json.loads(text)
+                if not isinstance(rows, list):
+                    raise ValueError("it is no list")
             else:
                 fail(f"--prompts {source} is none of txt, tsv, csv, json, jsonl")
     except Exception as error:
@@ -121,6 +122,10 @@ def load_model(model, lora=None):
     if lora:
         try:
             pipe.load_lora_weights(lora)
+            if not any(pipe.get_list_adapters().values()):  # diffusers would go on without it
+                raise ValueError("none of its keys is of this model")
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
         except Exception as error:
             fail(f"--lora {lora} cannot be loaded into {model}: {data.brief(error)}")
     for network in pipe.components.values():
@@ -129,9 +134,20 @@ def load_model(model, lora=None):
     return pipe
 
 
-def own_side(pipe):
-    """The side of the images that a pipeline was made for, pixels."""
-    return int(np.min(pipe.unet.config.sample_size)) * pipe.vae_scale_factor
+def own_side(pipe, asked=None):
+    """The side of the images in pixels: as asked for, or what the pipeline was made for."""
+    if asked and asked % pipe.vae_scale_factor:
+        fail(f"--resolution {asked} is no multiple of {pipe.vae_scale_factor}, as this model needs")
+    return asked or int(np.min(pipe.unet.config.sample_size)) * pipe.vae_scale_factor
+
+
+def own_guidance(pipe):
+    """The guidance at which models of this kind are compared: 7.5, for SDXL 5.0, for a toy 3.0."""
+    return 3.0 if is_toy(pipe) else 5.0 if "text_encoder_2" in pipe.components else 7.5
+
+
+def is_toy(pipe):
+    return sum(parameter.numel() for parameter in pipe.unet.parameters()) < 1e8
 
 
 def lighten(pipe, dtype):
@@ -162,6 +178,9 @@ def place(args):
     _, local_rank, world = data.torchrun()
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = args.device or best
+    if name.startswith("cuda") and world > 1 and (":" in name or torch.cuda.device_count() <= local_rank):
+        fail(f"torchrun needs a GPU for each process, this machine has {torch.cuda.device_count()}; give a "
+             "smaller --nproc_per_node, or --device cpu")
     device = torch.device(f"cuda:{local_rank}" if name == "cuda" and world > 1 else name)
     precision = getattr(args, "precision", None) or ("bf16" if device.type == "cuda" else "fp32")
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -181,11 +200,12 @@ def generate(args):
     prompts = read_prompts(args.prompts)[:args.limit]
     pipe = load_model(args.model, args.lora)
     if args.scheduler:
-        kind = getattr(diffusers, args.scheduler, None) or fail(f"--scheduler {args.scheduler} is unknown")
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    toy = sum(parameter.numel() for parameter in pipe.unet.parameters()) < 1e8
-    usual = 3.0 if toy else 5.0 if "text_encoder_2" in pipe.components else 7.5
-    side, guidance = args.resolution or own_side(pipe), usual if args.guidance is None else args.guidance
+        kinds = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
+        if args.scheduler not in kinds:
+            fail(f"--scheduler {args.scheduler} is none of {', '.join(sorted(kinds))}")
+        pipe.scheduler = kinds[args.scheduler].from_config(pipe.scheduler.config)
+    side = own_side(pipe, args.resolution)
+    guidance = own_guidance(pipe) if args.guidance is None else args.guidance
     limit = pipe.tokenizer.model_max_length
     cut = [i for i, ids in enumerate(pipe.tokenizer(prompts).input_ids) if len(ids) > limit]
     entries = [{"file": f"{i:05d}.png", "index": i, "prompt": prompt,
@@ -193,7 +213,8 @@ def generate(args):
                for i, prompt in enumerate(prompts)]
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
     manifest = {
-        "model": args.model, "lora": args.lora, "weights": fingerprint(pipe), "toy": toy,
+        "model": args.model, "lora": args.lora, "weights": fingerprint(pipe) if rank == 0 else None,
+        "toy": is_toy(pipe),
         "prompts": {"source": args.prompts, "digest": digest(prompts), "count": len(prompts), "cut": cut},
         "settings": {"seed": args.seed, "steps": args.steps, "guidance": guidance, "resolution": side,
                      "precision": str(dtype).removeprefix("torch."),
@@ -204,19 +225,20 @@ def generate(args):
         "images": entries}
     manifest = json.loads(json.dumps(manifest, default=str))
     if rank == 0:
-        if (out / "manifest.json").exists():
-            if difference := differs(read_json(out / "manifest.json"), manifest, also=["weights"]):
-                fail(f"{out} holds other images: {difference}; give another --out")
-        elif out.exists() and any(out.iterdir()):
-            fail(f"{out} holds something else; give another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        resume.write(out / "manifest.json", json.dumps(manifest, indent=1))
+        if not any(out.glob("*.png")):
+            if strange := {file.name for file in out.glob("*")} - {"manifest.json"}:
+                fail(f"{out} holds something else ({min(strange)}); give another --out")
+            out.mkdir(parents=True, exist_ok=True)
+            resume.write(out / "manifest.json", json.dumps(manifest, indent=1))
+        elif difference := differs(read_json(out / "manifest.json"), manifest, also=["weights"]):
+            fail(f"{out} holds other images: {difference}; give another --out")
         if cut:
-            print(f"{len(cut)} prompts have more than the {limit} tokens that the model reads and are cut; the "
-                  f"first is that of {cut[0]:05d}.png")
+            print(f"{len(cut)} prompts have more than the {limit} tokens that the model reads and are cut; "
+                  f"the first is that of {cut[0]:05d}.png")
     meet()
 
-    lighten(pipe.to(device), dtype)
+    lighten(pipe, dtype)
+    pipe.to(device)
     # Batches are the same whoever makes them, because a batch's size changes the rounding of its images.
     batches = [entries[i:i + args.batch_size] for i in range(0, len(entries), args.batch_size)]
     batches = [batch for batch in batches if any(not (out / entry["file"]).exists() for entry in batch)]
@@ -251,6 +273,15 @@ def differs(one, other, also=()):
                  if a.get(key) != b.get(key)), None)
 
 
+def place_for(file):
+    """The path of a file that will be written, its folder made now, not after the work."""
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {file} cannot be written: {data.brief(error)}")
+    return Path(file)
+
+
 def alike(folders):
     """(manifest of the first, image paths of each) of folders; SystemExit where they cannot be compared."""
     manifests, files = zip(*map(read_folder, folders))
@@ -277,14 +308,15 @@ def read_folder(folder):
     if missing := [file.name for file, _ in entries if not file.exists()]:
         fail(f"{folder} lacks {len(missing)} of {len(entries)} images, the first is {missing[0]}; the same "
              "`generate` makes them")
-    for file, prompt in entries:
+    for (file, _), entry in zip(entries, manifest["images"]):
         try:
-            with Image.open(file) as image:
-                note = json.loads(getattr(image, "text", {}).get(NOTE, "{}"))
+            with Image.open(file) as image:  # the pixels are not read yet
+                note = json.loads(image.info.get(NOTE, "{}"))
         except Exception as error:
             fail(UNREADABLE.format(file, data.brief(error)))
-        if note.get("prompt", prompt) != prompt:
-            fail(f"{file} was made for the prompt {note['prompt']!r}, not for {prompt!r} of the manifest")
+        for key, value in note.items():
+            if entry.get(key) != value:
+                fail(f"{file} was made for the {key} {value!r}, not for {entry.get(key)!r} of the manifest")
     return manifest, [file for file, _ in entries]
 
 
@@ -295,47 +327,48 @@ def open_image(file):
         fail(UNREADABLE.format(file, data.brief(error)))
 
 
-def read_scores(folder, files):
-    """({scorer: identity}, a row of scores.csv per image), without scores of other images than these."""
-    fresh = {}, [{"file": file.name, "sha256": digest(file.read_bytes())} for file in files]
-    if not (folder / "scores.json").exists():
-        return fresh
-    with open(folder / "scores.csv", newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    same = [(row["file"], row["sha256"]) for row in rows] == [tuple(row.values()) for row in fresh[1]]
-    return (read_json(folder / "scores.json"), rows) if same else fresh
+def read_scores(folder, manifest, files):
+    """({scorer: identity}, a row of scores.csv per image), without scores of other images or prompts."""
+    rows = [{"file": file.name, "sha256": digest(file.read_bytes()), "prompt": entry["prompt"]}
+            for file, entry in zip(files, manifest["images"])]
+    if (folder / "scores.json").exists():
+        text, who = (folder / "scores.csv").read_bytes(), read_json(folder / "scores.json")
+        known = [*csv.DictReader(io.StringIO(text.decode(), newline=""))]
+        if who["csv"] == digest(text) and [{key: row[key] for key in rows[0]} for row in known] == rows:
+            return who["scorers"], known
+    return {}, rows
 
 
 def score(args):
     """Score folders: scores.csv, a row per image and a column per scorer, and scores.json, who scored."""
     from scorers import get_scorer
 
-    folders = [Path(folder) for folder in args.folders]
-    manifests, files = zip(*map(read_folder, folders))
+    folders = [(Path(folder), *read_folder(folder)) for folder in args.folders]
     device, lines = place(args)[0], [["", "mean", "n"]]
     for metric in args.metrics.split(","):
         loaded = {}
-        for folder, manifest, some in zip(folders, manifests, files):
+        for folder, manifest, files in folders:
             source = "clip=tiny" if metric == "clip" and manifest.get("toy") else metric
             if source not in loaded:
                 loaded[source] = get_scorer(source, device)
             name, scorer, identity = loaded[source]
-            identities, rows = read_scores(folder, some)
-            prompts = [entry["prompt"] for entry in manifest["images"]]
-            if identities.get(name) != identity:
-                starts = range(0, len(some), args.batch_size)
+            name = metric if metric.startswith("clip=") else name  # several may stand side by side
+            if read_scores(folder, manifest, files)[0].get(name) != identity:
+                prompts, values = [entry["prompt"] for entry in manifest["images"]], []
+                starts = range(0, len(files), args.batch_size)
                 for i in tqdm(starts, f"{name} of {folder}", unit="batch"):
-                    images = [open_image(file) for file in some[i:i + args.batch_size]]
-                    values = scorer(images, prompts[i:i + args.batch_size]).tolist()
-                    for row, prompt, value in zip(rows[i:], prompts[i:], values):
-                        row |= {"prompt": prompt, name: repr(value)}
+                    images = [open_image(file) for file in files[i:i + args.batch_size]]
+                    values += scorer(images, prompts[i:i + args.batch_size]).tolist()
+                identities, rows = read_scores(folder, manifest, files)  # another scorer may have come by
                 identities[name] = identity
-                columns = ["file", "sha256", "prompt", *identities]
-                writer = csv.DictWriter(stream := io.StringIO(newline=""), columns)
+                columns, stream = ["file", "sha256", "prompt", *identities], io.StringIO(newline="")
+                writer = csv.DictWriter(stream, columns, lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(row | {name: repr(value)} for row, value in zip(rows, values))
                 resume.write(folder / "scores.csv", stream.getvalue())
-                resume.write(folder / "scores.json", json.dumps(identities, indent=1))
+                who = {"csv": digest(stream.getvalue().encode()), "scorers": identities}
+                resume.write(folder / "scores.json", json.dumps(who, indent=1))
+            rows = read_scores(folder, manifest, files)[1]
             mean = np.mean([float(row[name]) for row in rows])
             lines.append([f"{name} of {folder}", f"{mean:.4f}", str(len(rows))])
     print(table(lines))
@@ -346,9 +379,11 @@ def score(args):
 
 def compare(args):
     """Compare scored folders of the same prompts: a table, a json file, and a page with the images."""
-    folders = [Path(folder) for folder in args.folders]
+    folders, out = [Path(folder) for folder in args.folders], place_for(args.out)
+    if out.suffix == ".json":
+        fail(f"compare: --out {out} is for the page; the json file stands beside it")
     manifest, files = alike(folders)
-    identities, rows = zip(*map(read_scores, folders, files))
+    identities, rows = zip(*(read_scores(folder, manifest, some) for folder, some in zip(folders, files)))
     for folder, others in zip(folders, identities):
         for name, identity in identities[0].items():
             if name in others and others[name] != identity:
@@ -375,7 +410,6 @@ def compare(args):
                for row in results]
     print(table([[*summary[0]], *([*row.values()] for row in summary)]))
     print(f"win rate: against {folders[0]}, a tie counts one half; 95%: bootstrap over the prompts")
-    out = Path(args.out)
     report = {"scorers": identities[0], "results": results}
     resume.write(out.with_suffix(".json"), json.dumps(report, indent=1))
     resume.write(out, page([*map(str, folders)], [*by], [
@@ -415,10 +449,14 @@ def style(args):
     if n < 2:
         fail(f"--reference {args.reference} holds {len(found)} images, {folders[0]} {len(files[0])}; needed "
              "are 4 and 2")
-    found = [found[i] for i in np.random.default_rng(args.seed).permutation(len(found))]
+    out = place_for(args.out) if args.out else None
+    rng = np.random.default_rng(args.seed)
+    found = [found[i] for i in rng.permutation(len(found))]
+    chosen = sorted(rng.permutation(len(files[0]))[:n])  # not the first: lists of prompts are sorted by kind
+    files = [[some[i] for i in chosen] for some in files]
     spec = args.clip or ("tiny" if manifest.get("toy") else "ViT-L-14-336-quickgelu:openai")
     clip, fid = data.Clip(spec, device), inception(device) if args.fid else None
-    prompts, rows = [entry["prompt"] for entry in manifest["images"][:n]], []
+    prompts, rows = [manifest["images"][i]["prompt"] for i in chosen], []
     for name, some in [("reference", found[:n]), *zip(folders, files), ("floor", found[n:])]:
         embeddings, deep = [], []
         for i in tqdm(range(0, n, args.batch_size), f"embedding {name}", unit="batch"):
@@ -444,9 +482,9 @@ def style(args):
     print(f"lower CMMD and FID: nearer to {args.reference}; floor: its one half against the other. CLIP "
           f"score (to the prompt) and diversity fall where a model collapses. By {spec}"
           + (", FID by torch-fidelity" if fid else "; no FID: --no-fid, or torch-fidelity is not installed"))
-    if args.out:
+    if out:
         report = {"clip": spec, "reference": args.reference, "rows": rows}
-        resume.write(Path(args.out), json.dumps(report, indent=1))
+        resume.write(out, json.dumps(report, indent=1))
 
 
 def main(argv=None):
@@ -463,8 +501,9 @@ def main(argv=None):
                                   allow_abbrev=False, formatter_class=shape)
         sub.error = lambda message: fail(f"{function.__name__}: {message}")
         sub.set_defaults(function=function)
-        sub.add_argument("--device", help="cuda, mps or cpu [the best there is]")
-        sub.add_argument("--batch_size", type=int, default=8, help="images at once [%(default)s]")
+        if function is not compare:
+            sub.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+            sub.add_argument("--batch_size", type=int, default=8, help="images at once [%(default)s]")
         return sub.add_argument
 
     add = command(generate)
@@ -504,7 +543,7 @@ def main(argv=None):
                 fail(f"generate: --{name} must be at least 1, not {value}")
     elif data.torchrun()[2] > 1:
         fail(f"{args.command} takes one process; only generate runs under torchrun")
-    if args.batch_size < 1:
+    if getattr(args, "batch_size", 1) < 1:
         fail(f"--batch_size must be at least 1, not {args.batch_size}")
     resume.end_with_launcher()
     args.function(args)

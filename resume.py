@@ -82,7 +82,7 @@ def save(out, state):
 
 def write(file, text):
     """The text as a file, aside first, so that nobody reads half of it."""
-    (part := file.with_name(file.name + ".part")).write_text(text)
+    (part := file.with_name(file.name + ".part")).write_text(text, encoding="utf-8")
     part.replace(file)
 
 

@@ -5,16 +5,18 @@ import json
 import os
 import random
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 import evaluate
 import tiny
-from conftest import launch
+from conftest import BROWSER, launch
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]
@@ -80,6 +82,7 @@ def test_tab_separated_prompts_keep_their_quotes(tmp_path):
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.json", "[]", "holds no prompt"),
         ("p.json", "[1]", "row 1 has no prompt"),
+        ("p.json", '{"prompts": ["a cat"]}', "cannot be read: it is no list"),
         ("p.csv", "id,words\n1,x\n", "row 1 has no prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "row 2 has no prompt"),
         ("p.jsonl", "{", "cannot be read"),
@@ -94,6 +97,19 @@ def test_bad_prompts_are_refused_in_one_line(tmp_path, name, text, complaint):
     with pytest.raises(SystemExit, match=complaint) as refusal:
         evaluate.read_prompts(str(tmp_path / (name or "no such file.txt")))
     assert "\n" not in str(refusal.value)
+
+
+def test_prompts_of_the_hub(monkeypatch):
+    """ID:SPLIT; with several splits, the one to take must be said. Only the prompts' column is read."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"Prompt": ["a cat", "two dogs"], "image": [b"", b""]})
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("a/b", "test"): rows}[name, split])
+    assert evaluate.read_prompts("a/b:test") == ["a cat", "two dogs"]
+    for source in ("a/b", "a/b:dev"):
+        with pytest.raises(SystemExit, match="a/b has the splits train, test; give a/b:SPLIT"):
+            evaluate.read_prompts(source)
 
 
 # Generate
@@ -218,15 +234,20 @@ def test_lora_weights_change_the_images_unless_they_are_zero(tmp_path, generate,
         for name in ("", "zero", "lora")
     )
     assert same(base, zero) and not same(base, lora)
-    with pytest.raises(SystemExit, match="--lora .* cannot be loaded"):
-        generate("none", "--lora", str(tmp_path / "nowhere"))
+    (tmp_path / "stranger").mkdir()
+    strange = {"base_model.model.conv.lora_A.weight": torch.ones(2, 2)}
+    save_file(strange, tmp_path / "stranger" / "pytorch_lora_weights.safetensors")
+    for name in ("nowhere", "stranger"):  # the second is one that diffusers would pass over in silence
+        with pytest.raises(SystemExit, match=f"--lora .*{name} cannot be loaded"):
+            generate("none", "--lora", str(tmp_path / name), model="sdxl")
 
 
-def test_bf16_draws_what_autocast_draws(small_model):
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_bf16_draws_what_autocast_draws(small_model, model):
     """Weights are cast once instead of in every forward: the same numbers."""
     images = []
     for light in (False, True):
-        pipe = data.load_pipeline(small_model("sd"))
+        pipe = data.load_pipeline(small_model(model))
         if light:
             evaluate.lighten(pipe, torch.bfloat16)
         noise = [torch.Generator().manual_seed(0)]
@@ -246,7 +267,8 @@ def test_an_image_that_is_not_finite_is_not_saved_as_black(generate, monkeypatch
     [
         (["--steps", "0"], "--steps must be at least 1"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
-        (["--scheduler", "Nonsense"], "--scheduler Nonsense is unknown"),
+        (["--scheduler", "UNet2DModel"], "--scheduler UNet2DModel is none of .*DDIMScheduler"),
+        (["--resolution", "30"], "--resolution 30 is no multiple of 4"),
         (["--sed", "1"], "unrecognized arguments: --sed"),
     ],
 )
@@ -254,12 +276,13 @@ def test_wrong_options_end_in_one_line(generate, options, complaint):
     """Before anything is drawn."""
     with pytest.raises(SystemExit, match=complaint):
         generate("images", *options)
+    assert len(pixels(generate("images"))) == 5, "the folder was claimed by the failure"
 
 
 # Score and compare
 
 
-def score(*folders, metrics="clip=tiny"):
+def score(*folders, metrics="clip"):
     evaluate.main(["score", *map(str, folders), "--metrics", metrics, "--batch_size", "2"])
     return [list(csv.DictReader(open(folder / "scores.csv", newline=""))) for folder in folders]
 
@@ -275,14 +298,15 @@ def test_scores_stand_beside_their_own_prompt(generate):
         assert row["prompt"] == prompt
         alone = scorer([data.read_image(str(out / row["file"]))], [prompt]).item()
         assert float(row["clip"]) == pytest.approx(alone, rel=1e-5)
-    assert json.loads((out / "scores.json").read_text()) == {"clip": identity}
+    assert json.loads((out / "scores.json").read_text())["scorers"] == {"clip": identity}
 
 
 def test_a_toy_models_images_are_for_the_toy_clip(generate):
-    """So that the embedded task needs no download: plain `score DIR`."""
+    """So that the embedded task needs no download; a CLIP that is named stands in a column of its own."""
     out = generate("images")
-    score(out, metrics="clip")
-    assert json.loads((out / "scores.json").read_text())["clip"]["source"] == "tiny"
+    ((rows),) = score(out, metrics="clip,clip=tiny")
+    assert json.loads((out / "scores.json").read_text())["scorers"]["clip"]["source"] == "tiny"
+    assert all(row["clip"] == row["clip=tiny"] for row in rows)
 
 
 def test_what_is_scored_is_not_scored_again_unless_its_images_changed(generate, monkeypatch):
@@ -304,6 +328,8 @@ def test_what_is_scored_is_not_scored_again_unless_its_images_changed(generate, 
     evaluate.save_png(image.rotate(180), out / "00003.png")
     (second,) = score(out)
     assert sum(calls) == 10 and [a == b for a, b in zip(first, second)] == [True, True, True, False, True]
+    (out / "scores.csv").write_text("an older one")  # the two files are written one after the other
+    assert score(out) == [second] and sum(calls) == 15
 
 
 def test_a_model_compared_with_itself_wins_one_half(generate, tmp_path, capsys):
@@ -345,7 +371,7 @@ def test_what_cannot_be_compared_is_refused_by_name(generate, tmp_path):
     refused(generate("guidance", "--guidance", "5"), "guidance is 3.0 in one and 5.0 in the other")
     refused(generate("seed", "--seed", "1"), "seed is 0 in one and 1 in the other")
     refused(generate("scheduler", "--scheduler", "DDIMScheduler"), "the scheduler's class is 'PNDMScheduler'")
-    refused(generate("part", "--limit", "3"), "the number of images is 5 in one|prompt of image 3 is")
+    refused(generate("part", "--limit", "3"), "the prompt of image 3 is 'the words .* and None")
     (tmp_path / "other.txt").write_text("\n".join([*PROMPTS[:4], "rain"]))
     other = generate("prompt", "--prompts", str(tmp_path / "other.txt"))
     refused(other, "the prompt of image 4 is 'snow' in one and 'rain' in the other")
@@ -353,7 +379,7 @@ def test_what_cannot_be_compared_is_refused_by_name(generate, tmp_path):
     refused(unscored, "unscored was not scored by clip")
     score(unscored)
     identities = json.loads((unscored / "scores.json").read_text())
-    identities["clip"]["digest"] = "another"
+    identities["scorers"]["clip"]["digest"] = "another"
     (unscored / "scores.json").write_text(json.dumps(identities))
     refused(unscored, "was scored by another clip")
 
@@ -370,11 +396,11 @@ def test_no_score_without_the_right_image(generate, tmp_path):
     first, second = (out / f"0000{k}.png" for k in (0, 1))
     shutil.copy(first, tmp_path / "kept.png")
     shutil.copy(second, first)
-    refused("00000.png was made for the prompt 'a blue bird on a branch', not for 'a red fox'")
+    refused("00000.png was made for the index 1, not for 0 of the manifest")
     first.unlink()
     refused("lacks 1 of 5 images, the first is 00000.png")
     first.write_bytes(b"<html>404</html>")
-    refused("00000.png cannot be read .*remove it and give the same `generate` again")
+    refused("00000.png cannot be read: .*if `generate` made it, remove it and give the same command again")
     whole = (tmp_path / "kept.png").read_bytes()
     first.write_bytes(whole[: len(whole) // 2])
     refused("00000.png cannot be read")
@@ -392,9 +418,17 @@ def test_images_from_elsewhere_need_a_small_manifest(tmp_path):
         for k, image in enumerate(images):
             tiny.draw(tiny.SCENES[k], name == "b", random.Random(k)).save(tmp_path / name / image["file"])
         (tmp_path / name / "manifest.json").write_text(json.dumps({"images": images}))
-    assert [len(rows) for rows in score(tmp_path / "a", tmp_path / "b")] == [4, 4]
-    out = str(tmp_path / "report.html")
-    evaluate.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", out])
+    assert [len(rows) for rows in score(tmp_path / "a", tmp_path / "b", metrics="clip=tiny")] == [4, 4]
+    evaluate.main(
+        ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "new" / "r.html")]
+    )
+    assert (tmp_path / "new" / "r.html").exists() and (tmp_path / "new" / "r.json").exists()
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    manifest["images"][0]["prompt"] = "another"
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
+    before = (tmp_path / "b" / "scores.csv").read_text()
+    (rows,) = score(tmp_path / "b", metrics="clip=tiny")
+    assert rows[0]["prompt"] == "another" and (tmp_path / "b" / "scores.csv").read_text() != before
 
 
 # Style
@@ -454,9 +488,7 @@ def test_fid_is_the_frechet_distance_of_torch_fidelitys_features(tmp_path, monke
     evaluate.main(argv)
     rows = json.loads((tmp_path / "style.json").read_text())["rows"]
     order = np.random.default_rng(0).permutation(20)
-    half, other = (
-        [Image.open(reference / f"{i:05d}.png") for i in some] for some in (order[:10], order[10:])
-    )
+    half, other = ([Image.open(reference / f"{i:05d}.png") for i in k] for k in (order[:10], order[10:]))
     own = [Image.open(file) for file in sorted(styled.glob("*.png"))]
     assert rows[0]["fid"] == pytest.approx(frechet(features(own), features(half)))
     assert rows[1]["fid"] == pytest.approx(frechet(features(other), features(half)))
@@ -472,11 +504,24 @@ def test_a_reference_that_is_too_small_or_missing_is_refused(tmp_path):
 
 
 def test_the_embedded_task_end_to_end(tmp_path, monkeypatch, capsys):
-    """Generate, score, compare and style with nothing but defaults, nothing downloaded."""
+    """With nothing but defaults, nothing downloaded; the page is read by a browser where there is one."""
     monkeypatch.chdir(tmp_path)
-    for name, seed in (("a", 0), ("b", 0)):
-        evaluate.main(["generate", "--out", name, "--steps", "2", "--limit", "8", "--seed", str(seed)])
+    drawn(tmp_path / "reference", 16, True, 0)
+    for name, guidance in (("a", "3"), ("b", "3"), ("c", "1")):
+        evaluate.main(["generate", "--out", name, "--steps", "2", "--limit", "8", "--guidance", guidance])
     evaluate.main(["score", "a", "b"])
     evaluate.main(["compare", "a", "b"])
-    evaluate.main(["style", "b", "--base", "a", "--reference", "a", "--no-fid"])
-    assert (tmp_path / "report.html").exists() and "50.0%" in capsys.readouterr().out
+    result = json.loads((tmp_path / "report.json").read_text())["results"][1]
+    assert (result["win_rate"], result["ties"]) == (0.5, 8)
+    evaluate.main(
+        ["style", "b", "--base", "a", "--reference", "reference", "--no-fid", "--out", "style.json"]
+    )
+    rows = json.loads((tmp_path / "style.json").read_text())["rows"]
+    assert rows[0]["cmmd"] == rows[1]["cmmd"] and rows[2]["images"] == "floor"
+    with pytest.raises(SystemExit, match="a and c cannot be compared: guidance is 3.0 in one and 1.0"):
+        evaluate.main(["style", "a", "c", "--reference", "reference"])
+    if BROWSER:
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "report.html").as_uri()]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
+        assert dom.count("<section") == 8 and "8 prompts: 0 better, 0 worse, 8 equal" in dom

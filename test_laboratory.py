@@ -69,7 +69,7 @@ def test_settings_are_chosen_on_tuning_prompts_and_reported_on_others(tmp_path, 
         made.append(row | {column: 0.5 + 0.25 * good + seed / 100 for column in laboratory.COLUMNS})
         return made[-1]
 
-    def threads(processes, context):
+    def threads(processes, context, initializer, arguments):
         return concurrent.futures.ThreadPoolExecutor(1)
 
     monkeypatch.setattr(laboratory, "run", run)

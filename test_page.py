@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 
@@ -12,24 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import BROWSER
 from page import page
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPTS = [
     "</script><script>throw 1</script>",
     "\"a\" & 'b' <img src=x onerror=fail>",
     "дом у моря 海辺 🏠",
     "word " * 400,
 ]
-GAINS = [
-    0.0,
-    0.5,
-    -0.25,
-    0.5,
-    -0.25,
-    0.75,
-    0.0,
-]  # of the second folder over the first, exact in binary, with ties
+# Of the second folder over the first, exact in binary, with ties.
+GAINS = [0.0, 0.5, -0.25, 0.5, -0.25, 0.75, 0.0]
 # Before the page's own script: errors are noted. After it: what a reader does, and the rows that then follow.
 WATCH = """<script>const errors = []; onerror = (...error) => { errors.push(error.join()) }</script>"""
 READ = """<script>

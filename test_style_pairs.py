@@ -1,5 +1,7 @@
 """The builder of style pairs: the styled image comes from the plain one, and no prompt is on both sides."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -11,13 +13,13 @@ import evaluate
 import style_pairs
 from conftest import launch
 
-PROMPTS = ["a red fox", "a blue bird", "snow", "a red fox", "two dogs", "a cat"]
+PROMPTS = ["a red fox", "a blue bird", "snow\nand ice", "a red fox", "two dogs", "a cat"]
 
 
 @pytest.fixture
 def arguments(tmp_path, small_model):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    argv = ["--model", small_model("sd"), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "4"]
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    argv = ["--model", small_model("sd"), "--prompts", str(tmp_path / "prompts.json"), "--steps", "4"]
     return [*argv, "--style", "{}, in oil", "--held_out", "2", "--batch_size", "2", "--guidance", "3"]
 
 
@@ -33,12 +35,12 @@ def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, 
     out = tmp_path / "out"
     style_pairs.main([*arguments, "--out", str(out)])
     rows = datasets.load_dataset("parquet", data_files=str(out / "pairs" / "*.parquet"), split="train")
-    held_out = (out / "prompts.txt").read_text().split("\n")[:-1]
+    held_out = json.loads((out / "prompts.json").read_text())
     assert len(rows) == 3 and len(held_out) == 2 == len(list((out / "reference").glob("*.png")))
     assert {*rows["caption"]} | {*held_out} == {*PROMPTS} and not {*rows["caption"]} & {*held_out}
     pairs = data.PreferencePairs(str(out / "pairs"), 32)
     assert pairs.report() == {"rows": 3, "used": 3, "ties": 0, "unlabelled": 0, "unreadable": []}
-    assert evaluate.read_prompts(str(out / "prompts.txt")) == held_out
+    assert evaluate.read_prompts(str(out / "prompts.json")) == held_out
     winner, loser = pairs.images(0)
     prompts = list(dict.fromkeys(PROMPTS))
     for kind, image in (("styled", winner), ("plain", loser)):
@@ -58,7 +60,14 @@ def test_the_plain_image_is_the_models_own_and_the_styled_one_comes_from_it(tmp_
         distance[strength] = np.abs(images[0] - images[1]).mean()
     assert 0 < distance["0.25"] < distance["1"]
     generated = tmp_path / "generated"
-    argv = ["--model", small_model("sd"), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(generated)]
+    argv = [
+        "--model",
+        small_model("sd"),
+        "--prompts",
+        str(tmp_path / "prompts.json"),
+        "--out",
+        str(generated),
+    ]
     evaluate.main(["generate", *argv, "--steps", "4", "--guidance", "3", "--batch_size", "2"])
     assert np.array_equal(np.array(Image.open(generated / "00001.png")), images[0])
 
@@ -78,8 +87,12 @@ def test_a_builder_that_was_stopped_goes_on(tmp_path, arguments, monkeypatch):
         style_pairs.main([*arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "pairs").exists()
     monkeypatch.undo()
-    with pytest.raises(SystemExit, match="was begun with strength 0.7, not 0.5"):
-        style_pairs.main([*arguments, "--out", str(tmp_path / "out"), "--strength", "0.5"])
+    for option, value, complaint in (
+        ("--strength", "0.5", "strength 0.7, not 0.5"),
+        ("--precision", "bf16", "precision 'torch.float32', not 'torch.bfloat16'"),
+    ):
+        with pytest.raises(SystemExit, match=f"was begun with {complaint}"):
+            style_pairs.main([*arguments, "--out", str(tmp_path / "out"), option, value])
     argv = [*arguments, "--out", str(tmp_path / "out")]
     for status, text in launch(tmp_path / "text", 2, style_pairs.main, argv):
         assert status == 0, text
