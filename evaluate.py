@@ -176,8 +176,10 @@ def save_png(image, file, note=None):
 def place(args):
     """(torch device, dtype) of --device and --precision, or the best there is, for this process."""
     _, local_rank, world = data.torchrun()
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = args.device or best
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = args.device or there[0]
+    if name.partition(":")[0] not in there:
+        fail(f"--device {name} is not there; this machine has {', '.join(there)}")
     if name.startswith("cuda") and world > 1 and (":" in name or torch.cuda.device_count() <= local_rank):
         fail(f"torchrun needs a GPU for each process, this machine has {torch.cuda.device_count()}; give a "
              "smaller --nproc_per_node, or --device cpu")
@@ -226,7 +228,8 @@ def generate(args):
     manifest = json.loads(json.dumps(manifest, default=str))
     if rank == 0:
         if not any(out.glob("*.png")):
-            if strange := {file.name for file in out.glob("*")} - {"manifest.json"}:
+            there = {file.name for file in out.glob("*") if file.suffix != ".part"}
+            if strange := there - {"manifest.json"}:
                 fail(f"{out} holds something else ({min(strange)}); give another --out")
             out.mkdir(parents=True, exist_ok=True)
             resume.write(out / "manifest.json", json.dumps(manifest, indent=1))
@@ -303,7 +306,8 @@ def read_folder(folder):
     manifest = read_json(folder / "manifest.json")
     try:
         entries = [(folder / entry["file"], entry["prompt"]) for entry in manifest["images"]]
-    except (KeyError, TypeError) as error:
+        assert entries, "no images"
+    except (AssertionError, KeyError, TypeError) as error:
         fail(f"{folder}/manifest.json is not a manifest: {error!r}")
     if missing := [file.name for file, _ in entries if not file.exists()]:
         fail(f"{folder} lacks {len(missing)} of {len(entries)} images, the first is {missing[0]}; the same "

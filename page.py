@@ -1,3 +1,5 @@
+"""The page of `evaluate.py compare`: images of several models side by side, sorted by any score."""
+
 import base64
 import io
 import json

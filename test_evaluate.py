@@ -269,6 +269,7 @@ def test_an_image_that_is_not_finite_is_not_saved_as_black(generate, monkeypatch
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--scheduler", "UNet2DModel"], "--scheduler UNet2DModel is none of .*DDIMScheduler"),
         (["--resolution", "30"], "--resolution 30 is no multiple of 4"),
+        (["--device", "tpu"], "--device tpu is not there; this machine has .*cpu"),
         (["--sed", "1"], "unrecognized arguments: --sed"),
     ],
 )
