@@ -186,7 +186,7 @@ def figure(file, base, rows):
         axis.scatter(*points(base), 60, "k", marker="x", label="base")
         axis.set(title=regime, xlabel="sketches, %")
     axes[0].set_ylabel("right shape, %")
-    axes[0].legend(loc="lower left")
+    axes[-1].legend(loc="lower right")
     panels.tight_layout()
     panels.savefig(file, dpi=100)
 
