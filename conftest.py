@@ -17,6 +17,7 @@ import torch
 
 import tiny
 
+torch.set_num_threads(1)  # as torchrun has it; the small models are no slower, and equal in every process
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUICK = {name: 2 for name in tiny.STEPS}  # training steps of the embedded task's parts: they know nothing
 
@@ -54,7 +55,7 @@ def in_child(rank, world, port, text, environment, function, args):
     for stream in (1, 2):
         os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
     tiny.STEPS = QUICK
-    torch.set_num_threads(1)  # as torchrun has it
+    torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
     function(*args)
 
