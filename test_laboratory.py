@@ -12,6 +12,7 @@ import tiny
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 
 
+@pytest.mark.slow
 def test_the_regimes_hold_what_they_say(tmp_path):
     """256 of the 1,500 pairs; exactly a fifth of the labels swapped; another seed picks others."""
     clean = {row["jpg_0"]: row["label_0"] for row in tiny.pairs()}
@@ -45,6 +46,7 @@ def test_drawn_sketches_are_at_the_floor_and_plain_drawings_are_not():
     assert abs(distances[0]) < 0.05 * distances[1]
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_once(tmp_path, monkeypatch):
     """From its command to its row; a row that is there is not made again, and only rows and logs stay."""
     monkeypatch.setattr(laboratory, "N", 8)
