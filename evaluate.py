@@ -118,6 +118,12 @@ def fingerprint(pipe):
 
 def load_model(model, lora=None):
     """The float32 pipeline of a preset's name, folder or hub id, with LoRA weights if given."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):  # their bars of loading; and every prompt that is cut
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     pipe = data.load_pipeline(model)
     if lora:
         try:
