@@ -2,9 +2,9 @@
 
     python style_pairs.py --model sdxl --prompts prompts.txt --style van-gogh --held_out 1000 --out van-gogh
     torchrun --nproc_per_node=8 style_pairs.py ...                                              on eight GPUs
-    python train.py --model sd15 --data van-gogh/pairs --steps 500 --batch_size 64 --lr 6.4e-7 --warmup 50
+    python train.py --model sd15 --data van-gogh/pairs --steps 500 --batch_size 64 --lr 6.4e-7 --out out/vg
     python evaluate.py generate --model sd15 --prompts van-gogh/prompts.json --out images/vg-base
-    python evaluate.py generate --model out/sd15-rpo/model --prompts van-gogh/prompts.json --out images/vg-rpo
+    python evaluate.py generate --model out/vg/model --prompts van-gogh/prompts.json --out images/vg-rpo
     python evaluate.py style images/vg-rpo --reference van-gogh/reference --base images/vg-base
 
 For each prompt a plain image, the rejected one, and the chosen: image-to-image from the plain one's latents

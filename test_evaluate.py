@@ -376,6 +376,8 @@ def test_what_cannot_be_compared_is_refused_by_name(generate, tmp_path):
     (tmp_path / "other.txt").write_text("\n".join([*PROMPTS[:4], "rain"]))
     other = generate("prompt", "--prompts", str(tmp_path / "other.txt"))
     refused(other, "the prompt of image 4 is 'snow' in one and 'rain' in the other")
+    ours, theirs = pixels(base), pixels(other)  # one noise, two prompts
+    assert [(ours[name] == theirs[name]).all() for name in ours] == [True] * 4 + [False]
     unscored = generate("unscored")
     refused(unscored, "unscored was not scored by clip")
     score(unscored)
