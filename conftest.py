@@ -55,7 +55,6 @@ def in_child(rank, world, port, text, environment, function, args):
     for stream in (1, 2):
         os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
     tiny.STEPS = QUICK
-    torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
     function(*args)
 

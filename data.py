@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 
 import tiny
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
 H14 = "ViT-H-14:laion2b_s32b_b79k"
 MODELS = {  # what the name of a preset stands for
     "tiny": dict(id="tiny", data="tiny", clip="tiny"),
@@ -249,6 +250,16 @@ def collate(items):
             for key, value in batch.items()}
 
 
+def quiet():
+    """No progress bars of loading, and no report of every prompt that is cut to 77 tokens."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def find_pipeline(model):
     """(folder or hub id, model_index) of a preset's name, folder or hub id. SystemExit if it will not do."""
     from diffusers import DiffusionPipeline
@@ -297,6 +308,16 @@ def load_pipeline(model):
         raise SystemExit(f"model: {source} cannot be loaded: {brief(error)}")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def own_side(pipe):
+    """The side of the images that a pipeline was made for, pixels."""
+    return int(np.min(pipe.unet.config.sample_size)) * pipe.vae_scale_factor
+
+
+def is_toy(pipe):
+    """Whether a model is so small, under 100 M parameters, that the embedded CLIP will do for it."""
+    return sum(parameter.numel() for parameter in pipe.unet.parameters()) < 1e8
 
 
 @torch.no_grad()

@@ -32,7 +32,9 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import data
+import scorers
 import tiny
+from loss import cast_for_autocast
 from page import page
 from stats import bootstrap, cmmd, diversity, frechet, win_rate
 
@@ -109,21 +111,13 @@ def read_prompts(source):
 
 def fingerprint(pipe):
     """A digest of all weights of a pipeline: retrained under the same name, it is another model."""
-    total = hashlib.sha256()
-    for _, network in sorted(pipe.components.items(), key=lambda item: item[0]):
-        for tensor in network.state_dict().values() if isinstance(network, torch.nn.Module) else ():
-            total.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return total.hexdigest()[:16]
+    return digest({name: scorers.digest(network) for name, network in sorted(pipe.components.items())
+                   if isinstance(network, torch.nn.Module)})
 
 
 def load_model(model, lora=None):
     """The float32 pipeline of a preset's name, folder or hub id, with LoRA weights if given."""
-    import diffusers
-    import transformers
-
-    for library in (transformers, diffusers):  # their bars of loading; and every prompt that is cut
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    data.quiet()
     pipe = data.load_pipeline(model)
     if lora:
         try:
@@ -140,27 +134,12 @@ def load_model(model, lora=None):
     return pipe
 
 
-def own_side(pipe, asked=None):
-    """The side of the images in pixels: as asked for, or what the pipeline was made for."""
-    if asked and asked % pipe.vae_scale_factor:
-        fail(f"--resolution {asked} is no multiple of {pipe.vae_scale_factor}, as this model needs")
-    return asked or int(np.min(pipe.unet.config.sample_size)) * pipe.vae_scale_factor
-
-
-def own_guidance(pipe):
-    """The guidance at which models of this kind are compared: 7.5, for SDXL 5.0, for a toy 3.0."""
-    return 3.0 if is_toy(pipe) else 5.0 if "text_encoder_2" in pipe.components else 7.5
-
-
-def is_toy(pipe):
-    return sum(parameter.numel() for parameter in pipe.unet.parameters()) < 1e8
-
-
-def lighten(pipe, dtype):
-    """Casts of the UNet, in place, what autocast to `dtype` would cast in every forward: the same numbers."""
-    for module in pipe.unet.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            module.to(dtype)
+def side_and_guidance(args, pipe):
+    """--resolution, or the model's own; --guidance, or that of its kind: 7.5, for SDXL 5.0, for a toy 3.0."""
+    if args.resolution and args.resolution % pipe.vae_scale_factor:
+        fail(f"--resolution {args.resolution} is no multiple of {pipe.vae_scale_factor}, as this model needs")
+    usual = 3.0 if data.is_toy(pipe) else 5.0 if "text_encoder_2" in pipe.components else 7.5
+    return args.resolution or data.own_side(pipe), usual if args.guidance is None else args.guidance
 
 
 def to_pil(images):
@@ -191,7 +170,7 @@ def place(args):
              "smaller --nproc_per_node, or --device cpu")
     device = torch.device(f"cuda:{local_rank}" if name == "cuda" and world > 1 else name)
     precision = getattr(args, "precision", None) or ("bf16" if device.type == "cuda" else "fp32")
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return device, data.DTYPES[precision]
 
 
 def meet():
@@ -202,9 +181,21 @@ def meet():
         dist.barrier()
 
 
+def still_to_make(n, size, files, name):
+    """This process's share of the batches, ranges, of n prompts of which one of files(i) is not there.
+
+    Batches are the same whoever makes them, because a batch's size changes the rounding of its images.
+    """
+    rank, _, world = data.torchrun()
+    batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
+    batches = [batch for batch in batches if not all(file.exists() for i in batch for file in files(i))]
+    meet()  # nobody makes an image before all have looked
+    return tqdm(batches[rank::world], name, unit="batch", disable=rank > 0)
+
+
 def generate(args):
     """Make the images of all prompts that are not there yet, and their manifest."""
-    (device, dtype), (rank, _, world), out = place(args), data.torchrun(), Path(args.out)
+    (device, dtype), rank, out = place(args), data.torchrun()[0], Path(args.out)
     prompts = read_prompts(args.prompts)[:args.limit]
     pipe = load_model(args.model, args.lora)
     if args.scheduler:
@@ -212,8 +203,7 @@ def generate(args):
         if args.scheduler not in kinds:
             fail(f"--scheduler {args.scheduler} is none of {', '.join(sorted(kinds))}")
         pipe.scheduler = kinds[args.scheduler].from_config(pipe.scheduler.config)
-    side = own_side(pipe, args.resolution)
-    guidance = own_guidance(pipe) if args.guidance is None else args.guidance
+    side, guidance = side_and_guidance(args, pipe)
     limit = pipe.tokenizer.model_max_length
     cut = [i for i, ids in enumerate(pipe.tokenizer(prompts).input_ids) if len(ids) > limit]
     entries = [{"file": f"{i:05d}.png", "index": i, "prompt": prompt,
@@ -222,7 +212,7 @@ def generate(args):
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
     manifest = {
         "model": args.model, "lora": args.lora, "weights": fingerprint(pipe) if rank == 0 else None,
-        "toy": is_toy(pipe),
+        "toy": data.is_toy(pipe),
         "prompts": {"source": args.prompts, "digest": digest(prompts), "count": len(prompts), "cut": cut},
         "settings": {"seed": args.seed, "steps": args.steps, "guidance": guidance, "resolution": side,
                      "precision": str(dtype).removeprefix("torch."),
@@ -246,13 +236,10 @@ def generate(args):
                   f"the first is that of {cut[0]:05d}.png")
     meet()
 
-    lighten(pipe, dtype)
+    cast_for_autocast(pipe.unet, dtype)
     pipe.to(device)
-    # Batches are the same whoever makes them, because a batch's size changes the rounding of its images.
-    batches = [entries[i:i + args.batch_size] for i in range(0, len(entries), args.batch_size)]
-    batches = [batch for batch in batches if any(not (out / entry["file"]).exists() for entry in batch)]
-    meet()
-    for batch in tqdm(batches[rank::world], "images", unit="batch", disable=rank > 0):
+    for some in still_to_make(len(entries), args.batch_size, lambda i: [out / entries[i]["file"]], "images"):
+        batch = [entries[i] for i in some]
         noise = [torch.Generator().manual_seed(entry["seed"]) for entry in batch]
         latents = data.sample(pipe, [entry["prompt"] for entry in batch], noise, args.steps, guidance, dtype,
                               height=side, width=side)
@@ -337,10 +324,14 @@ def open_image(file):
         fail(UNREADABLE.format(file, data.brief(error)))
 
 
-def read_scores(folder, manifest, files):
-    """({scorer: identity}, a row of scores.csv per image), without scores of other images or prompts."""
-    rows = [{"file": file.name, "sha256": digest(file.read_bytes()), "prompt": entry["prompt"]}
+def unscored(manifest, files):
+    """What a row of scores.csv says of its image: file, digest and prompt. It reads every image."""
+    return [{"file": file.name, "sha256": digest(file.read_bytes()), "prompt": entry["prompt"]}
             for file, entry in zip(files, manifest["images"])]
+
+
+def read_scores(folder, rows):
+    """({scorer: identity}, a row of scores.csv per image), without scores of other images than `rows`."""
     if (folder / "scores.json").exists():
         text, who = (folder / "scores.csv").read_bytes(), read_json(folder / "scores.json")
         known = [*csv.DictReader(io.StringIO(text.decode(), newline=""))]
@@ -351,25 +342,24 @@ def read_scores(folder, manifest, files):
 
 def score(args):
     """Score folders: scores.csv, a row per image and a column per scorer, and scores.json, who scored."""
-    from scorers import get_scorer
-
     folders = [(Path(folder), *read_folder(folder)) for folder in args.folders]
+    folders = [(folder, manifest, files, unscored(manifest, files)) for folder, manifest, files in folders]
     device, lines = place(args)[0], [["", "mean", "n"]]
     for metric in args.metrics.split(","):
         loaded = {}
-        for folder, manifest, files in folders:
+        for folder, manifest, files, images in folders:
             source = "clip=tiny" if metric == "clip" and manifest.get("toy") else metric
             if source not in loaded:
-                loaded[source] = get_scorer(source, device)
+                loaded[source] = scorers.get_scorer(source, device)
             name, scorer, identity = loaded[source]
             name = metric if metric.startswith("clip=") else name  # several may stand side by side
-            if read_scores(folder, manifest, files)[0].get(name) != identity:
-                prompts, values = [entry["prompt"] for entry in manifest["images"]], []
+            if read_scores(folder, images)[0].get(name) != identity:
+                prompts, values = [image["prompt"] for image in images], []
                 starts = range(0, len(files), args.batch_size)
                 for i in tqdm(starts, f"{name} of {folder}", unit="batch"):
-                    images = [open_image(file) for file in files[i:i + args.batch_size]]
-                    values += scorer(images, prompts[i:i + args.batch_size]).tolist()
-                identities, rows = read_scores(folder, manifest, files)  # another scorer may have come by
+                    pictures = [open_image(file) for file in files[i:i + args.batch_size]]
+                    values += scorer(pictures, prompts[i:i + args.batch_size]).tolist()
+                identities, rows = read_scores(folder, images)  # another scorer may have come by
                 identities[name] = identity
                 columns, stream = ["file", "sha256", "prompt", *identities], io.StringIO(newline="")
                 writer = csv.DictWriter(stream, columns, lineterminator="\n")
@@ -378,7 +368,7 @@ def score(args):
                 resume.write(folder / "scores.csv", stream.getvalue())
                 who = {"csv": digest(stream.getvalue().encode()), "scorers": identities}
                 resume.write(folder / "scores.json", json.dumps(who, indent=1))
-            rows = read_scores(folder, manifest, files)[1]
+            rows = read_scores(folder, images)[1]
             mean = np.mean([float(row[name]) for row in rows])
             lines.append([f"{name} of {folder}", f"{mean:.4f}", str(len(rows))])
     print(table(lines))
@@ -393,7 +383,8 @@ def compare(args):
     if out.suffix == ".json":
         fail(f"compare: --out {out} is for the page; the json file stands beside it")
     manifest, files = alike(folders)
-    identities, rows = zip(*(read_scores(folder, manifest, some) for folder, some in zip(folders, files)))
+    identities, rows = zip(*(read_scores(folder, unscored(manifest, some))
+                             for folder, some in zip(folders, files)))
     for folder, others in zip(folders, identities):
         for name, identity in identities[0].items():
             if name in others and others[name] != identity:
@@ -467,6 +458,8 @@ def style(args):
     spec = args.clip or ("tiny" if manifest.get("toy") else "ViT-L-14-336-quickgelu:openai")
     clip, fid = data.Clip(spec, device), inception(device) if args.fid else None
     prompts, rows = [manifest["images"][i]["prompt"] for i in chosen], []
+    text = torch.cat([clip.embed_texts(prompts[i:i + args.batch_size])
+                      for i in range(0, n, args.batch_size)]).cpu()
     for name, some in [("reference", found[:n]), *zip(folders, files), ("floor", found[n:])]:
         embeddings, deep = [], []
         for i in tqdm(range(0, n, args.batch_size), f"embedding {name}", unit="batch"):
@@ -478,13 +471,11 @@ def style(args):
         if name == "reference":
             reference, deep_reference = x, deep
             continue
-        text = None if name == "floor" else torch.cat([
-            clip.embed_texts(prompts[i:i + args.batch_size]) for i in range(0, n, args.batch_size)]).cpu()
         value, interval = cmmd(x, reference, draws=1000, seed=args.seed)
         rows.append({
             "images": str(name), "base": name == args.base, "n": n, "cmmd": value, "cmmd_95": interval,
             "fid": frechet(deep, deep_reference) if fid else None, "diversity": diversity(x),
-            "clip": None if text is None else 100 * F.cosine_similarity(x, text).mean().item()})
+            "clip": None if name == "floor" else 100 * F.cosine_similarity(x, text).mean().item()})
     print(table([["", "CMMD", "95%", "FID", "CLIP score", "diversity", "N"]] + [
         [row["images"] + " (base)" * row["base"], f"{row['cmmd']:.3f}",
          "{:.3f} to {:.3f}".format(*row["cmmd_95"]), f"{row['fid']:.2f}" if fid else "-",

@@ -55,17 +55,21 @@ def denoising_error(unet, latents, noise, timesteps, conditioning, alphas_cumpro
     return (prediction.float() - target).square().mean(dim=(1, 2, 3))       # [N]
 
 
-def frozen_reference(unet, dtype=torch.float32):
-    """A copy of `unet` that takes no gradient and, under autocast to `dtype`, computes the very same numbers.
+def cast_for_autocast(network, dtype):
+    """`network`, its Linear and Conv weights cast in place, as autocast would cast them in every forward.
 
-    Linear and Conv weights are kept in `dtype`, to which autocast would cast them in every forward. All other
-    parameters stay float32, as autocast leaves them: held whole in bf16, it would move logits at step 0 by 1.
+    All other parameters stay float32, as autocast leaves them, so that under autocast to `dtype` the numbers
+    are the very same: a reference held whole in bf16 would move logits at step 0 by 1.
     """
-    reference = copy.deepcopy(unet).eval().requires_grad_(False)
-    for module in reference.modules():
+    for module in network.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             module.to(dtype)
-    return reference
+    return network
+
+
+def frozen_reference(unet, dtype=torch.float32):
+    """A copy of `unet` that takes no gradient and, under autocast to `dtype`, computes the same numbers."""
+    return cast_for_autocast(copy.deepcopy(unet).eval().requires_grad_(False), dtype)
 
 
 def sft_loss(err_w, err_l=None, ref_err_w=None, ref_err_l=None, beta=None, weights=None):

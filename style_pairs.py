@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+from loss import cast_for_autocast
 
 STYLES = {  # of the paper, in words of ours; anything else with a {} for the prompt is a style, too
     "van-gogh": "{}, an oil painting in the style of Vincent van Gogh, swirling thick brush strokes",
@@ -98,11 +99,10 @@ def main(argv=None):
     order = torch.randperm(len(prompts), generator=data.keyed_generator(args.seed, "held out")).tolist()
     held_out = set(order[:args.held_out])
 
-    (device, dtype), (rank, _, world), out = evaluate.place(args), data.torchrun(), Path(args.out)
+    (device, dtype), rank, out = evaluate.place(args), data.torchrun()[0], Path(args.out)
     resume.end_with_launcher()
     pipe = evaluate.load_model(args.model)
-    side = evaluate.own_side(pipe, args.resolution)
-    guidance = evaluate.own_guidance(pipe) if args.guidance is None else args.guidance
+    side, guidance = evaluate.side_and_guidance(args, pipe)
     if rank == 0:
         made_by = {"style": words, "strength": args.strength, "seed": args.seed, "steps": args.steps,
                    "guidance": guidance, "resolution": side, "held_out": args.held_out,
@@ -118,16 +118,12 @@ def main(argv=None):
         (out / "images").mkdir(parents=True, exist_ok=True)
         resume.write(file, json.dumps(made_by | {"model": args.model}, indent=1))
     evaluate.meet()
-    evaluate.lighten(pipe, dtype)
+    cast_for_autocast(pipe.unet, dtype)
     pipe.to(device)
     restyle = AutoPipelineForImage2Image.from_pipe(pipe)
     restyle.set_progress_bar_config(disable=True)
 
-    starts = range(0, len(prompts), args.batch_size)
-    batches = [range(i, min(i + args.batch_size, len(prompts))) for i in starts]
-    batches = [batch for batch in batches if not all(file.exists() for i in batch for file in files(out, i))]
-    evaluate.meet()
-    for batch in tqdm(batches[rank::world], "pairs", unit="batch", disable=rank > 0):
+    for batch in evaluate.still_to_make(len(prompts), args.batch_size, lambda i: files(out, i), "pairs"):
         def noise(name):
             return [data.keyed_generator(args.seed, name, i) for i in batch]
 

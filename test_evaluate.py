@@ -17,6 +17,7 @@ import data
 import evaluate
 import tiny
 from conftest import BROWSER, launch
+from loss import cast_for_autocast
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]
@@ -249,7 +250,7 @@ def test_bf16_draws_what_autocast_draws(small_model, model):
     for light in (False, True):
         pipe = data.load_pipeline(small_model(model))
         if light:
-            evaluate.lighten(pipe, torch.bfloat16)
+            cast_for_autocast(pipe.unet, torch.bfloat16)
         noise = [torch.Generator().manual_seed(0)]
         images.append(data.sample(pipe, ["a cat"], noise, 2, 3.0, torch.bfloat16))
     assert torch.equal(*images)

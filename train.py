@@ -254,10 +254,8 @@ def train(args, state):
         # Patient: others wait while the first one samples and saves. A process that ends is noticed anyway.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
                                 device_id=device if device.type == "cuda" else None)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    for library in (transformers, diffusers):  # diffusers would report every prompt that is cut to 77 tokens
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    dtype = data.DTYPES[args.precision]
+    data.quiet()
 
     # Data and models, the quickest to fail first.
     watched = functools.partial(resume.within, args.data_timeout)
@@ -272,13 +270,12 @@ def train(args, state):
         sys.exit(f"train.py: {out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
     pipe = data.load_pipeline(args.model).to(device)
     unet, vae = pipe.unet, pipe.vae
-    own_size = torch.tensor(unet.config.sample_size).min().item() * pipe.vae_scale_factor
-    args.resolution = pairs.resolution = args.resolution or own_size
+    args.resolution = pairs.resolution = args.resolution or data.own_side(pipe)
     args.optimizer = args.optimizer or ("adafactor" if "text_encoder_2" in pipe.components else "adamw")
     if args.resolution % (least := pipe.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)):
         sys.exit(f"train.py: --resolution {args.resolution} is no multiple of {least}, as this model needs")
     size = sum(parameter.numel() for parameter in unet.parameters())
-    args.clip = args.clip or ("tiny" if size < 1e8 else data.H14)  # a toy model takes the toy CLIP
+    args.clip = args.clip or ("tiny" if data.is_toy(pipe) else data.H14)
     weighted = needs(args.loss, "weights") and args.group_size > 1
     clip = data.Clip(args.clip, device, dtype) if weighted else None
     pairs.clip_transform = clip.transform if clip and args.similarity != "text" else None
