@@ -157,8 +157,8 @@ class PreferencePairs(torch.utils.data.Dataset):
     source          see the head of this file
     resolution      side of the training square, pixels
     clip_transform  a function from a picture to a tensor for `clip_pixels`, or None
-    scan            takes the iterator that decodes up to SCAN_LIMIT pairs once, now, for a complete report, and
-                    gives one; None: nothing is decoded yet
+    scan            takes the iterator that decodes up to SCAN_LIMIT pairs once, now, for a complete report,
+                    and gives one; None: nothing is decoded yet
     raises          SystemExit, in one line, where the source cannot be read or holds a wrong label or no pair
     """
 
@@ -361,7 +361,7 @@ def encode_images(vae, pixels, noise=None):
 
 @torch.no_grad()
 def decode_images(vae, latents):
-    """Pictures [N, 3, H, W] float32 on the CPU, in [0, 1], of scaled latents [N, C, h, w]; in float32, too."""
+    """Pictures [N, 3, H, W] float32 on the CPU, in [0, 1], of scaled latents [N, C, h, w]; in float32."""
     parts = (latents.float() / vae.config.scaling_factor).split(max(1, 2 ** 14 // latents[0, 0].numel()))
     return torch.cat([vae.decode(part).sample.cpu() for part in parts]).div(2).add(.5).clamp(0, 1)
 
