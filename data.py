@@ -47,6 +47,38 @@ def torchrun():
                  [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
 
 
+def find_device(wanted, fail):
+    """The name of `wanted`, or of the best device there is: "cuda" for each rank's own GPU under torchrun.
+
+    fail  called with one line where it is not there, or where torchrun starts more processes than GPUs
+    """
+    gpus, there, world = torch.cuda.device_count(), ["mps"] * torch.backends.mps.is_available(), torchrun()[2]
+    if world > 1:  # a GPU for each process of this machine, by its local rank
+        there = ["cuda"] * bool(gpus)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus > 0 and wanted != "cpu":
+            fail(f"more processes than GPUs: --nproc_per_node must be at most {gpus}, or --device cpu")
+    there = [f"cuda:{i}" for i in range(gpus)] * (world == 1) + there + ["cpu"]
+    name = wanted or there[0]
+    if name not in there and (name.partition(":")[0], f"{name}:0") != ("cuda", there[0]):
+        fail(f"--device {name} is not there; this machine has {', '.join(there)}")
+    return name
+
+
+def own_device(name):
+    """The torch.device of this process by a name of `find_device`."""
+    _, local_rank, world = torchrun()
+    return torch.device(f"cuda:{local_rank}" if name == "cuda" and world > 1 else name)
+
+
+def digest(network):
+    """16 hex digits of the sha256 over name, type, shape and values of every tensor, in name order."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
+        sha.update(tensor.cpu().contiguous().numpy())
+    return sha.hexdigest()[:16]
+
+
 def keyed_generator(*key):
     """A CPU random generator that is a function of its key (integers and strings) alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -65,11 +97,15 @@ def brief(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_rows(source):
-    """A `datasets.Dataset` with caption, jpg_0, jpg_1 and label_0 from a preset's name, a path, or a hub id.
+def local_files(source):
+    """The parquet files of a path, or its .jsonl files; of a folder those named train-* alone, if any."""
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl"))
+    return [file for file in files if file.name.startswith("train-")] or files
 
-    Of a folder's files those named train-* alone are read, where there are any.
-    """
+
+def read_rows(source):
+    """A `datasets.Dataset` with caption, jpg_0, jpg_1 and label_0 from a preset's name, a path, or a hub id."""
     import datasets
     import pyarrow.parquet
 
@@ -77,12 +113,10 @@ def read_rows(source):
     if source == "tiny":
         return tiny.pairs()
     source = DATA.get(source, source)
-    path = Path(source).expanduser()
     try:
-        if not path.exists():
+        if not Path(source).expanduser().exists():
             return datasets.load_dataset(hub_id(source), split="train")
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl"))
-        files = [file for file in files if file.name.startswith("train-")] or files
+        files = local_files(source)
         if files and files[0].suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
         rows = [(file.parent, json.loads(line)) for file in files
@@ -159,16 +193,17 @@ class PreferencePairs(torch.utils.data.Dataset):
     clip_transform  a function from a picture to a tensor for `clip_pixels`, or None
     scan            takes the iterator that decodes up to SCAN_LIMIT pairs once, now, for a complete report,
                     and gives one; None: nothing is decoded yet
+    rows            what `read_rows` gives, if it was read already; or cache.Streamed
     raises          SystemExit, in one line, where the source cannot be read or holds a wrong label or no pair
     """
 
     def __init__(self, source, resolution, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
-                 clip_transform=None, scan=iter):
+                 clip_transform=None, scan=iter, rows=None):
         import datasets
 
         self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
         self.random_crop, self.random_flip, self.prompt_dropout = random_crop, random_flip, prompt_dropout
-        self.rows = read_rows(source)
+        self.rows = read_rows(source) if rows is None else rows
         columns = set(self.rows.column_names)
         if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - columns:
             raise SystemExit(f"data: {source} lacks {', '.join(sorted(missing))} of Pick-a-Pic's columns")
@@ -193,7 +228,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         self.pairs = np.flatnonzero(labelled & (label != 0.5))  # row numbers
         self.winner = (label == 0).astype(int)  # [rows], 0 or 1: which of the two images won
         self.ties, self.unlabelled = int((labelled & (label == 0.5)).sum()), int((~labelled).sum())
-        self.order = (-1, None)  # (epoch, its shuffle) of the last item
+        self.order, self.draw = (-1, None), None  # (epoch, its shuffle) of the last item; see __getitem__
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             scanned = self.pairs if scan and len(self.pairs) <= SCAN_LIMIT else []
             failed = pool.map(lambda row: self.images(row) is None, scanned)
@@ -209,6 +244,15 @@ class PreferencePairs(torch.utils.data.Dataset):
         return {"rows": len(self.rows), "used": len(self.pairs) - len(self.unreadable), "ties": self.ties,
                 "unlabelled": self.unlabelled, "unreadable": sorted(self.unreadable)}
 
+    def digest(self):
+        """16 hex digits over the rows that are pairs, their winners and their captions."""
+        captions = [self.caption(row) for row in self.pairs]
+        content = json.dumps([self.pairs.tolist(), self.winner[self.pairs].tolist(), captions])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def caption(self, row):
+        return self.rows["caption"][int(row)] or ""
+
     def images(self, row):
         """[winner, loser] of a row, or None where one cannot be decoded: bad bytes raise any error."""
         record, winner = self.rows[int(row)], self.winner[row]
@@ -217,7 +261,19 @@ class PreferencePairs(torch.utils.data.Dataset):
         except Exception:
             return None
 
+    def content(self, row, images, epoch, prompt):
+        """Pixels, time_ids and clip_pixels of a row's two images, as they are cropped and flipped in an epoch."""
+        y, x, flip, _ = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row)).tolist()
+        y, x = (y, x) if self.random_crop else (0.5, 0.5)
+        flip = self.random_flip and flip < 0.5
+        pixels, time_ids = zip(*(crop_and_resize(image, self.resolution, y, x, flip) for image in images))
+        item = {"pixels": torch.stack(pixels), "time_ids": torch.stack(time_ids)}
+        if self.clip_transform:
+            item["clip_pixels"] = torch.stack([self.clip_transform(middle_square(image)) for image in images])
+        return item
+
     def __getitem__(self, position):
+        """Item `position`, with what `self.draw`, a function of the position, adds to it."""
         epoch, start = divmod(position, len(self))
         if self.order[0] != epoch:
             generator = keyed_generator(self.seed, "order", epoch)
@@ -230,16 +286,11 @@ class PreferencePairs(torch.utils.data.Dataset):
             unreadable.append(row)
         else:
             raise RuntimeError(f"{k + 1} pairs in a row cannot be decoded any more: is the storage gone?")
-        y, x, flip, drop = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row)).tolist()
-        y, x = (y, x) if self.random_crop else (0.5, 0.5)
-        flip = self.random_flip and flip < 0.5
-        pixels, time_ids = zip(*(crop_and_resize(image, self.resolution, y, x, flip) for image in images))
-        caption = self.rows[row]["caption"] or ""
-        item = {"prompt": "" if drop < self.prompt_dropout else caption, "caption": caption, "row": row,
-                "pixels": torch.stack(pixels), "time_ids": torch.stack(time_ids), "unreadable": unreadable}
-        if self.clip_transform:
-            item["clip_pixels"] = torch.stack([self.clip_transform(middle_square(image)) for image in images])
-        return item
+        drop = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row))[3]
+        caption = self.caption(row)
+        prompt = "" if drop < self.prompt_dropout else caption
+        item = {"prompt": prompt, "caption": caption, "row": row, "unreadable": unreadable}
+        return item | self.content(row, images, epoch, prompt) | (self.draw(position) if self.draw else {})
 
 
 def collate(items):
@@ -321,42 +372,61 @@ def is_toy(pipe):
 
 
 @torch.no_grad()
-def encode_prompts(pipe, prompts, time_ids, dtype=torch.float32):
-    """The UNet's conditioning for B prompts with S images each: rows of the first images, then of the second.
+def encode_prompts(pipe, prompts, dtype=torch.float32):
+    """What the text encoders make of B prompts: states [B, L, E]; of SDXL also pooled [B, P], else None.
 
     An empty prompt becomes what the pipeline itself takes for unconditional: zeros where SDXL's
     force_zeros_for_empty_prompt says so (Diffusion-DPO trains on the encoded "" there), else the encoded "".
-
-    prompts   B strings; longer ones than the text encoder reads are cut
-    time_ids  [B, S, 6] float32, used by SDXL alone; bf16 would round 1023 to 1024
-    returns   {"encoder_hidden_states": [S B, L, E]}; for SDXL also added_cond_kwargs: text_embeds, time_ids
+    Longer prompts than the encoder reads are cut.
     """
-    device, sides = pipe.unet.device, time_ids.shape[1]
+    device = pipe.text_encoder.device
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         states, _, *pooled = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1,
                                                 do_classifier_free_guidance=False)
     zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
     keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts], device=device)[:, None].float()
-    conditioning = {"encoder_hidden_states": (states.float() * keep[:, None]).repeat(sides, 1, 1)}
-    if pooled:
-        conditioning["added_cond_kwargs"] = {"text_embeds": (pooled[0].float() * keep).repeat(sides, 1),
-                                             "time_ids": time_ids.transpose(0, 1).flatten(0, 1).to(device)}
+    return states.float() * keep[:, None], pooled[0].float() * keep if pooled else None
+
+
+def condition(states, pooled, time_ids):
+    """The UNet's conditioning for B prompts with S images each: rows of the first images, then of the second.
+
+    time_ids  [B, S, 6] float32, used by SDXL alone; bf16 would round 1023 to 1024
+    returns   {"encoder_hidden_states": [S B, L, E]}; for SDXL also added_cond_kwargs: text_embeds, time_ids
+    """
+    sides = time_ids.shape[1]
+    conditioning = {"encoder_hidden_states": states.repeat(sides, 1, 1)}
+    if pooled is not None:
+        conditioning["added_cond_kwargs"] = {"text_embeds": pooled.repeat(sides, 1),
+                                             "time_ids": time_ids.transpose(0, 1).flatten(0, 1)}
     return conditioning
 
 
 @torch.no_grad()
-def encode_images(vae, pixels, noise=None):
-    """Scaled latents [N, C, h, w] of pixels [N, 3, H, W]: the posterior's mean, or its draw by `noise`.
+def encode_images(vae, pixels):
+    """Mean and std [N, C, h, w] of the VAE's posterior of pixels [N, 3, H, W], before the scaling factor.
 
     In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few images at a time: at 1024 px
     one activation of 16 pairs would have 2^32 elements.
     """
     parts = pixels.split(max(1, 2 ** 22 // pixels[0, 0].numel()))
-    posteriors = [vae.encode(part.to(vae.device)).latent_dist for part in parts]
-    latents = torch.cat([posterior.mean for posterior in posteriors])
-    if noise is not None:
-        latents = latents + torch.cat([posterior.std for posterior in posteriors]) * noise.to(vae.device)
-    return latents * vae.config.scaling_factor
+    posteriors = [vae.encode(part.to(vae.device, non_blocking=True)).latent_dist for part in parts]
+    return torch.cat([some.mean for some in posteriors]), torch.cat([some.std for some in posteriors])
+
+
+def encode(pipe, clip, batch, dtype=torch.float32):
+    """What training needs of a batch of B pairs with S images each (see the head of this file), and a cache keeps.
+
+    returns  {"mean", "std": [B, S, C, h, w], "states": [B, L, E], "embeddings": [B, 3, E]} and for SDXL
+             "pooled": [B, P]; embeddings are CLIP's of text, winner, loser, absent without `clip`
+    """
+    pixels = batch["pixels"].transpose(0, 1)                                            # [S, B, 3, H, W]
+    mean, std = (some.unflatten(0, pixels.shape[:2]).transpose(0, 1)
+                 for some in encode_images(pipe.vae, pixels.flatten(0, 1)))
+    states, pooled = encode_prompts(pipe, batch["prompt"], dtype)
+    embeddings = clip and clip.embed(batch["caption"], batch.get("clip_pixels"))
+    made = {"mean": mean, "std": std, "states": states, "pooled": pooled, "embeddings": embeddings}
+    return {name: value for name, value in made.items() if value is not None}
 
 
 @torch.no_grad()
@@ -390,6 +460,9 @@ class Clip:
         arch, _, weights = spec.partition(":")
         if spec == "tiny":
             arch, weights = f"local-dir:{tiny.part('clip')}", None
+        elif weights == "random" and arch in open_clip.list_models():  # --random_init
+            weights = None
+            torch.manual_seed(0)
         elif arch not in open_clip.list_models() or not weights:
             raise SystemExit(f"clip: {spec} is neither tiny nor ARCH:WEIGHTS, ARCH one of open_clip's")
         known = open_clip.pretrained.get_pretrained_cfg(arch, weights) if weights else {}
@@ -440,3 +513,9 @@ def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):
     similarities = {"text": lambda: cosine(text, text), "image": lambda: cosine(image_w, image_l),
                     "both": lambda: (cosine(text, text) + cosine(image_w, image_l)) / 2}
     return torch.softmax((similarities[similarity]() - 1) / tau, dim=1)
+
+
+if __name__ == "__main__":
+    import cache
+
+    cache.main()

@@ -111,7 +111,7 @@ def read_prompts(source):
 
 def fingerprint(pipe):
     """A digest of all weights of a pipeline: retrained under the same name, it is another model."""
-    return digest({name: scorers.digest(network) for name, network in sorted(pipe.components.items())
+    return digest({name: data.digest(network) for name, network in sorted(pipe.components.items())
                    if isinstance(network, torch.nn.Module)})
 
 
@@ -160,15 +160,7 @@ def save_png(image, file, note=None):
 
 def place(args):
     """(torch device, dtype) of --device and --precision, or the best there is, for this process."""
-    _, local_rank, world = data.torchrun()
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    name = args.device or there[0]
-    if name.partition(":")[0] not in there:
-        fail(f"--device {name} is not there; this machine has {', '.join(there)}")
-    if name.startswith("cuda") and world > 1 and (":" in name or torch.cuda.device_count() <= local_rank):
-        fail(f"torchrun needs a GPU for each process, this machine has {torch.cuda.device_count()}; give a "
-             "smaller --nproc_per_node, or --device cpu")
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" and world > 1 else name)
+    device = data.own_device(data.find_device(args.device, fail))
     precision = getattr(args, "precision", None) or ("bf16" if device.type == "cuda" else "fp32")
     return device, data.DTYPES[precision]
 

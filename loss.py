@@ -19,6 +19,7 @@ What has a default in its signature is not computed for it: sft sees no loser, n
 A loss that couples pairs must ask for weights: only then is it given one group of --group_size at a time.
 """
 
+import contextlib
 import copy
 
 import torch
@@ -56,13 +57,14 @@ def denoising_error(unet, latents, noise, timesteps, conditioning, alphas_cumpro
 
 
 def cast_for_autocast(network, dtype):
-    """`network`, its Linear and Conv weights cast in place, as autocast would cast them in every forward.
+    """`network`, its frozen Linear and Conv weights cast in place, as autocast would cast them in every forward.
 
     All other parameters stay float32, as autocast leaves them, so that under autocast to `dtype` the numbers
-    are the very same: a reference held whole in bf16 would move logits at step 0 by 1.
+    are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So does what is trained
+    (LoRA): in bf16 a learning rate of 1e-5 would not move it.
     """
     for module in network.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
             module.to(dtype)
     return network
 
@@ -70,6 +72,16 @@ def cast_for_autocast(network, dtype):
 def frozen_reference(unet, dtype=torch.float32):
     """A copy of `unet` that takes no gradient and, under autocast to `dtype`, computes the same numbers."""
     return cast_for_autocast(copy.deepcopy(unet).eval().requires_grad_(False), dtype)
+
+
+@contextlib.contextmanager
+def adapter_off(unet):
+    """`unet` without its LoRA adapter: the reference of a policy that is an adapter; on again on any way out."""
+    unet.disable_adapters()
+    try:
+        yield unet
+    finally:
+        unet.enable_adapters()
 
 
 def sft_loss(err_w, err_l=None, ref_err_w=None, ref_err_l=None, beta=None, weights=None):

@@ -15,7 +15,6 @@ A new scorer is one function that gives (network, preprocess, rate, identity) of
 SCORERS, one test. `preprocess` makes [3, h, w] of a picture, `rate` [N] of [N, 3, h, w] and N prompts.
 """
 
-import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -65,15 +64,6 @@ def fill(network, file, rename=lambda name: name):
         if names:
             raise ValueError(f"it {fault} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
     network.load_state_dict(state)
-
-
-def digest(network):
-    """16 hex digits of the sha256 over name, type, shape and values of every tensor, in name order."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()[:16]
 
 
 def embedding(output):
@@ -230,7 +220,7 @@ def load(name, build, way_out, source=None, device="cpu", **options):
     try:
         network, preprocess, rate, identity = build(source, **options)
         network.float().eval().requires_grad_(False)
-        identity = {"scorer": name} | identity | {"digest": digest(network)}
+        identity = {"scorer": name} | identity | {"digest": data.digest(network)}
         network.to(device)
     except Exception as error:
         raise SystemExit(f"scorers: {name}: {source or 'the published weights'}: {data.brief(error)}; "

@@ -109,8 +109,10 @@ def giant(small_model, few_pairs):
         t, noise, vae_noise = train.draw(args, 0, range(BATCH), (4, 8, 8), 1000)
         err = {}
         for side, name in enumerate("wl"):
-            latents = data.encode_images(pipe.vae, batch["pixels"][:, side], vae_noise[:, side])
-            conditioning = data.encode_prompts(pipe, batch["prompt"], batch["time_ids"][:, side : side + 1])
+            mean, std = data.encode_images(pipe.vae, batch["pixels"][:, side])
+            latents = (mean + std * vae_noise[:, side]) * pipe.vae.config.scaling_factor
+            encoded = data.encode_prompts(pipe, batch["prompt"])
+            conditioning = data.condition(*encoded, batch["time_ids"][:, side : side + 1])
             inputs = (latents, noise, t, conditioning, pipe.scheduler.alphas_cumprod)
             err[name] = denoising_error(pipe.unet.eval(), *inputs)
         text, image_w, image_l = clip.embed(batch["caption"], batch["clip_pixels"]).unbind(1)

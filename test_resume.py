@@ -34,8 +34,8 @@ def faulty(fault, number, argv):
 
     "line VICTIM" and "half VICTIM", of a save, kill this process, its launcher, or everything.
     """
-    lines, saves, struck, draw, torch_save = 0, 0, False, train.draw, torch.save
-    launcher, rank, (fault, _, victim) = os.getppid(), data.torchrun()[0], str(fault).partition(" ")
+    lines, saves, micro_batches, struck, condition, torch_save = 0, 0, 0, False, data.condition, torch.save
+    launcher, (rank, _, world), (fault, _, victim) = os.getppid(), data.torchrun(), str(fault).partition(" ")
 
     def strike():
         others = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -67,8 +67,9 @@ def faulty(fault, number, argv):
             strike()
         stream.write(content[len(content) // 2 :])
 
-    def draw_and(args, step, *rest):
-        nonlocal struck
+    def condition_and(*some):  # called by the step itself, once for each micro-batch: 2 of a step's 8 pairs
+        nonlocal struck, micro_batches
+        step, micro_batches = micro_batches * 2 * world // 8, micro_batches + 1
         if step == number and not struck:
             struck = True
             if fault in ("SIGTERM", "SIGINT"):
@@ -91,7 +92,7 @@ def faulty(fault, number, argv):
                     if os.path.realpath(f"/proc/self/fd/{descriptor}").endswith("log.jsonl")
                 )
                 os.dup2(os.open("/dev/full", os.O_WRONLY), int(log))
-        return draw(args, step, *rest)
+        return condition(*some)
 
     if fault == "line":
         sys.settrace(trace)
@@ -99,7 +100,7 @@ def faulty(fault, number, argv):
         torch.save = half_a_save
     if fault == "no scan":
         data.SCAN_LIMIT = 0
-    train.draw = draw_and
+    data.condition = condition_and
     train.main(argv)
 
 
@@ -400,7 +401,7 @@ def test_a_step_that_goes_bad_names_its_term_and_rows(tmp_path, options, monkeyp
             err.register_hook(lambda slope: slope * float("nan") if calls["n"] > 8 else slope)
         return bad_at_the_third_step(err, name)
 
-    monkeypatch.setattr(data, "encode_images", lambda *some: bad_at_the_third_step(encode(*some), "VAE"))
+    monkeypatch.setattr(data, "encode_images", lambda *some: (bad_at_the_third_step((e := encode(*some))[0], "VAE"), e[1]))
     monkeypatch.setattr(data.Clip, "embed", lambda *some: bad_at_the_third_step(embed(*some), "CLIP"))
     monkeypatch.setattr(train, "denoising_error", error)
     with pytest.raises(SystemExit, match=f"step 2: .* Not finite: {complaint}.*Kept: .*checkpoint-000002.pt"):
@@ -420,7 +421,8 @@ def bad_second(argv):
 
     def bad(*some):
         steps.append(1)
-        return encode(*some) * (float("nan") if len(steps) > 2 and data.torchrun()[0] == 1 else 1)
+        mean, std = encode(*some)
+        return mean * (float("nan") if len(steps) > 2 and data.torchrun()[0] == 1 else 1), std
 
     data.encode_images = bad
     train.main(argv)

@@ -288,7 +288,7 @@ def test_a_digest_is_that_of_all_tensors_in_the_order_of_their_names(make):
     one, other = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
     modules = {"a": one, "b": other}
     digests = [
-        scorers.digest(torch.nn.ModuleDict(modules)) for modules in (modules, dict(reversed(modules.items())))
+        data.digest(torch.nn.ModuleDict(modules)) for modules in (modules, dict(reversed(modules.items())))
     ]
     assert digests[0] == digests[1]
     source, options = make.files("aesthetic")

@@ -145,8 +145,8 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
             winner = 0 if row["label_0"] == 1 else 1
             image = data.read_image(row[f"jpg_{winner if side == 0 else 1 - winner}"])
             images.append(data.crop_and_resize(image, 32, 0.5, 0.5, False)[0])
-        conditioning = data.encode_prompts(pipe, [rows[k]["caption"] for k in order], torch.zeros(8, 1, 6))
-        latents = data.encode_images(pipe.vae, torch.stack(images))
+        conditioning = data.condition(*data.encode_prompts(pipe, [rows[k]["caption"] for k in order]), torch.zeros(8, 1, 6))
+        latents = data.encode_images(pipe.vae, torch.stack(images))[0] * pipe.vae.config.scaling_factor
         alphas_cumprod = pipe.scheduler.alphas_cumprod
         err = denoising_error(pipe.unet, latents, noise, timesteps, conditioning, alphas_cumprod)
         assert log_of(tmp_path / "out")[0][key] == pytest.approx(err.mean().item(), rel=1e-5)
@@ -219,7 +219,7 @@ def pair_inputs(pipe):
         latents=torch.randn(8, 4, 8, 8),
         noise=torch.randn(8, 4, 8, 8),
         timesteps=torch.randint(1000, (8,)),
-        conditioning=data.encode_prompts(pipe, ["a cat"] * 4, torch.full((4, 2, 6), 32.0)),
+        conditioning=data.condition(*data.encode_prompts(pipe, ["a cat"] * 4), torch.full((4, 2, 6), 32.0)),
         alphas_cumprod=torch.linspace(0.999, 0.005, 1000),
     )
 
@@ -257,7 +257,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
     """SDXL: states of both encoders, pooled of the second, an empty prompt as zeros, float32 time_ids."""
     time_ids = torch.arange(24).view(2, 2, 6).float() + 1023  # bf16 cannot hold 1023
     pipe = data.load_pipeline(small_model("sdxl"))
-    got = data.encode_prompts(pipe, ["a cat", ""], time_ids)
+    got = data.condition(*data.encode_prompts(pipe, ["a cat", ""]), time_ids)
     states, _, pooled, _ = pipe.encode_prompt("a cat", do_classifier_free_guidance=False)
     assert got["encoder_hidden_states"].shape == (4, 77, 32 + 48)
     for row in (0, 2):  # winners, then losers: the same prompts
@@ -268,24 +268,23 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
             and not got["added_cond_kwargs"]["text_embeds"][row + 1].any()
         )
     assert torch.equal(got["added_cond_kwargs"]["time_ids"], torch.stack([*time_ids[:, 0], *time_ids[:, 1]]))
-    half = data.encode_prompts(pipe, ["a cat", ""], time_ids, torch.bfloat16)
+    half = data.condition(*data.encode_prompts(pipe, ["a cat", ""], torch.bfloat16), time_ids)
     assert torch.equal(half["added_cond_kwargs"]["time_ids"], got["added_cond_kwargs"]["time_ids"])
 
     pipe = data.load_pipeline(small_model("sd"))
-    got = data.encode_prompts(pipe, ["a cat", "", "dog " * 500], time_ids[[0, 0, 1]][:, :1])
+    got = data.condition(*data.encode_prompts(pipe, ["a cat", "", "dog " * 500]), time_ids[[0, 0, 1]][:, :1])
     assert got.keys() == {"encoder_hidden_states"} and got["encoder_hidden_states"].shape == (3, 77, 32)
     assert got["encoder_hidden_states"][1].any()  # SD1.x: the encoded empty prompt
 
 
-def test_latents_are_the_posteriors_mean_or_draw_scaled(small_model):
+def test_latents_are_the_vaes_posterior(small_model):
     vae = data.load_pipeline(small_model("sdxl")).vae
-    pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
-    torch.testing.assert_close(data.encode_images(vae, pixels), posterior.mean * 0.13025)
-    torch.testing.assert_close(
-        data.encode_images(vae, pixels, noise), (posterior.mean + posterior.std * noise) * 0.13025
-    )
+    mean, std = data.encode_images(vae, pixels)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(std, posterior.std)
 
 
 def test_draws_depend_on_seed_step_and_position_alone():

@@ -17,6 +17,7 @@ CPU).
 import resume  # first, to know the launcher
 
 import argparse
+import contextlib
 import functools
 import inspect
 import json
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import diffusers
 import filelock
+import peft
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,9 +39,11 @@ import transformers
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+import architectures
+import cache
 import data
 import tiny
-from loss import LOSSES, denoising_error, frozen_reference
+from loss import LOSSES, adapter_off, cast_for_autocast, denoising_error, frozen_reference
 
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
@@ -64,7 +68,9 @@ def get_args(argv=None):
     p.error = lambda message: sys.exit(f"train.py: {message}" if local_rank == 0 else 1)
     flag, add = argparse.BooleanOptionalAction, p.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
-    add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]")
+    add("--random_init", action="store_true", help="sd15, sdxl: random weights, nothing downloaded; for benchmarks")
+    add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]; or "
+        "what data.py --out has encoded")
     add("--out", metavar="DIR", help="the run's folder; started again, it goes on [out/MODEL-LOSS]")
     # the method
     add("--loss", default="rpo", choices=LOSSES)
@@ -92,11 +98,15 @@ def get_args(argv=None):
     add("--warmup", type=int, default=0, help="steps of linear warm-up to a constant rate")
     add("--weight_decay", type=float, default=0.01)
     add("--max_grad_norm", type=float, default=1.0)
+    add("--lora_rank", type=int, default=0, help="of an adapter of the attention; 0 = train the whole UNet")
     add("--seed", type=int, default=0)
     # machine
     add("--device", help="cuda, mps or cpu [the best there is]")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="of the forward pass [bf16 on cuda, else fp32]")
     add("--gradient_checkpointing", action=flag, default=False, help="less memory for a third more time")
+    add("--compile", action=flag, default=False, help="torch.compile the UNet: minutes at first, then faster")
+    add("--reference_errors", metavar="FILE", help="the reference's errors, computed before the first step if "
+        "not there; runs that differ in loss, beta, tau, lr share them, and hold no second UNet")
     # what it leaves
     add("--save_every", type=int, default=100, help="steps between checkpoints; 0 = one, at the end")
     add("--sample_every", type=int, default=100, help="steps between grids of samples; 0 = never")
@@ -110,20 +120,22 @@ def get_args(argv=None):
     assert preset.keys() <= {action.dest for action in p._actions}
     p.set_defaults(**preset)
     args = p.parse_args(argv)
+    given = p.parse_args(argv, argparse.Namespace(**{action.dest: None for action in p._actions}))
 
     args.data = args.data or known.get("data") or p.error(f"--model {model} is no preset, so it needs --data")
     args.clip = args.clip or known.get("clip")
+    if args.random_init:
+        if model not in architectures.CONFIGS:
+            p.error(f"--random_init knows {', '.join(architectures.CONFIGS)}, not {model}")
+        args.clip = given.clip or args.clip.partition(":")[0] + ":random"
+    for name, built in cache.settings(args.data, p.error).items():
+        if getattr(given, name) not in (None, built):
+            p.error(f"--{name} {getattr(given, name)}: {args.data} was encoded with {built}; leave the option "
+                    "out, or encode the pairs once more, by data.py")
+        setattr(args, name, built)
     args.out = args.out or f"out/{Path(model).name}-{args.loss}"
-    gpus, there = torch.cuda.device_count(), ["mps"] * torch.backends.mps.is_available()
-    if world > 1:  # a GPU for each process of this machine, by its local rank
-        there = ["cuda"] * bool(gpus)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus > 0 and args.device != "cpu":
-            p.error(f"more processes than GPUs: --nproc_per_node must be at most {gpus}, or --device cpu")
-    there = [f"cuda:{i}" for i in range(gpus)] * (world == 1) + there + ["cpu"]
-    args.device = args.device or there[0]
+    args.device = data.find_device(args.device, p.error)
     kind = args.device.partition(":")[0]
-    if args.device not in there and (kind, f"{args.device}:0") != ("cuda", there[0]):
-        p.error(f"--device {args.device} is not there; this machine has {', '.join(there)}")
     args.precision = args.precision or ("bf16" if kind == "cuda" else "fp32")
     if args.precision == "fp16" and kind == "cpu":
         p.error("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
@@ -137,9 +149,11 @@ def get_args(argv=None):
         if not 0 < getattr(args, name) < math.inf:
             p.error(f"--{name} must be a positive number, not {getattr(args, name)}")
     for name in ("warmup", "workers", "sample_every", "save_every", "weight_decay", "seed", "guidance",
-                 "prompt_dropout"):
+                 "prompt_dropout", "lora_rank"):
         if not 0 <= getattr(args, name) < math.inf or name == "prompt_dropout" and args.prompt_dropout > 1:
             p.error(f"--{name} {getattr(args, name)} is out of range")
+    if args.reference_errors and not needs(args.loss, "err_l"):
+        p.error(f"--reference_errors: {args.loss} has no reference")
     group = args.group_size if needs(args.loss, "weights") else 1
     if args.batch_size % group:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --group_size {group}")
@@ -190,6 +204,13 @@ def draw(args, step, positions, shape, num_timesteps):
     return torch.stack(t), torch.stack(noise), torch.stack(vae_noise)
 
 
+def draw_item(args, shape, num_timesteps, place):
+    """The same for item `place` of the endless stream of pairs, for its batch: drawn where images are read."""
+    step, position = divmod(place, args.batch_size)
+    t, noise, vae_noise = draw(args, step, [position], shape, num_timesteps)
+    return {"timestep": t[0], "noise": noise[0], "vae_noise": vae_noise[0]}
+
+
 def sample(args, pipe, prompts, dtype):
     """Pictures [N, 3, H, W] in [0, 1] of N prompts, from the same noise at every call; small ones grow."""
     images = []
@@ -206,7 +227,7 @@ def model_card(args):
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [preference-optimization, {args.loss}]
+tags: [preference-optimization, {args.loss}{", lora" * bool(args.lora_rank)}]
 ---
 `{base}` aligned with the preference pairs `{args.data}` by {args.loss} (diffusion-rpo):
 
@@ -247,7 +268,7 @@ def train(args, state):
     """The run of the resolved `args`, from `state` on."""
     started, out = time.time(), Path(args.out)
     rank, local_rank, world = data.torchrun()
-    device = torch.device(f"cuda:{local_rank}" if args.device == "cuda" and world > 1 else args.device)
+    device = data.own_device(args.device)
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -259,17 +280,22 @@ def train(args, state):
 
     # Data and models, the quickest to fail first.
     watched = functools.partial(resume.within, args.data_timeout)
-    if args.model != "tiny":  # which is built below, after the data were found good
+    if args.model != "tiny" and not args.random_init:  # tiny is built below, after the data were found good
         data.find_pipeline(args.model)
-    pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
-                                 args.prompt_dropout, scan=watched if rank == 0 and not state else None)
+    if cached := cache.is_cache(args.data):
+        pairs = cache.CachedPairs(args.data, args.seed, args.prompt_dropout)
+    else:
+        pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
+                                     args.prompt_dropout, scan=watched if rank == 0 and not state else None)
     pairs.unreadable.update(state.get("unreadable", []))
     say("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
         "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
     if state and state["pairs"] != len(pairs):
         sys.exit(f"train.py: {out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
-    pipe = data.load_pipeline(args.model).to(device)
+    pipe = architectures.build(args.model) if args.random_init else data.load_pipeline(args.model)
     unet, vae = pipe.unet, pipe.vae
+    if cached:
+        cache.check(args.data, pipe, args.model)
     args.resolution = pairs.resolution = args.resolution or data.own_side(pipe)
     args.optimizer = args.optimizer or ("adafactor" if "text_encoder_2" in pipe.components else "adamw")
     if args.resolution % (least := pipe.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)):
@@ -277,26 +303,48 @@ def train(args, state):
     size = sum(parameter.numel() for parameter in unet.parameters())
     args.clip = args.clip or ("tiny" if data.is_toy(pipe) else data.H14)
     weighted = needs(args.loss, "weights") and args.group_size > 1
-    clip = data.Clip(args.clip, device, dtype) if weighted else None
+    clip = data.Clip(args.clip, device, dtype) if weighted and not cached else None
     pairs.clip_transform = clip.transform if clip and args.similarity != "text" else None
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         sys.exit(f"train.py: {args.model} predicts {scheduler.config.prediction_type}; that is not supported")
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    shape = vae.config.latent_channels, *[args.resolution // pipe.vae_scale_factor] * 2
+    pairs.draw = functools.partial(draw_item, args, shape, len(alphas_cumprod))
+    sides = 2 if needs(args.loss, "err_l") else 1  # sft: winners alone, and no reference
+    if args.reference_errors:
+        known = cache.ReferenceErrors(args, pairs, pipe)
 
-    # The policy is `unet`, float32 in every precision; eval(): dropout would part it from the reference.
+    # The policy is `unet`, or float32 LoRA weights beside its own; eval(): dropout would part it from the
+    # reference. All that is frozen is held as autocast would cast it, encoders only where nothing else is saved.
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
-            module.eval().requires_grad_(name == "unet")
+            module.eval().requires_grad_(name == "unet" and not args.lora_rank)
+            if args.lora_rank and name in ("text_encoder", "text_encoder_2"):
+                cast_for_autocast(module, dtype)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)  # of the adapter's first values
+        unet.add_adapter(peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, init_lora_weights="gaussian",
+                                         target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        cast_for_autocast(unet, dtype)
+    for name, module in pipe.components.items():  # from a cache, the encoders serve the samples alone
+        if isinstance(module, torch.nn.Module) and (name == "unet" or not cached or args.sample_every):
+            module.to(device)
     if device.type != "mps":  # the faster layout for convolutions
         unet.to(memory_format=torch.channels_last)
-    sides = 2 if needs(args.loss, "err_l") else 1  # sft: winners alone, and no reference
-    reference = frozen_reference(unet, dtype) if sides == 2 else None
+    moving = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    policy = torch.compile(unet) if args.compile else unet  # which leaves no trace in `unet`, that is saved
+    reference, off = None, contextlib.nullcontext
+    if sides == 2 and (args.lora_rank or args.reference_errors):  # before it moves, the policy is its reference
+        reference, off = policy, functools.partial(adapter_off, unet) if args.lora_rank else off
+    elif sides == 2:
+        reference = frozen_reference(unet, dtype)
+        reference = torch.compile(reference) if args.compile else reference
     embedded, top = args.model == args.data == "tiny", None
     if embedded:
         prompts = [tiny.caption(scene) for scene in tiny.HELD_OUT[:8]]
     else:
-        first = (pairs.rows[int(row)]["caption"] for row in pairs.pairs[:100])
+        first = (pairs.caption(row) for row in pairs.pairs[:100])
         prompts = list(dict.fromkeys(caption for caption in first if caption))[:8] or [""]
     if rank == 0 and embedded:
         result = {"judge": tiny.judge_accuracy(), "base": tiny.measure(pipe)}
@@ -304,24 +352,6 @@ def train(args, state):
               "has not seen".format(**result["judge"]))
     if rank == 0 and args.sample_every:
         top = sample(args, pipe, prompts, dtype)
-
-    # What moves, from the last checkpoint on; the reference and the samples above are the starting model's.
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = get_optimizer(args, unet.parameters())
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    start, skipped = state.get("step", 0), state.get("skipped", 0)
-    if state:
-        unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        for parameter, kept in optimizer.state.items():  # in this device's layout, and no longer in the file
-            kept.update({name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape
-                         else value.clone() for name, value in kept.items() if torch.is_tensor(value)})
-        state.clear()
-    ddp = torch.nn.parallel.DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
-    if world > 1 and len(set(gather(torch.tensor([start], device=device)).tolist())) > 1:
-        sys.exit(f"train.py: the processes see different checkpoints in {out}; it must lie on shared storage")
 
     # A window of the global batch is `span` pairs of each process, side by side: as few micro-batches of each
     # as make whole groups together.
@@ -337,16 +367,72 @@ def train(args, state):
     def micro_batches(window):  # the first pairs of this process's
         return range(window + rank * span, window + (rank + 1) * span, args.micro_batch)
 
-    def policy_error(first, inputs):
+    def load(steps):
+        """This process's micro-batches of some steps, ready for `prepare`."""
+        return watched(iter(torch.utils.data.DataLoader(
+            pairs, collate_fn=data.collate, num_workers=args.workers, worker_init_fn=resume.ignore_signals,
+            pin_memory=device.type == "cuda", batch_sampler=(
+                range(step * args.batch_size + first, step * args.batch_size + first + args.micro_batch)
+                for step in steps for window in windows for first in micro_batches(window)))))
+
+    def prepare(batch):
+        """A micro-batch -> what `denoising_error` takes beside the network, CLIP's embeddings [B, 3, E]."""
+        pairs.unreadable.update(batch["unreadable"])
+        if not cached:
+            batch |= data.encode(pipe, clip, batch | {"pixels": batch["pixels"][:, :sides]}, dtype)
+        mean, std, states, pooled, timesteps, noise, vae_noise, time_ids, embeddings = (
+            batch[name].to(device, non_blocking=True) if name in batch else None for name in (
+                "mean", "std", "states", "pooled", "timestep", "noise", "vae_noise", "time_ids", "embeddings"))
+        latents = mean.float()                                                      # [B, 2, C, h, w]
+        if args.vae_sample == "sample":
+            latents = latents + std.float() * vae_noise[:, :latents.shape[1]]
+        # One timestep and one noise per pair; winners first on the batch axis, then losers.
+        latents = latents[:, :sides].transpose(0, 1).flatten(0, 1) * vae.config.scaling_factor
+        conditioning = data.condition(states.float(), None if pooled is None else pooled.float(),
+                                      time_ids[:, :sides])
+        if not weighted:
+            embeddings = latents.new_zeros(args.micro_batch, 3, 0)
+        return (latents, noise.repeat(sides, 1, 1, 1), timesteps.repeat(sides), conditioning, alphas_cumprod,
+                scheduler.config.prediction_type, dtype), embeddings
+
+    @torch.no_grad()
+    def reference_error(inputs):                                                    # [B, 2]
+        with off():
+            return torch.stack(denoising_error(reference, *inputs).chunk(2), 1)
+
+    # The reference's errors of all steps, by the starting model itself. Then nothing else needs a reference.
+    start, skipped = state.get("step", 0), state.get("skipped", 0)
+    missing = known.missing(range(start, args.steps)) if args.reference_errors else []
+    if len(set(together([(start, len(missing))], world))) > 1:
+        sys.exit(f"train.py: the processes see different files in {out}; it must lie on shared storage")
+    if args.reference_errors:
+        batches = load(missing) if missing else None
+        for step in tqdm(missing, "reference", disable=rank > 0):
+            errors = [torch.cat([reference_error(prepare(next(batches))[0]) for _ in micro_batches(window)])
+                      for window in windows]
+            known.put(step, torch.cat([gather(some) if world > 1 else some for some in errors]), rank)
+        known, reference = known.done(device, rank), None
+
+    # What moves, from the last checkpoint on; the reference and the samples above are the starting model's.
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = get_optimizer(args, moving.values())
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    if state:
+        for name, parameter in moving.items():
+            parameter.data.copy_(state["unet"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        for parameter, kept in optimizer.state.items():  # in this device's layout, and no longer in the file
+            kept.update({name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape
+                         else value.clone() for name, value in kept.items() if torch.is_tensor(value)})
+        state.clear()
+    ddp = torch.nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
+
+    def policy_error(first, inputs):                                                # [sides B]
         if world > 1:  # gradients are averaged over the processes on the last micro-batch of a step alone
             ddp.require_backward_grad_sync = first == micro_batches(windows[-1])[-1]
-        return denoising_error(ddp if torch.is_grad_enabled() else unet, *inputs)
-
-    batches = watched(iter(torch.utils.data.DataLoader(
-        pairs, collate_fn=data.collate, num_workers=args.workers, worker_init_fn=resume.ignore_signals,
-        pin_memory=device.type == "cuda", batch_sampler=(
-            range(step * args.batch_size + first, step * args.batch_size + first + args.micro_batch)
-            for step in range(start, args.steps) for window in windows for first in micro_batches(window)))))
+        return denoising_error(ddp if torch.is_grad_enabled() else policy, *inputs)
 
     if rank == 0:
         for half in out.glob("checkpoint-*.part"):  # of a save that was killed
@@ -369,7 +455,7 @@ def train(args, state):
         f"{args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a forward, processes: {world}"
         + f", groups of {group} in {2 - one_pass} pass(es), clip {args.clip}" * weighted
         + f"; going on after {start} steps" * (start > 0))
-    stop = resume.catch_signals()
+    stop, batches = resume.catch_signals(), load(range(start, args.steps))
 
     bar = tqdm(range(start, args.steps), args.loss, args.steps, initial=start, disable=rank > 0)
     for step in bar:
@@ -378,32 +464,21 @@ def train(args, state):
             inputs, errs, errors, embeddings = [], [], [], []
             for first in micro_batches(window):
                 batch = next(batches)
-                pairs.unreadable.update(batch["unreadable"])
-
-                # One timestep and one noise per pair; winners first on the batch axis, then losers.
-                pixels = batch["pixels"][:, :sides].transpose(0, 1).flatten(0, 1)   # [sides B, 3, H, W]
-                shape = vae.config.latent_channels, *(n // pipe.vae_scale_factor for n in pixels.shape[2:])
-                positions = range(first, first + args.micro_batch)
-                t, noise, vae_noise = draw(args, step, positions, shape, len(alphas_cumprod))
-                vae_noise = vae_noise[:, :sides].transpose(0, 1).flatten(0, 1)      # [sides B, C, h, w]
-                latents = data.encode_images(vae, pixels, vae_noise if args.vae_sample == "sample" else None)
-                conditioning = data.encode_prompts(pipe, batch["prompt"], batch["time_ids"][:, :sides], dtype)
-                inputs.append((latents, noise.repeat(sides, 1, 1, 1).to(device), t.repeat(sides).to(device),
-                               conditioning, alphas_cumprod, scheduler.config.prediction_type, dtype))
+                some, embedding = prepare(batch)
+                inputs.append(some)
+                embeddings.append(embedding)                                        # [B, 3, E]
 
                 # Policy and reference through the same function on the same batch. Where a window takes two
                 # passes, the first is for the errors alone.
-                with torch.no_grad():
-                    ref_err = denoising_error(reference, *inputs[-1]).chunk(2) if reference else []
-                    embeddings.append(clip.embed(batch["caption"], batch.get("clip_pixels")) if clip
-                                      else latents.new_zeros(args.micro_batch, 3, 0))   # [B, 3, E]
+                ref_err = (known[step, first:first + args.micro_batch] if args.reference_errors else
+                           reference_error(some) if reference else some[0].new_zeros(args.micro_batch, 0))
                 with torch.set_grad_enabled(one_pass):
-                    errs.append(policy_error(first, inputs[-1]))                    # [sides B]
-                errors.append(torch.stack([*errs[-1].detach().chunk(sides), *ref_err], 1))  # [B, 1 or 4]
-                seen.append((batch["row"], {
-                    "the VAE's latents": latents.unflatten(0, (sides, -1)).sum((0, 2, 3, 4)),
-                    "the CLIP embeddings": embeddings[-1].sum((1, 2)),
-                    "the reference's errors": errors[-1][:, sides:].sum(1),
+                    errs.append(policy_error(first, some))                          # [sides B]
+                errors.append(torch.cat([torch.stack(errs[-1].detach().chunk(sides), 1), ref_err], 1))
+                seen.append((batch["row"], {                                        # errors: [B, 1 or 4]
+                    "the VAE's latents": some[0].unflatten(0, (sides, -1)).sum((0, 2, 3, 4)),
+                    "the CLIP embeddings": embedding.sum((1, 2)),
+                    "the reference's errors": ref_err.sum(1),
                     "the policy's errors": errors[-1][:, :sides].sum(1)}))          # [B] each
 
             # The loss over whole groups, and its slope along the errors of this process.
@@ -413,7 +488,7 @@ def train(args, state):
             errors.requires_grad_()
             loss, weights = 0, torch.ones(1, 1, device=device)                      # [group, group]
             for i in range(0, len(errors), group):
-                if clip:
+                if weighted:
                     some = embeddings[i:i + group].unbind(1)
                     weights = data.cross_pair_weights(*some, args.tau, args.similarity)
                 some = errors[i:i + group].unbind(1)
@@ -428,7 +503,7 @@ def train(args, state):
                 scaler.scale(err @ part.T.flatten() * world).backward()             # DDP averages, not adds
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(moving.values(), args.max_grad_norm)
         asked = torch.tensor(float(len(stop)), device=device)
         values = torch.stack([*torch.stack(values).mean(0), norm, asked]) / world
         if world > 1:
@@ -466,7 +541,7 @@ def train(args, state):
             if rank == 0:
                 os.fsync(log.fileno())
                 resume.save(out, {
-                    "step": step + 1, "args": vars(args), "pairs": len(pairs), "unet": unet.state_dict(),
+                    "step": step + 1, "args": vars(args), "pairs": len(pairs), "unet": moving,
                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": skipped,
                     "unreadable": sorted(pairs.unreadable)})
         if asked and not done:
@@ -477,7 +552,11 @@ def train(args, state):
     if rank == 0:
         resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
         shutil.rmtree(out / "model.part", ignore_errors=True)
-        pipe.save_pretrained(out / "model.part")  # aside, then renamed: model/ is whole or not there
+        if args.lora_rank:  # aside, then renamed: model/ is whole or not there
+            weights = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
+            pipe.save_lora_weights(out / "model.part", weights)
+        else:
+            pipe.save_pretrained(out / "model.part")
         (out / "model.part" / "README.md").write_text(model_card(args))
         if embedded:
             result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
@@ -485,7 +564,8 @@ def train(args, state):
             for name in ("base", "final"):
                 print(name, "{style:.0%} sketches, {shape:.0%} of the right shape".format(**result[name]))
         (out / "model.part").rename(out / "model")
-        print(f"{time.time() - started:.0f} s; {out}/model is a diffusers pipeline, {out}/samples shows it")
+        kind = "holds LoRA weights" if args.lora_rank else "is a diffusers pipeline"
+        print(f"{time.time() - started:.0f} s; {out}/model {kind}, {out}/samples shows it")
     if world > 1:
         dist.destroy_process_group()
 
@@ -512,7 +592,7 @@ def main(argv=None):
     except filelock.Timeout:
         sys.exit(f"train.py: another live run is writing to {out}")
     except Exception as error:
-        resume.explain(error)
+        resume.explain(error, args)
         raise
     finally:
         resume.release()

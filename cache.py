@@ -1,0 +1,474 @@
+"""Compute once, train often: encoded pairs, by `python data.py --out CACHE`, and the errors of the reference.
+
+    python data.py --model sd15 --data pickapic --out CACHE                 then: train.py --model sd15 --data CACHE
+    torchrun --nproc_per_node=8 data.py --model sdxl --data pickapic --store fp16 --out CACHE
+
+VAE, text encoders and CLIP never change in training, and take a third of a step. The folder CACHE holds
+
+    manifest.json               what it was made of and how, the counts of data.json, the bytes of every file
+    prompts.json                the distinct prompts; the first is ""
+    prompts-00000.safetensors   SHARD prompts a file: states [n, L, E]; of SDXL pooled [n, P]; clip [n, E']
+    pairs-00000.safetensors     SHARD pairs a file, less the unreadable ones, which its header lists; winner first:
+                                mean, std [n, 2, C, h, w] of the VAE's posterior, time_ids [n, 2, 6], clip [n, 2, E'],
+                                row [n] and prompt [n], the numbers of its row and of its prompt
+
+Parquet is read a row group at a time, from the hub, too: no copy of the data set is made. Every file is a function of
+the arguments, since its encode batches are. So any number of processes writes the same files (bits may differ between
+devices and numbers of threads), and, killed, the same command goes on with the files that are missing.
+"""
+
+import resume  # first, to know the launcher
+
+import argparse
+import collections
+import concurrent.futures
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+import architectures
+import data
+
+SHARD, BATCH = 256, 8  # pairs of a file; pairs of a forward of the encoders, in which results may differ by rounding
+SETTINGS = ("resolution", "random_crop", "random_flip", "clip")  # what training takes from the manifest
+
+
+def fail(message):
+    sys.exit(f"data.py: {message}")
+
+
+class Streamed:
+    """The rows of parquet files in their order, as `PreferencePairs` reads them, one row group in memory.
+
+    Images are read when a row is, all of its row group at once: go through the rows in order.
+
+    files  paths; or a hub data set's, with the fsspec filesystem that they are on
+    """
+
+    def __init__(self, files, filesystem=None):
+        import pyarrow.dataset
+
+        table = pyarrow.dataset.dataset([*map(str, files)], format="parquet", filesystem=filesystem)
+        self.column_names = table.schema.names
+        self.features = {field.name: types.SimpleNamespace(dtype=str(field.type)) for field in table.schema}
+        known = {"caption", "label_0", "label_1", "has_label"} & self.features.keys()
+        self.columns = table.to_table(columns=sorted(known)).to_pydict()
+        self.groups = [group for file in table.get_fragments() for group in file.split_by_row_group()]
+        self.ends = np.cumsum([group.row_groups[0].num_rows for group in self.groups])
+        self.group, self.lock = (None, None), threading.Lock()  # (number, table) of the last that was read
+
+    def __len__(self):
+        return len(self.columns["label_0"])
+
+    def __getitem__(self, key):
+        """A column by its name, or the images of a row by its number."""
+        if isinstance(key, str):
+            return self.columns[key]
+        number = int(np.searchsorted(self.ends, key, side="right"))
+        with self.lock:
+            if self.group[0] != number:
+                self.group = (None, None)  # before the next: one at a time
+                self.group = number, self.groups[number].to_table(columns=["jpg_0", "jpg_1"])
+            images = self.group[1]
+            return images.slice(key - self.ends[number] + len(images), 1).to_pylist()[0]
+
+
+def stream(source):
+    """The rows of a source, images unread: `Streamed` parquet files; else what `data.read_rows` gives."""
+    import datasets
+    import fsspec
+
+    source = data.DATA.get(source, source)
+    try:
+        if source != "tiny" and not Path(source).expanduser().exists():
+            files = datasets.load_dataset_builder(data.hub_id(source)).config.data_files["train"]
+            if not files[0].endswith(".parquet"):
+                fail(f"{source} is not kept as parquet files, so it cannot be streamed; download it, give its folder")
+            return Streamed([fsspec.core.strip_protocol(file) for file in files], fsspec.core.url_to_fs(files[0])[0])
+        files = data.local_files(source) if source != "tiny" else []
+        if files and files[0].suffix == ".parquet":
+            return Streamed(files)
+    except Exception as error:
+        fail(f"{source} cannot be read: {data.brief(error)}")
+    return data.read_rows(source)
+
+
+# Encode once
+
+
+def encoders(pipe):
+    """A digest of every network that a cache stands for, by its name in the pipeline."""
+    return {name: data.digest(getattr(pipe, name)) for name in ("vae", "text_encoder", "text_encoder_2")
+            if isinstance(getattr(pipe, name, None), torch.nn.Module)}
+
+
+def write(file, tensors, metadata=None):
+    """A safetensors file, aside first, then renamed: it is whole or not there. Refuses what is not finite."""
+    part = file.with_suffix(".part")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            fail(f"{file.name}: {name} is not finite" + "; --store fp32 holds larger numbers" * (
+                tensor.dtype == torch.float16))
+    try:
+        part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        fail(f"{file} cannot be written ({data.brief(error)}). What is written is kept: with more room the same "
+             "command goes on")
+
+
+def whole(file):
+    """Whether a file is there with all its bytes."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def ahead(function, items, threads, depth=4 * BATCH):
+    """`function` of each item, in order, computed by threads a few items ahead."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def in_batches(items):
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def stack(parts, store):
+    """Dicts of tensors, one after the other, on the CPU; latents and states as they are stored."""
+    return {name: torch.cat([part[name].cpu() for part in parts]).to(
+        store if name in ("mean", "std", "states", "pooled") else parts[0][name].dtype) for name in parts[0]}
+
+
+def build(args):
+    """Writes this process's share of the cache; the process that finds all of it there, its manifest."""
+    out, (rank, _, world) = Path(args.out), data.torchrun()
+    device, dtype = data.own_device(args.device), data.DTYPES[args.precision]
+    data.quiet()
+    pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
+                                 scan=None, rows=stream(args.data))
+    pipe = architectures.build(args.model) if args.random_init else data.load_pipeline(args.model)
+    pairs.resolution = args.resolution = args.resolution or data.own_side(pipe)
+    args.clip = args.clip or ("tiny" if data.is_toy(pipe) else data.H14)
+    clip = data.Clip(args.clip, device, dtype)
+    pairs.clip_transform = clip.transform
+
+    captions = [pairs.caption(row) for row in pairs.pairs]
+    prompts = [*dict.fromkeys(["", *captions])]
+    number = {prompt: k for k, prompt in enumerate(prompts)}
+    manifest = {name: getattr(args, name) for name in (
+        "model", "data", *SETTINGS, "vae_sample", "store", "precision", "seed")}
+    manifest |= {"encoders": encoders(pipe), "pairs": pairs.digest(), "shard": SHARD, "batch": BATCH}
+    begun = read_manifest(out) if is_cache(out) else manifest
+    for name, value in manifest.items():
+        if begun.get(name) != value:
+            fail(f"{out} was begun with {name} {begun.get(name)}, not {value}; give another --out, or remove it")
+    if rank == 0 and not is_cache(out):
+        resume.write(out / "prompts.json", json.dumps(prompts))
+        resume.write(out / "manifest.json", json.dumps(manifest, indent=1))
+    for network in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if network:
+            network.eval().requires_grad_(False).to(device)
+
+    def read(row):
+        images = pairs.images(row)
+        return int(row), images and pairs.content(int(row), images, 0, "")
+
+    def encode_pairs(file, rows):
+        parts, bad = [], []
+        contents = ahead(read, rows, args.workers)
+        readable = ((row, item) for row, item in contents if item or bad.append(row))
+        for batch in in_batches(readable):
+            rows, items = zip(*batch)
+            bar.update(len(rows))
+            pixels = torch.stack([item["pixels"] for item in items])                # [B, 2, 3, H, W]
+            mean, std = data.encode_images(pipe.vae, pixels.flatten(0, 1))
+            embeddings = clip.embed_images(torch.stack([item["clip_pixels"] for item in items]).flatten(0, 1))
+            part = {"mean": mean, "std": std, "clip": embeddings}
+            part = {name: value.unflatten(0, (-1, 2)) for name, value in part.items()}
+            if args.vae_sample == "mean":
+                del part["std"]
+            parts.append(part | {
+                "time_ids": torch.stack([item["time_ids"] for item in items]), "row": torch.tensor(rows),
+                "prompt": torch.tensor([number[pairs.caption(row)] for row in rows])})
+        tensors = stack(parts, data.DTYPES[args.store]) if parts else {"row": torch.zeros(0, dtype=torch.int64)}
+        write(file, tensors, {"unreadable": json.dumps(bad)})
+
+    def encode_prompts(file, some):
+        parts = []
+        for batch in in_batches(some):
+            bar.update(len(batch))
+            states, pooled = data.encode_prompts(pipe, batch, dtype)
+            part = {"states": states, "pooled": pooled, "clip": clip.embed_texts(batch)}
+            parts.append({name: value for name, value in part.items() if value is not None})
+        write(file, stack(parts, data.DTYPES[args.store]))
+
+    work = [(out / f"{kind}-{k // SHARD:05d}.safetensors", encode, items[k:k + SHARD])
+            for kind, encode, items in (("prompts", encode_prompts, prompts), ("pairs", encode_pairs, pairs.pairs))
+            for k in range(0, len(items), SHARD)]
+    mine = work[rank * len(work) // world:(rank + 1) * len(work) // world]  # side by side: a row group is read once
+    bar = tqdm(total=sum(len(items) for *_, items in mine), desc="encode", disable=rank > 0)
+    for file, encode, items in mine:
+        if whole(file):
+            bar.update(len(items))
+        else:
+            encode(file, items)
+    bar.close()
+    if all(whole(file) for file, _, _ in work):
+        finish(out, manifest, pairs, [file for file, _, _ in work])
+
+
+def finish(out, manifest, pairs, files):
+    """Completes the manifest: without its "files" a cache is not finished."""
+    for file in files:
+        if file.name.startswith("pairs-"):
+            with safe_open(file, "pt") as shard:
+                pairs.unreadable.update(json.loads(shard.metadata()["unreadable"]))
+    sizes = {file.name: file.stat().st_size for file in [*files, out / "prompts.json"]}
+    part = out / f"manifest.json.{data.torchrun()[0]}.part"  # two processes may finish at once
+    part.write_text(json.dumps(manifest | pairs.report() | {"files": sizes}, indent=1))
+    part.replace(out / "manifest.json")
+    print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, {bad} that "
+          "cannot be read; {size:.3f} GB".format(out=out, bad=len(pairs.unreadable), size=sum(sizes.values()) / 1e9,
+                                                 **pairs.report()))
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(prog="data.py", usage="python data.py --out CACHE [options]", allow_abbrev=False,
+                                description="Encode preference pairs once; train with --data CACHE.")
+    p.error = lambda message: fail(message) if data.torchrun()[1] == 0 else sys.exit(1)
+    flag, add = argparse.BooleanOptionalAction, p.add_argument
+    add("--out", required=True, metavar="CACHE", help="the cache's folder; started again, it goes on")
+    add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
+    add("--random_init", action="store_true", help="sd15, sdxl: random weights, nothing downloaded")
+    add("--data", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]")
+    add("--resolution", type=int, help="side of the training images, pixels [the model's own]")
+    add("--random_flip", action=flag, default=False, help="mirror half of the pairs, once for all epochs")
+    add("--random_crop", action=flag, default=False, help="crop a pair anywhere, once for all epochs")
+    add("--seed", type=int, default=0, help="of flips and crops")
+    add("--vae_sample", default="sample", choices=["mean", "sample"], help="mean: the posterior's std is not kept")
+    add("--store", default="fp32", choices=["fp32", "fp16"], help="of latents and text states; fp16 is half as large")
+    add("--clip", metavar="ARCH:WEIGHTS", help="of open_clip, a tag or a file; or tiny [the preset's]")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of text encoders and CLIP [bf16 on cuda, else fp32]")
+    add("--device", help="cuda, mps or cpu [the best there is]")
+    add("--workers", type=int, default=os.cpu_count(), help="threads that decode images")
+    args = p.parse_args(argv)
+    known = data.MODELS.get(args.model, {})
+    args.data = args.data or known.get("data") or p.error(f"--model {args.model} is no preset, so it needs --data")
+    args.clip = args.clip or ("ViT-H-14:random" if args.random_init else known.get("clip"))
+    if args.random_init and args.model not in architectures.CONFIGS:
+        p.error(f"--random_init knows {', '.join(architectures.CONFIGS)}, not {args.model}")
+    args.device = data.find_device(args.device, p.error)
+    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    out = Path(args.out)
+    resume.end_with_launcher()
+    lock = filelock.FileLock(out / "lock", timeout=2)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if strange := {file.name for file in out.glob("*")} - {"lock"} if not is_cache(out) else None:
+            fail(f"{out} holds something else ({min(strange)}); give another --out")
+        if data.torchrun()[0] == 0:
+            lock.acquire()
+        build(args)
+    except filelock.Timeout:
+        fail(f"another live run is writing to {out}")
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on")
+    except OSError as error:
+        fail(f"{data.brief(error)}. What is written is kept; the same command goes on")
+    finally:
+        lock.release()
+
+
+# Train from it
+
+
+def is_cache(source):
+    return (Path(source).expanduser() / "manifest.json").is_file()
+
+
+def read_manifest(source):
+    """The manifest of a cache, finished or not. SystemExit where it is another program's, or damaged."""
+    try:
+        manifest = json.loads((Path(source).expanduser() / "manifest.json").read_text())
+        manifest["encoders"], manifest["pairs"]
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"data: {source}/manifest.json is not that of encoded pairs ({error!r:.200})")
+
+
+def settings(source, fail):
+    """What a cache of pairs decides of a run, {} for other data; `fail` is called where it is not finished."""
+    if not is_cache(source):
+        return {}
+    manifest = read_manifest(source)
+    if "files" not in manifest:
+        fail(f"--data {source} is not finished; the command of data.py that began it goes on")
+    means = {"vae_sample": "mean"} if manifest["vae_sample"] == "mean" else {}
+    return {name: manifest[name] for name in SETTINGS} | means
+
+
+def check(source, pipe, model):
+    """SystemExit where a cache was made by other encoders than those of `pipe`."""
+    manifest = read_manifest(source)
+    for name, digest in encoders(pipe).items():
+        if manifest["encoders"].get(name) != digest:
+            sys.exit(f"train.py: the pairs of {source} were encoded by {manifest['model']}, whose {name} is not that "
+                     f"of {model}; give that model, or encode the pairs once more")
+
+
+class CachedPairs(data.PreferencePairs):
+    """`PreferencePairs` out of a cache: the same stream, but what `data.encode` makes instead of pixels.
+
+    Files are memory-mapped, each item is read when it is asked for: the shuffle is that of all pairs.
+
+    raises  SystemExit, in one line, where a file is missing or has not the bytes that it was written with
+    """
+
+    def __init__(self, source, seed=0, prompt_dropout=0.0):
+        self.folder, self.seed, self.prompt_dropout = Path(source).expanduser(), seed, prompt_dropout
+        self.order, self.draw, self.handles, manifest = (-1, None), None, {}, read_manifest(source)
+        for name, size in manifest["files"].items():
+            there = self.folder / name
+            if not there.exists() or there.stat().st_size != size:
+                how = f"has {there.stat().st_size} bytes, not {size}" if there.exists() else "is missing"
+                sys.exit(f"data: {there} {how}; remove it, and the command of data.py that made the cache makes it anew")
+        self.rows, self.ties, self.unlabelled = range(manifest["rows"]), manifest["ties"], manifest["unlabelled"]
+        self.unreadable, self.prompts = set(manifest["unreadable"]), json.loads((self.folder / "prompts.json").read_text())
+        shards = [self.open(name) for name in sorted(manifest["files"]) if name.startswith("pairs-")]
+        rows = [shard.get_tensor("row").numpy() for shard in shards]
+        self.found, self.starts = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+        self.prompt = np.concatenate([shard.get_tensor("prompt").numpy() for shard in shards if "prompt" in shard.keys()])
+        self.pairs = np.sort(np.concatenate([self.found, np.array(manifest["unreadable"], dtype=int)]))
+
+    def __getstate__(self):  # for a process that starts anew
+        return self.__dict__ | {"handles": {}}
+
+    def open(self, name):
+        if name not in self.handles:
+            self.handles[name] = safe_open(self.folder / name, "pt")
+        return self.handles[name]
+
+    def read(self, kind, file, index):
+        shard = self.open(f"{kind}-{file:05d}.safetensors")
+        return {name: shard.get_slice(name)[int(index)] for name in shard.keys()}
+
+    def digest(self):
+        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()[:16]
+
+    def images(self, row):
+        """(its place,) of a row that could be read, else None."""
+        place = int(np.searchsorted(self.found, row))
+        return (place,) if place < len(self.found) and self.found[place] == row else None
+
+    def caption(self, row):
+        place = self.images(row)
+        return self.prompts[self.prompt[place[0]]] if place else ""
+
+    def content(self, row, images, epoch, prompt):
+        place, = images
+        file = int(np.searchsorted(self.starts, place, side="right")) - 1
+        pair = self.read("pairs", file, place - self.starts[file])
+        full = self.read("prompts", *divmod(int(self.prompt[place]), SHARD))
+        used = full if prompt else self.read("prompts", 0, 0)
+        item = {name: pair[name] for name in ("mean", "std", "time_ids") if name in pair}
+        item |= {name: used[name] for name in ("states", "pooled") if name in used}
+        return item | {"embeddings": torch.cat([full["clip"][None], pair["clip"]])}         # [3, E]
+
+
+# The reference's errors
+
+
+class ReferenceErrors:
+    """err_ref of a run's pairs, [steps, batch, 2] (winner, loser) float32, in a safetensors file; NaN: not there yet.
+
+    A run's timestep and noise are functions of (seed, step, position), and so are these: exact, to the last bit, at the
+    micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not see (loss, beta,
+    tau, group, learning rate, LoRA rank) share one file.
+
+    raises  SystemExit, in one line, where the file is of another run, by what differs
+    """
+
+    SEEN = ("seed", "batch_size", "resolution", "random_flip", "random_crop", "prompt_dropout", "vae_sample",
+            "group_noise", "precision")
+
+    def __init__(self, args, pairs, pipe):
+        self.file, self.saved = Path(args.reference_errors).expanduser(), time.time()
+        schedule = {name: str(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+        self.identity = {name: getattr(args, name) for name in self.SEEN} | {
+            "group_size": args.group_size if args.group_noise != "own" else None, "data": pairs.digest(),
+            "model": {"unet": data.digest(pipe.unet), "schedule": schedule} | encoders(pipe)}
+        self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if not self.file.exists():
+            return
+        try:
+            with safe_open(self.file, "pt") as shard:
+                theirs, kept = json.loads(shard.metadata()["identity"]), shard.get_tensor("errors")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            sys.exit(f"train.py: --reference_errors {self.file} cannot be read ({data.brief(error)}); give another file")
+        for name, value in self.identity.items():
+            if theirs.get(name) != value:
+                sys.exit(f"train.py: --reference_errors {self.file} is of a run with {name} {theirs.get(name)}, not "
+                         f"{value}; give another file")
+        self.errors = torch.cat([kept, self.errors[len(kept):]])
+
+    def missing(self, steps):
+        return [step for step in steps if self.errors[step].isnan().any()]
+
+    def put(self, step, errors, rank):
+        """Takes the errors of a step, [batch, 2]; the first process saves them, now and then."""
+        if not errors.isfinite().all():
+            sys.exit(f"train.py: the reference's errors of step {step} are not finite; try --precision fp32")
+        self.errors[step] = errors.cpu()
+        if rank == 0 and time.time() - self.saved > 60:
+            self.save()
+
+    def save(self):
+        part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")  # runs of a sweep may make it at once
+        try:
+            part.write_bytes(save({"errors": self.errors}, {"identity": json.dumps(self.identity)}))
+            part.replace(self.file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            sys.exit(f"train.py: --reference_errors {self.file} cannot be written ({data.brief(error)})")
+        self.saved = time.time()
+
+    def done(self, device, rank):
+        """All errors, on `device`; saved."""
+        if rank == 0:
+            self.save()
+        return self.errors.to(device)
