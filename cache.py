@@ -1,6 +1,6 @@
 """Compute once, train often: encoded pairs, by `python data.py --out CACHE`, and the errors of the reference.
 
-    python data.py --model sd15 --data pickapic --out CACHE                 then: train.py --model sd15 --data CACHE
+    python data.py --model sd15 --data pickapic --out CACHE         then: train.py --model sd15 --data CACHE
     torchrun --nproc_per_node=8 data.py --model sdxl --data pickapic --store fp16 --out CACHE
 
 VAE, text encoders and CLIP never change in training, and take a third of a step. The folder CACHE holds
@@ -8,13 +8,13 @@ VAE, text encoders and CLIP never change in training, and take a third of a step
     manifest.json               what it was made of and how, the counts of data.json, the bytes of every file
     prompts.json                the distinct prompts; the first is ""
     prompts-00000.safetensors   SHARD prompts a file: states [n, L, E]; of SDXL pooled [n, P]; clip [n, E']
-    pairs-00000.safetensors     SHARD pairs a file, less the unreadable ones, which its header lists; winner first:
-                                mean, std [n, 2, C, h, w] of the VAE's posterior, time_ids [n, 2, 6], clip [n, 2, E'],
-                                row [n] and prompt [n], the numbers of its row and of its prompt
+    pairs-00000.safetensors     SHARD pairs a file, less the unreadable, which its header lists; winner first:
+                                mean, std [n, 2, C, h, w] of the VAE's posterior, time_ids [n, 2, 6],
+                                clip [n, 2, E'], row [n] and prompt [n], its numbers in the data and above
 
-Parquet is read a row group at a time, from the hub, too: no copy of the data set is made. Every file is a function of
-the arguments, since its encode batches are. So any number of processes writes the same files (bits may differ between
-devices and numbers of threads), and, killed, the same command goes on with the files that are missing.
+Parquet is read a row group at a time, from the hub, too: no copy of the data set is made. Every file is a
+function of the arguments, since its encode batches are. So any number of processes writes the same files (bits
+may differ between devices and numbers of threads), and, killed, the same command goes on with those missing.
 """
 
 import resume  # first, to know the launcher
@@ -25,6 +25,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -41,7 +42,7 @@ from tqdm import tqdm
 import architectures
 import data
 
-SHARD, BATCH = 256, 8  # pairs of a file; pairs of a forward of the encoders, in which results may differ by rounding
+SHARD, BATCH = 256, 8  # pairs or prompts of a file; of a forward of the encoders, for results depend on it
 SETTINGS = ("resolution", "random_crop", "random_flip", "clip")  # what training takes from the manifest
 
 
@@ -95,8 +96,9 @@ def stream(source):
         if source != "tiny" and not Path(source).expanduser().exists():
             files = datasets.load_dataset_builder(data.hub_id(source)).config.data_files["train"]
             if not files[0].endswith(".parquet"):
-                fail(f"{source} is not kept as parquet files, so it cannot be streamed; download it, give its folder")
-            return Streamed([fsspec.core.strip_protocol(file) for file in files], fsspec.core.url_to_fs(files[0])[0])
+                fail(f"{source} is not kept as parquet and cannot be streamed; download it, give its folder")
+            filesystem = fsspec.core.url_to_fs(files[0])[0]
+            return Streamed([filesystem._strip_protocol(file) for file in files], filesystem)
         files = data.local_files(source) if source != "tiny" else []
         if files and files[0].suffix == ".parquet":
             return Streamed(files)
@@ -176,13 +178,12 @@ def build(args):
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
                                  scan=None, rows=stream(args.data))
     pipe = architectures.build(args.model) if args.random_init else data.load_pipeline(args.model)
-    pairs.resolution = args.resolution = args.resolution or data.own_side(pipe)
+    pairs.resolution = args.resolution = data.side(pipe, args.resolution)
     args.clip = args.clip or ("tiny" if data.is_toy(pipe) else data.H14)
     clip = data.Clip(args.clip, device, dtype)
     pairs.clip_transform = clip.transform
 
-    captions = [pairs.caption(row) for row in pairs.pairs]
-    prompts = [*dict.fromkeys(["", *captions])]
+    prompts = [*dict.fromkeys(["", *(pairs.caption(row) for row in pairs.pairs)])]
     number = {prompt: k for k, prompt in enumerate(prompts)}
     manifest = {name: getattr(args, name) for name in (
         "model", "data", *SETTINGS, "vae_sample", "store", "precision", "seed")}
@@ -191,9 +192,9 @@ def build(args):
     for name, value in manifest.items():
         if begun.get(name) != value:
             fail(f"{out} was begun with {name} {begun.get(name)}, not {value}; give another --out, or remove it")
-    if rank == 0 and not is_cache(out):
+    if rank == 0:
         resume.write(out / "prompts.json", json.dumps(prompts))
-        resume.write(out / "manifest.json", json.dumps(manifest, indent=1))
+        resume.write(out / "manifest.json", json.dumps(begun, indent=1))
     for network in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
         if network:
             network.eval().requires_grad_(False).to(device)
@@ -209,17 +210,16 @@ def build(args):
         for batch in in_batches(readable):
             rows, items = zip(*batch)
             bar.update(len(rows))
-            pixels = torch.stack([item["pixels"] for item in items])                # [B, 2, 3, H, W]
-            mean, std = data.encode_images(pipe.vae, pixels.flatten(0, 1))
-            embeddings = clip.embed_images(torch.stack([item["clip_pixels"] for item in items]).flatten(0, 1))
+            mean, std = data.encode_images(pipe.vae, torch.stack([item["pixels"] for item in items]))
+            pictures = torch.stack([item["clip_pixels"] for item in items])         # [B, 2, 3, h, w]
+            embeddings = clip.embed_images(pictures.flatten(0, 1)).unflatten(0, (-1, 2))
             part = {"mean": mean, "std": std, "clip": embeddings}
-            part = {name: value.unflatten(0, (-1, 2)) for name, value in part.items()}
             if args.vae_sample == "mean":
                 del part["std"]
             parts.append(part | {
                 "time_ids": torch.stack([item["time_ids"] for item in items]), "row": torch.tensor(rows),
                 "prompt": torch.tensor([number[pairs.caption(row)] for row in rows])})
-        tensors = stack(parts, data.DTYPES[args.store]) if parts else {"row": torch.zeros(0, dtype=torch.int64)}
+        tensors = stack(parts, data.DTYPES[args.store]) if parts else dict.fromkeys(("row", "prompt"), torch.zeros(0, dtype=torch.int64))
         write(file, tensors, {"unreadable": json.dumps(bad)})
 
     def encode_prompts(file, some):
@@ -234,7 +234,7 @@ def build(args):
     work = [(out / f"{kind}-{k // SHARD:05d}.safetensors", encode, items[k:k + SHARD])
             for kind, encode, items in (("prompts", encode_prompts, prompts), ("pairs", encode_pairs, pairs.pairs))
             for k in range(0, len(items), SHARD)]
-    mine = work[rank * len(work) // world:(rank + 1) * len(work) // world]  # side by side: a row group is read once
+    mine = work[rank * len(work) // world:(rank + 1) * len(work) // world]  # neighbours: row groups are read once
     bar = tqdm(total=sum(len(items) for *_, items in mine), desc="encode", disable=rank > 0)
     for file, encode, items in mine:
         if whole(file):
@@ -252,13 +252,15 @@ def finish(out, manifest, pairs, files):
         if file.name.startswith("pairs-"):
             with safe_open(file, "pt") as shard:
                 pairs.unreadable.update(json.loads(shard.metadata()["unreadable"]))
+    if len(pairs.unreadable) == len(pairs):
+        fail(f"{manifest['data']} holds no pair that can be read")
     sizes = {file.name: file.stat().st_size for file in [*files, out / "prompts.json"]}
     part = out / f"manifest.json.{data.torchrun()[0]}.part"  # two processes may finish at once
     part.write_text(json.dumps(manifest | pairs.report() | {"files": sizes}, indent=1))
     part.replace(out / "manifest.json")
-    print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, {bad} that "
-          "cannot be read; {size:.3f} GB".format(out=out, bad=len(pairs.unreadable), size=sum(sizes.values()) / 1e9,
-                                                 **pairs.report()))
+    print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, {bad} "
+          "that cannot be read; {size:.3f} GB".format(out=out, bad=len(pairs.unreadable),
+                                                      size=sum(sizes.values()) / 1e9, **pairs.report()))
 
 
 def get_args(argv=None):
@@ -274,13 +276,17 @@ def get_args(argv=None):
     add("--random_flip", action=flag, default=False, help="mirror half of the pairs, once for all epochs")
     add("--random_crop", action=flag, default=False, help="crop a pair anywhere, once for all epochs")
     add("--seed", type=int, default=0, help="of flips and crops")
-    add("--vae_sample", default="sample", choices=["mean", "sample"], help="mean: the posterior's std is not kept")
-    add("--store", default="fp32", choices=["fp32", "fp16"], help="of latents and text states; fp16 is half as large")
+    add("--vae_sample", default="sample", choices=["mean", "sample"], help="mean: its std is not kept")
+    add("--store", default="fp32", choices=["fp32", "fp16"], help="latents, text states; fp16: half as large")
     add("--clip", metavar="ARCH:WEIGHTS", help="of open_clip, a tag or a file; or tiny [the preset's]")
-    add("--precision", choices=["fp32", "bf16", "fp16"], help="of text encoders and CLIP [bf16 on cuda, else fp32]")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of text and CLIP [bf16 on cuda, else fp32]")
     add("--device", help="cuda, mps or cpu [the best there is]")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that decode images")
+    add("--workers", type=int, help="threads that decode images [all cores]")
     args = p.parse_args(argv)
+    args.workers = args.workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    for name in ("workers", "resolution"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     known = data.MODELS.get(args.model, {})
     args.data = args.data or known.get("data") or p.error(f"--model {args.model} is no preset, so it needs --data")
     args.clip = args.clip or ("ViT-H-14:random" if args.random_init else known.get("clip"))
@@ -298,10 +304,11 @@ def main(argv=None):
     lock = filelock.FileLock(out / "lock", timeout=2)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if strange := {file.name for file in out.glob("*")} - {"lock"} if not is_cache(out) else None:
-            fail(f"{out} holds something else ({min(strange)}); give another --out")
         if data.torchrun()[0] == 0:
             lock.acquire()
+        ours = re.compile(r"lock|(prompts|pairs|manifest)\b.*")
+        if strange := [file.name for file in out.glob("*") if not ours.fullmatch(file.name)]:
+            fail(f"{out} holds something else ({min(strange)}); give another --out")
         build(args)
     except filelock.Timeout:
         fail(f"another live run is writing to {out}")
@@ -346,8 +353,8 @@ def check(source, pipe, model):
     manifest = read_manifest(source)
     for name, digest in encoders(pipe).items():
         if manifest["encoders"].get(name) != digest:
-            sys.exit(f"train.py: the pairs of {source} were encoded by {manifest['model']}, whose {name} is not that "
-                     f"of {model}; give that model, or encode the pairs once more")
+            sys.exit(f"train.py: the pairs of {source} were encoded by {manifest['model']}, whose {name} is not "
+                     f"that of {model}; give that model, or encode the pairs once more")
 
 
 class CachedPairs(data.PreferencePairs):
@@ -365,13 +372,14 @@ class CachedPairs(data.PreferencePairs):
             there = self.folder / name
             if not there.exists() or there.stat().st_size != size:
                 how = f"has {there.stat().st_size} bytes, not {size}" if there.exists() else "is missing"
-                sys.exit(f"data: {there} {how}; remove it, and the command of data.py that made the cache makes it anew")
+                sys.exit(f"data: {there} {how}; the command of data.py that made the cache writes it anew")
         self.rows, self.ties, self.unlabelled = range(manifest["rows"]), manifest["ties"], manifest["unlabelled"]
-        self.unreadable, self.prompts = set(manifest["unreadable"]), json.loads((self.folder / "prompts.json").read_text())
+        self.unreadable, self.shard = set(manifest["unreadable"]), manifest["shard"]
+        self.prompts = json.loads((self.folder / "prompts.json").read_text())
         shards = [self.open(name) for name in sorted(manifest["files"]) if name.startswith("pairs-")]
         rows = [shard.get_tensor("row").numpy() for shard in shards]
         self.found, self.starts = np.concatenate(rows), np.cumsum([0, *map(len, rows)])
-        self.prompt = np.concatenate([shard.get_tensor("prompt").numpy() for shard in shards if "prompt" in shard.keys()])
+        self.prompt = np.concatenate([shard.get_tensor("prompt").numpy() for shard in shards])
         self.pairs = np.sort(np.concatenate([self.found, np.array(manifest["unreadable"], dtype=int)]))
 
     def __getstate__(self):  # for a process that starts anew
@@ -402,22 +410,22 @@ class CachedPairs(data.PreferencePairs):
         place, = images
         file = int(np.searchsorted(self.starts, place, side="right")) - 1
         pair = self.read("pairs", file, place - self.starts[file])
-        full = self.read("prompts", *divmod(int(self.prompt[place]), SHARD))
+        full = self.read("prompts", *divmod(int(self.prompt[place]), self.shard))
         used = full if prompt else self.read("prompts", 0, 0)
         item = {name: pair[name] for name in ("mean", "std", "time_ids") if name in pair}
         item |= {name: used[name] for name in ("states", "pooled") if name in used}
-        return item | {"embeddings": torch.cat([full["clip"][None], pair["clip"]])}         # [3, E]
+        return item | {"embeddings": torch.cat([full["clip"][None], pair["clip"]])}     # [3, E']
 
 
 # The reference's errors
 
 
 class ReferenceErrors:
-    """err_ref of a run's pairs, [steps, batch, 2] (winner, loser) float32, in a safetensors file; NaN: not there yet.
+    """err_ref of a run's pairs, [steps, batch, 2] (winner, loser) float32, in a safetensors file; NaN: not yet.
 
-    A run's timestep and noise are functions of (seed, step, position), and so are these: exact, to the last bit, at the
-    micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not see (loss, beta,
-    tau, group, learning rate, LoRA rank) share one file.
+    A run's timestep and noise are functions of (seed, step, position), and so are these: exact, to the last bit,
+    at the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not
+    see (loss, beta, tau, group, learning rate, LoRA rank) share one file.
 
     raises  SystemExit, in one line, where the file is of another run, by what differs
     """
@@ -439,11 +447,11 @@ class ReferenceErrors:
             with safe_open(self.file, "pt") as shard:
                 theirs, kept = json.loads(shard.metadata()["identity"]), shard.get_tensor("errors")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            sys.exit(f"train.py: --reference_errors {self.file} cannot be read ({data.brief(error)}); give another file")
+            sys.exit(f"train.py: --reference_errors {self.file} cannot be read ({data.brief(error)}); give another")
         for name, value in self.identity.items():
             if theirs.get(name) != value:
-                sys.exit(f"train.py: --reference_errors {self.file} is of a run with {name} {theirs.get(name)}, not "
-                         f"{value}; give another file")
+                sys.exit(f"train.py: --reference_errors {self.file} is of a run with {name} {theirs.get(name)}, "
+                         f"not {value}; give another file")
         self.errors = torch.cat([kept, self.errors[len(kept):]])
 
     def missing(self, steps):

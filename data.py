@@ -105,7 +105,7 @@ def local_files(source):
 
 
 def read_rows(source):
-    """A `datasets.Dataset` with caption, jpg_0, jpg_1 and label_0 from a preset's name, a path, or a hub id."""
+    """A `datasets.Dataset` with caption, jpg_0, jpg_1, label_0 from a preset's name, a path, or a hub id."""
     import datasets
     import pyarrow.parquet
 
@@ -262,7 +262,7 @@ class PreferencePairs(torch.utils.data.Dataset):
             return None
 
     def content(self, row, images, epoch, prompt):
-        """Pixels, time_ids and clip_pixels of a row's two images, as they are cropped and flipped in an epoch."""
+        """Pixels, time_ids and clip_pixels of a row's two images, cropped and flipped as in an epoch."""
         y, x, flip, _ = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row)).tolist()
         y, x = (y, x) if self.random_crop else (0.5, 0.5)
         flip = self.random_flip and flip < 0.5
@@ -361,6 +361,14 @@ def load_pipeline(model):
     return pipe
 
 
+def side(pipe, wanted=None):
+    """The side of the training images, pixels: `wanted`, or the model's own. SystemExit if it does not fit."""
+    least = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if wanted and wanted % least:
+        raise SystemExit(f"model: --resolution {wanted} is no multiple of {least}, as this model needs")
+    return wanted or own_side(pipe)
+
+
 def own_side(pipe):
     """The side of the images that a pipeline was made for, pixels."""
     return int(np.min(pipe.unet.config.sample_size)) * pipe.vae_scale_factor
@@ -377,15 +385,17 @@ def encode_prompts(pipe, prompts, dtype=torch.float32):
 
     An empty prompt becomes what the pipeline itself takes for unconditional: zeros where SDXL's
     force_zeros_for_empty_prompt says so (Diffusion-DPO trains on the encoded "" there), else the encoded "".
-    Longer prompts than the encoder reads are cut.
+    Longer prompts than the encoder reads are cut. On a CPU one by one, for the reason of `encode_images`.
     """
     device = pipe.text_encoder.device
+    at_once = 1 if device.type == "cpu" else len(prompts)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        states, _, *pooled = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1,
-                                                do_classifier_free_guidance=False)
+        parts = [pipe.encode_prompt(prompts[i:i + at_once], device=device, num_images_per_prompt=1,
+                                    do_classifier_free_guidance=False) for i in range(0, len(prompts), at_once)]
+    states, _, *pooled = (torch.cat(some).float() if some[0] is not None else None for some in zip(*parts))
     zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
-    keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts], device=device)[:, None].float()
-    return states.float() * keep[:, None], pooled[0].float() * keep if pooled else None
+    keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts]).to(device, non_blocking=True)[:, None]
+    return states * keep[:, None], pooled[0] * keep if pooled else None
 
 
 def condition(states, pooled, time_ids):
@@ -404,25 +414,25 @@ def condition(states, pooled, time_ids):
 
 @torch.no_grad()
 def encode_images(vae, pixels):
-    """Mean and std [N, C, h, w] of the VAE's posterior of pixels [N, 3, H, W], before the scaling factor.
+    """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W], before the scaling factor.
 
-    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few images at a time: at 1024 px
-    one activation of 16 pairs would have 2^32 elements.
+    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few pairs at a time: at 1024 px one
+    activation of 16 pairs would have 2^32 elements. On a CPU one by one, which is no slower: a pair's latents are
+    the same bits in any batch.
     """
-    parts = pixels.split(max(1, 2 ** 22 // pixels[0, 0].numel()))
-    posteriors = [vae.encode(part.to(vae.device, non_blocking=True)).latent_dist for part in parts]
-    return torch.cat([some.mean for some in posteriors]), torch.cat([some.std for some in posteriors])
+    parts = pixels.split(1 if vae.device.type == "cpu" else max(1, 2 ** 21 // pixels[0, 0, 0].numel()))
+    posteriors = [vae.encode(part.flatten(0, 1).to(vae.device, non_blocking=True)).latent_dist for part in parts]
+    return (torch.cat([some.mean for some in posteriors]).unflatten(0, pixels.shape[:2]),
+            torch.cat([some.std for some in posteriors]).unflatten(0, pixels.shape[:2]))
 
 
 def encode(pipe, clip, batch, dtype=torch.float32):
-    """What training needs of a batch of B pairs with S images each (see the head of this file), and a cache keeps.
+    """What training needs, and a cache keeps, of a batch of B pairs with S images each.
 
     returns  {"mean", "std": [B, S, C, h, w], "states": [B, L, E], "embeddings": [B, 3, E]} and for SDXL
              "pooled": [B, P]; embeddings are CLIP's of text, winner, loser, absent without `clip`
     """
-    pixels = batch["pixels"].transpose(0, 1)                                            # [S, B, 3, H, W]
-    mean, std = (some.unflatten(0, pixels.shape[:2]).transpose(0, 1)
-                 for some in encode_images(pipe.vae, pixels.flatten(0, 1)))
+    mean, std = encode_images(pipe.vae, batch["pixels"])
     states, pooled = encode_prompts(pipe, batch["prompt"], dtype)
     embeddings = clip and clip.embed(batch["caption"], batch.get("clip_pixels"))
     made = {"mean": mean, "std": std, "states": states, "pooled": pooled, "embeddings": embeddings}

@@ -57,11 +57,11 @@ def denoising_error(unet, latents, noise, timesteps, conditioning, alphas_cumpro
 
 
 def cast_for_autocast(network, dtype):
-    """`network`, its frozen Linear and Conv weights cast in place, as autocast would cast them in every forward.
+    """`network`, its frozen Linear and Conv weights cast in place, as autocast would in every forward.
 
     All other parameters stay float32, as autocast leaves them, so that under autocast to `dtype` the numbers
-    are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So does what is trained
-    (LoRA): in bf16 a learning rate of 1e-5 would not move it.
+    are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So does what is trained,
+    LoRA: in bf16 a learning rate of 1e-5 would not move it.
     """
     for module in network.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:

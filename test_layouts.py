@@ -109,8 +109,8 @@ def giant(small_model, few_pairs):
         t, noise, vae_noise = train.draw(args, 0, range(BATCH), (4, 8, 8), 1000)
         err = {}
         for side, name in enumerate("wl"):
-            mean, std = data.encode_images(pipe.vae, batch["pixels"][:, side])
-            latents = (mean + std * vae_noise[:, side]) * pipe.vae.config.scaling_factor
+            mean, std = data.encode_images(pipe.vae, batch["pixels"][:, side, None])
+            latents = (mean + std * vae_noise[:, side, None])[:, 0] * pipe.vae.config.scaling_factor
             encoded = data.encode_prompts(pipe, batch["prompt"])
             conditioning = data.condition(*encoded, batch["time_ids"][:, side : side + 1])
             inputs = (latents, noise, t, conditioning, pipe.scheduler.alphas_cumprod)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
 import scorers
 from scorers import SCORERS, get_scorer, letterbox
 

@@ -146,7 +146,7 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
             image = data.read_image(row[f"jpg_{winner if side == 0 else 1 - winner}"])
             images.append(data.crop_and_resize(image, 32, 0.5, 0.5, False)[0])
         conditioning = data.condition(*data.encode_prompts(pipe, [rows[k]["caption"] for k in order]), torch.zeros(8, 1, 6))
-        latents = data.encode_images(pipe.vae, torch.stack(images))[0] * pipe.vae.config.scaling_factor
+        latents = data.encode_images(pipe.vae, torch.stack(images)[:, None])[0][:, 0] * pipe.vae.config.scaling_factor
         alphas_cumprod = pipe.scheduler.alphas_cumprod
         err = denoising_error(pipe.unet, latents, noise, timesteps, conditioning, alphas_cumprod)
         assert log_of(tmp_path / "out")[0][key] == pytest.approx(err.mean().item(), rel=1e-5)
@@ -282,9 +282,9 @@ def test_latents_are_the_vaes_posterior(small_model):
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
-    mean, std = data.encode_images(vae, pixels)
-    torch.testing.assert_close(mean, posterior.mean)
-    torch.testing.assert_close(std, posterior.std)
+    mean, std = data.encode_images(vae, pixels[:, None])
+    torch.testing.assert_close(mean[:, 0], posterior.mean)
+    torch.testing.assert_close(std[:, 0], posterior.std)
 
 
 def test_draws_depend_on_seed_step_and_position_alone():

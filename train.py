@@ -68,9 +68,9 @@ def get_args(argv=None):
     p.error = lambda message: sys.exit(f"train.py: {message}" if local_rank == 0 else 1)
     flag, add = argparse.BooleanOptionalAction, p.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
-    add("--random_init", action="store_true", help="sd15, sdxl: random weights, nothing downloaded; for benchmarks")
-    add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]; or "
-        "what data.py --out has encoded")
+    add("--random_init", action="store_true", help="sd15, sdxl: random weights, nothing is downloaded")
+    add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's], or "
+        "what data.py has encoded")
     add("--out", metavar="DIR", help="the run's folder; started again, it goes on [out/MODEL-LOSS]")
     # the method
     add("--loss", default="rpo", choices=LOSSES)
@@ -105,8 +105,8 @@ def get_args(argv=None):
     add("--precision", choices=["fp32", "bf16", "fp16"], help="of the forward pass [bf16 on cuda, else fp32]")
     add("--gradient_checkpointing", action=flag, default=False, help="less memory for a third more time")
     add("--compile", action=flag, default=False, help="torch.compile the UNet: minutes at first, then faster")
-    add("--reference_errors", metavar="FILE", help="the reference's errors, computed before the first step if "
-        "not there; runs that differ in loss, beta, tau, lr share them, and hold no second UNet")
+    add("--reference_errors", metavar="FILE", help="compute the reference's errors before the first step, for "
+        "all runs that differ in loss, beta, tau, lr alone; no second UNet in memory")
     # what it leaves
     add("--save_every", type=int, default=100, help="steps between checkpoints; 0 = one, at the end")
     add("--sample_every", type=int, default=100, help="steps between grids of samples; 0 = never")
@@ -296,10 +296,8 @@ def train(args, state):
     unet, vae = pipe.unet, pipe.vae
     if cached:
         cache.check(args.data, pipe, args.model)
-    args.resolution = pairs.resolution = args.resolution or data.own_side(pipe)
+    args.resolution = pairs.resolution = data.side(pipe, args.resolution)
     args.optimizer = args.optimizer or ("adafactor" if "text_encoder_2" in pipe.components else "adamw")
-    if args.resolution % (least := pipe.vae_scale_factor * 2 ** (len(unet.config.block_out_channels) - 1)):
-        sys.exit(f"train.py: --resolution {args.resolution} is no multiple of {least}, as this model needs")
     size = sum(parameter.numel() for parameter in unet.parameters())
     args.clip = args.clip or ("tiny" if data.is_toy(pipe) else data.H14)
     weighted = needs(args.loss, "weights") and args.group_size > 1
@@ -315,8 +313,8 @@ def train(args, state):
     if args.reference_errors:
         known = cache.ReferenceErrors(args, pairs, pipe)
 
-    # The policy is `unet`, or float32 LoRA weights beside its own; eval(): dropout would part it from the
-    # reference. All that is frozen is held as autocast would cast it, encoders only where nothing else is saved.
+    # The policy is `unet`, or an adapter in it, float32 in every precision; eval(): dropout would part it from
+    # the reference. With an adapter, which alone is saved, all else is held as autocast would cast it.
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(name == "unet" and not args.lora_rank)
@@ -324,7 +322,8 @@ def train(args, state):
                 cast_for_autocast(module, dtype)
     if args.lora_rank:
         torch.manual_seed(args.seed)  # of the adapter's first values
-        unet.add_adapter(peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, init_lora_weights="gaussian",
+        unet.add_adapter(peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank,
+                                         init_lora_weights="gaussian",
                                          target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         cast_for_autocast(unet, dtype)
     for name, module in pipe.components.items():  # from a cache, the encoders serve the samples alone
@@ -333,7 +332,7 @@ def train(args, state):
     if device.type != "mps":  # the faster layout for convolutions
         unet.to(memory_format=torch.channels_last)
     moving = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    policy = torch.compile(unet) if args.compile else unet  # which leaves no trace in `unet`, that is saved
+    policy = torch.compile(unet) if args.compile else unet  # no trace of it is left in `unet`, which is saved
     reference, off = None, contextlib.nullcontext
     if sides == 2 and (args.lora_rank or args.reference_errors):  # before it moves, the policy is its reference
         reference, off = policy, functools.partial(adapter_off, unet) if args.lora_rank else off
@@ -427,7 +426,7 @@ def train(args, state):
             kept.update({name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape
                          else value.clone() for name, value in kept.items() if torch.is_tensor(value)})
         state.clear()
-    ddp = torch.nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
+    ddp = policy if world == 1 else torch.nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
 
     def policy_error(first, inputs):                                                # [sides B]
         if world > 1:  # gradients are averaged over the processes on the last micro-batch of a step alone

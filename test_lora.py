@@ -1,0 +1,581 @@
+"""Adapters, torch.compile, random weights at full size, memory that is short, and a step that never waits."""
+
+import copy
+import functools
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import architectures
+import cache
+import data
+import loss as loss_file
+import resume
+import tiny
+import train
+from conftest import QUICK, launch, log_of
+from loss import adapter_off, cast_for_autocast, denoising_error
+from test_resume import left, same_bits
+from test_train import pair_inputs
+
+STEPS, LOADED = 2, {}  # pipelines by their folder: most of a small run's time is to read a vocabulary
+LORA = "--lora_rank 4 --lr 1e-2"  # at this rate two steps are to be seen
+
+
+def observed(argv, file=None):
+    """train.main's pipeline, and its gradients of every step before they are clipped; these to a file, too."""
+    clip, load, seen = torch.nn.utils.clip_grad_norm_, data.load_pipeline, SimpleNamespace(gradients=[])
+
+    def clip_grad_norm_(parameters, *rest):
+        parameters = list(parameters)
+        seen.gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        return clip(parameters, *rest)
+
+    def load_pipeline(model):
+        if model not in LOADED:
+            LOADED[model] = load(model)
+        tokenizers = [part for name, part in LOADED[model].components.items() if "tokenizer" in name]
+        seen.pipe = copy.deepcopy(LOADED[model], {id(part): part for part in tokenizers})
+        return seen.pipe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
+        patch.setattr(data, "load_pipeline", load_pipeline)
+        patch.setattr(tiny, "STEPS", QUICK)
+        train.main(argv)
+    seen.gradients = seen.gradients[-STEPS:]  # the embedded CLIP is built before, and clips, too
+    if file:
+        torch.save(seen.gradients, file)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def command(small_model, few_pairs):
+    """command(model, options, out): a run of two steps."""
+
+    def command(model, options, out):
+        fixed = f"--steps {STEPS} --batch_size 8 --sample_every 0 --clip tiny --device cpu".split()
+        return [
+            "--model",
+            small_model(model),
+            "--data",
+            few_pairs,
+            "--out",
+            str(out),
+            *fixed,
+            *options.split(),
+        ]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, command):
+    """run(model, options) -> what such a run showed and left in `out`, `log`; runs are kept."""
+
+    @functools.cache
+    def run(model, options):
+        out = tmp_path_factory.mktemp("run") / "out"
+        seen = observed(command(model, options, out))
+        seen.out, seen.log = out, log_of(out)
+        return seen
+
+    return run
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# The adapter
+
+
+RUNS = [("sd", "rpo", "fp32"), ("sdxl", "dpo", "bf16")]
+
+
+@pytest.mark.parametrize("model, loss, precision", RUNS)
+def test_an_adapter_starts_from_the_base_model_and_is_held_against_it(run, model, loss, precision):
+    """Its step 0 is that of a run that trains everything, bit for bit; the reference stays so at step 1."""
+    adapter, whole = (
+        run(model, f"{options} --loss {loss} --precision {precision}").log for options in (LORA, "--lr 1e-3")
+    )
+    assert adapter[0]["reward/margin"] == adapter[0]["reward/chosen"] == 0
+    assert adapter[0]["reward/accuracy"] == 0.5 and adapter[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name in ("loss", "mse/policy_w", "mse/policy_l", "mse/ref_w", "mse/ref_l"):
+        assert adapter[0][name] == whole[0][name]
+    assert (
+        adapter[1]["mse/ref_w"] == whole[1]["mse/ref_w"] and adapter[1]["mse/ref_l"] == whole[1]["mse/ref_l"]
+    )
+    assert adapter[1]["reward/margin"] != 0
+
+
+def test_four_steps_of_an_adapter_are_two_and_two(tmp_path, command):
+    """In two passes: the adapter's first values are drawn anew between, and thrown away."""
+    options = f"{LORA} --micro_batch 2 --steps"
+    for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
+        observed(command("sd", f"{options} {steps}", tmp_path / name))
+    same_bits(left(tmp_path / "two"), left(tmp_path / "four"))
+    with pytest.raises(SystemExit, match="holds a run with --lora_rank 4, not 8"):
+        train.main(command("sd", f"{options} 5 --lora_rank 8", tmp_path / "two"))
+
+
+def test_sft_of_an_adapter_needs_no_reference(run, monkeypatch):
+    monkeypatch.setattr(train, "adapter_off", None)  # calling it would raise
+    trained = run("sd", f"{LORA} --loss sft")
+    assert trained.log[0].keys() == {"step", "loss", "mse/policy_w", "grad_norm", "lr", "pairs_per_second"}
+    assert all(weight.any() for weight in left(trained.out)[0]["unet"].values())
+
+
+@pytest.mark.parametrize("model, loss, precision", RUNS)
+def test_stock_diffusers_draws_with_the_adapter_what_the_run_drew(run, small_model, model, loss, precision):
+    """In bf16 to its rounding: the run's weights lie in another order in memory."""
+    trained, dtype = run(model, f"{LORA} --loss {loss} --precision {precision}"), data.DTYPES[precision]
+    files = sorted(file.name for file in (trained.out / "model").iterdir())
+    assert files == ["README.md", "pytorch_lora_weights.safetensors"]
+
+    def draw(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        noise = [torch.Generator().manual_seed(0)]
+        return data.sample(pipe, ["a red circle"], noise, 3, 5.0, dtype, height=32, width=32)
+
+    stock = DiffusionPipeline.from_pretrained(small_model(model))
+    base = draw(stock)
+    stock.load_lora_weights(trained.out / "model")
+    assert apart(draw(stock), draw(trained.pipe)) < (1e-5 if precision == "fp32" else 5e-3)
+    assert apart(draw(stock), base) > 0.01  # or two base models would agree
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_its_adapter_a_network_is_the_base_model(small_model, dtype):
+    """Bit for bit; and whatever happens inside, the adapter is on afterwards and can be trained."""
+    pipe = data.load_pipeline(small_model("sdxl"))
+    unet, inputs = pipe.unet.eval().requires_grad_(False), pair_inputs(pipe)
+    base = denoising_error(unet, **inputs, dtype=dtype)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    adapter = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in adapter:
+        torch.nn.init.normal_(parameter)
+    cast_for_autocast(unet, dtype)
+    on = denoising_error(unet, **inputs, dtype=dtype)
+    with adapter_off(unet):
+        off = denoising_error(unet, **inputs, dtype=dtype)
+    assert torch.equal(off, base) and not torch.equal(on, base)
+    with pytest.raises(KeyboardInterrupt), adapter_off(unet):
+        raise KeyboardInterrupt
+    assert all(parameter.requires_grad for parameter in adapter)
+    assert torch.equal(denoising_error(unet, **inputs, dtype=dtype), on)
+
+
+def test_what_is_trained_is_float32_and_the_rest_is_the_base_model(run, small_model):
+    """In bf16 the frozen weights that autocast would cast are held so; a learning rate could not move them."""
+    trained = run("sdxl", f"{LORA} --loss dpo --precision bf16")
+    base = data.load_pipeline(small_model("sdxl"))
+    for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        start = getattr(base, part).state_dict()
+        for path, module in getattr(trained.pipe, part).named_modules():
+            light = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and part != "vae"
+            for name, weight in module.named_parameters(recurse=False):
+                assert weight.requires_grad == ("lora_" in path)
+                assert weight.dtype == (torch.bfloat16 if light and "lora_" not in path else torch.float32), (
+                    path
+                )
+                if "lora_" not in path:
+                    there = f"{path}.{name}".replace(".base_layer", "")
+                    assert torch.equal(weight, start.pop(there).to(weight.dtype)), there
+        assert not any(torch.is_floating_point(value) for value in start.values())  # none was passed over
+    adapter = {name: p for name, p in trained.pipe.unet.named_parameters() if "lora_" in name}
+    kept = left(trained.out)[0]["unet"]
+    attentions = sum(path.endswith(("attn1", "attn2")) for path, _ in base.unet.named_modules())
+    assert len(adapter) == 2 * 4 * attentions and kept.keys() == adapter.keys()  # A and B of q, k, v and out
+    assert all(torch.equal(kept[name], adapter[name]) for name in kept)
+    written = load_file(trained.out / "model" / "pytorch_lora_weights.safetensors")
+    assert len(written) == len(kept) and {value.dtype for value in written.values()} == {torch.float32}
+
+
+SGD = "--lora_rank 4 --optimizer sgd --lr 1 --beta 100"  # linear: rounding stays rounding at the second step
+
+
+def check_gradients(got, expected, rounding):
+    """The second step's is of both factors: at the first the one that starts at zero hides the other."""
+    assert not expected[0].all() and expected[1].count_nonzero() > 0.9 * len(expected[1])
+    assert apart(got[0], expected[0]) < rounding and apart(got[1], expected[1]) < 10 * rounding
+
+
+def test_an_adapters_gradient_is_that_of_any_micro_batch(run):
+    """Of a group of 8 in two passes."""
+    check_gradients(run("sd", f"{SGD} --micro_batch 2").gradients, run("sd", SGD).gradients, 1e-5)
+
+
+@pytest.mark.parametrize("micro", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_an_adapters_gradient_is_that_of_any_number_of_processes(tmp_path, run, command, micro):
+    """Of a group of 8 over two processes, in two passes or one."""
+    argv = command("sd", f"{SGD} --micro_batch {micro}", tmp_path / "out")
+    for status, text in launch(tmp_path, 2, observed, argv, str(tmp_path / "gradients")):
+        assert status == 0, text
+    gradients = torch.load(tmp_path / "gradients", weights_only=True)
+    check_gradients(gradients, run("sd", SGD).gradients, 1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing_for_an_adapter(run):
+    plain, saved = run("sd", SGD), run("sd", f"{SGD} --gradient_checkpointing")
+    assert saved.pipe.unet.is_gradient_checkpointing and not plain.pipe.unet.is_gradient_checkpointing
+    check_gradients(saved.gradients, plain.gradients, 1e-6)
+
+
+def test_the_embedded_task_takes_an_adapter_in_bf16(tmp_path, quick_tiny, monkeypatch):
+    """As `train.py --lora_rank 4` has it on CUDA: the judge's samples are of a network held in half."""
+    draw = tiny.drawings  # a hundredth of the task: what it knows does not matter here
+    monkeypatch.setattr(tiny, "drawings", lambda n, *some, **more: draw(n // 100, *some, **more))
+    monkeypatch.setattr(tiny, "pairs", functools.partial(tiny.pairs, 8))
+    monkeypatch.setattr(tiny, "measure", functools.partial(tiny.measure, n=2, steps=1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    argv = "--lora_rank 4 --precision bf16 --steps 1 --batch_size 8 --sample_every 0 --device cpu".split()
+    train.main([*argv, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+# torch.compile
+
+
+def names_of(out):
+    """The names of all tensors that a run leaves, by their file."""
+    files = {str(file.relative_to(out)): sorted(load_file(file)) for file in out.rglob("*.safetensors")}
+    return files | {"checkpoint": sorted(left(out)[0]["unet"])}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("options", ["--lr 1 --optimizer sgd --beta 100", SGD])
+def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatch, options):
+    """In plain SGD, where a difference of rounding in the gradients is one of their size in the weights."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = run("sd", options), run("sd", f"{options} --compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was no fall-back
+    assert names_of(plain.out) == names_of(compiled.out)
+    assert compiled.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    check_gradients(compiled.gradients, plain.gradients, 1e-4) if "lora" in options else None
+    start = data.load_pipeline(small_model("sd")).unet.state_dict()
+    a, b, c = (
+        torch.cat([some[name].flatten() if name in some else torch.zeros(0) for name in names])
+        for names in [sorted(left(plain.out)[0]["unet"])]
+        for some in (left(compiled.out)[0]["unet"], left(plain.out)[0]["unet"], start)
+    )
+    assert (a - b).norm() < 1e-3 * ((b - c).norm() if "lora" not in options else b.norm())
+
+    observed(command("sd", f"{options} --steps 1", out := tmp_path / "out"))
+    observed(command("sd", f"{options} --compile", out))  # a run goes on with it
+    assert names_of(out) == names_of(plain.out) and len(log_of(out)) == STEPS
+    assert log_of(out)[1]["loss"] == pytest.approx(plain.log[1]["loss"], rel=1e-4)
+
+
+# Memory that is short
+
+
+def starved(argv, megabytes):
+    """train.main that may take so much memory over what it holds at the first forward."""
+    first = train.denoising_error
+
+    def error(*some):
+        train.denoising_error = first
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
+        return first(*some)
+
+    train.denoising_error = error
+    train.main(argv)
+
+
+ALL = "--micro_batch 1 or --gradient_checkpointing or --reference_errors FILE (no second UNet) or fewer --workers"
+
+
+@pytest.mark.parametrize(
+    "options, now, anew",
+    [
+        ("--micro_batch 8", ALL, "--lora_rank 16 or --optimizer adafactor or a smaller --resolution"),
+        (
+            "--micro_batch 1 --gradient_checkpointing --lora_rank 4",
+            "fewer --workers",
+            "a smaller --resolution",
+        ),
+    ],
+)
+def test_memory_that_is_short_ends_the_run_in_one_line(tmp_path, command, options, now, anew):
+    """What is in use already is not advised."""
+    argv = command("sd", f"{options} --workers 1 --resolution 256", tmp_path / "out")
+    ((status, text),) = launch(tmp_path, 1, starved, argv, 20)
+    (line,) = (line for line in text.splitlines() if "train.py: " in line)
+    assert status == 1 and "Traceback" not in text, text
+    assert line.startswith("train.py: out of memory (") and "allocate memory" in line
+    assert line.endswith(f"). The same command goes on with {now}; in another --out, {anew} needs less, too")
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
+def test_any_error_of_memory_is_explained(allocate):
+    """Python's own comes without a message."""
+    with pytest.raises((MemoryError, RuntimeError)) as short:
+        allocate()
+    with pytest.raises(SystemExit, match="out of memory .*The same command goes on with --micro_batch 1"):
+        resume.explain(short.value, train.get_args([]))
+
+
+@pytest.mark.parametrize(
+    "options, useless", [("--loss sft", "--reference_errors"), ("--workers 0", "--workers")]
+)
+def test_no_advice_that_is_refused_or_empty(options, useless):
+    """SFT has no reference, and refuses the option; no workers cannot be fewer."""
+    with pytest.raises(SystemExit) as end:
+        resume.explain(MemoryError("out of memory"), train.get_args(options.split()))
+    assert "--gradient_checkpointing" in str(end.value) and useless not in str(end.value)
+
+
+# A step that never waits for the device
+
+
+class Waits:
+    """Where, from a step's first forward to the end of its optimizer's step, the host reads a tensor's value.
+
+    Those are the places at which a GPU is waited for. What reads images and draws noise is on the host anyway,
+    and between the gradient's norm and the optimizer's step the log's numbers are read, once.
+    """
+
+    OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave"}
+    METHODS = {"tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"}
+
+    def __init__(self, patch):
+        self.going, self.stepping, self.reading, self.found, self.watched = False, False, False, [], 0
+        error, clip, catch, within = (
+            train.denoising_error,
+            torch.nn.utils.clip_grad_norm_,
+            resume.catch_signals,
+            resume.within,
+        )
+
+        def denoising_error(*some):
+            self.stepping = self.going  # before the first step, the reference's errors may be read
+            return error(*some)
+
+        def clip_grad_norm_(*some):
+            norm = clip(*some)
+            self.watched, self.stepping = self.watched + self.stepping, False
+            return norm
+
+        def catch_signals():
+            self.going = True
+            return catch()
+
+        def reading(seconds, iterator):
+            items = within(seconds, iterator)
+            while True:
+                self.reading = True
+                item = next(items, None)
+                self.reading = False
+                if item is None:
+                    return
+                yield item
+
+        patch.setattr(train, "denoising_error", denoising_error)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
+        patch.setattr(resume, "catch_signals", catch_signals)
+        patch.setattr(resume, "within", reading)
+
+    def set_stepping(self, value):
+        self.stepping = self.going and value
+
+    def see(self, name):
+        if self.stepping and not self.reading:
+            ours = [frame for frame in traceback.extract_stack() if "test_lora" not in frame.filename][-6:]
+            self.found.append(
+                (name, [f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in ours])
+            )
+
+    def __enter__(self):
+        waits = self
+
+        class Operations(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                name = function._schema.name.removeprefix("aten::")
+                if name == "index" and any(some is not None and some.dtype == torch.bool for some in args[1]):
+                    name = "nonzero"  # of a mask
+                if name in waits.OPERATIONS:
+                    waits.see(name)
+                return function(*args, **kwargs or {})
+
+        class Methods(TorchFunctionMode):  # a CPU's tensor gives a list without an operation
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                if getattr(function, "__name__", "") in waits.METHODS:
+                    waits.see(function.__name__)
+                return function(*args, **kwargs or {})
+
+        self.modes = [Operations(), Methods()]
+        self.hooks = [
+            register_optimizer_step_pre_hook(lambda *_: self.set_stepping(True)),
+            register_optimizer_step_post_hook(lambda *_: self.set_stepping(False)),
+        ]
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, small_model, few_pairs):
+    """The pairs, encoded once by the small SDXL model."""
+    out = str(tmp_path_factory.mktemp("encoded") / "cache")
+    argv = ["--model", small_model("sdxl"), "--data", few_pairs, "--clip", "tiny", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "STEPS", QUICK)
+        cache.main([*argv, "--workers", "1", "--out", out])
+    return out
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        ("sd", "--optimizer adamw --micro_batch 2"),
+        (
+            "sdxl",
+            "--data CACHE --optimizer adafactor --lora_rank 4 --precision bf16 --gradient_checkpointing",
+        ),
+        ("sd", "--optimizer adamw --lora_rank 4 --reference_errors FILE --micro_batch 4 --group_size 4"),
+        pytest.param(
+            "sdxl",
+            "--data CACHE --optimizer adafactor --reference_errors FILE --micro_batch 2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_step_waits_for_the_device_once(
+    tmp_path, command, encoded, monkeypatch, quick_tiny, model, options
+):
+    """With one or several micro-batches, in one pass or two."""
+    options = options.replace("CACHE", encoded).replace("FILE", str(tmp_path / "errors"))
+    with Waits(monkeypatch) as waits:
+        observed(command(model, f"{options} --workers 0", tmp_path / "out"))
+    assert waits.watched == STEPS and waits.found == []
+
+
+def test_a_wait_would_be_seen(tmp_path, command, monkeypatch, quick_tiny):
+    """In every place where a step could hide one: the forward, the loss, the optimizer."""
+    error, rpo, adamw = train.denoising_error, loss_file.rpo_loss, torch.optim.AdamW.step
+
+    def waiting_error(unet, latents, *some):
+        latents[latents > 9]
+        return error(unet, latents, *some)
+
+    @functools.wraps(rpo)
+    def waiting_loss(err_w, *some, **more):
+        if err_w.mean() > 9:
+            raise ValueError
+        err_w.tolist()
+        return rpo(err_w, *some, **more)
+
+    monkeypatch.setattr(train, "denoising_error", waiting_error)
+    monkeypatch.setitem(loss_file.LOSSES, "rpo", waiting_loss)
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        torch.optim.Optimizer.profile_hook_step(
+            lambda self, *some: (self.param_groups[0]["params"][0].sum().item(), adamw(self, *some))[1]
+        ),
+    )
+    with Waits(monkeypatch) as waits:
+        observed(command("sd", "--workers 0", tmp_path / "out"))
+    assert {"nonzero", "_local_scalar_dense", "tolist", "item"} <= {name for name, _ in waits.found}
+
+
+# Random weights at full size
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("sd15", dict(unet=859_520_964, vae=83_653_863, text_encoder=123_060_480)),
+        (
+            "sdxl",
+            dict(unet=2_567_463_684, vae=83_653_863, text_encoder=123_060_480, text_encoder_2=694_659_840),
+        ),
+    ],
+)
+def test_the_architectures_have_their_published_sizes(name, sizes):
+    with torch.device("meta"):  # which has no memory
+        pipe = architectures.build(name)
+    networks = {
+        part: network for part, network in pipe.components.items() if isinstance(network, torch.nn.Module)
+    }
+    assert sizes == {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
+
+
+def test_random_weights_are_always_the_same():
+    """Of seed 0, whatever was drawn before, and without a step of the generator that others draw from."""
+    text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    small = dict(
+        unet=dict(block_out_channels=(32, 32, 32, 32), cross_attention_dim=8, layers_per_block=1),
+        vae=dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1),
+        text_encoder=text,
+    )
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        pipe = architectures.build("sd15", **small)
+        drawn.append([*pipe.unet.parameters(), *pipe.vae.parameters(), *pipe.text_encoder.parameters()])
+        after = torch.rand(1)
+        assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(seed)))
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("program", [train, cache])
+def test_random_weights_of_another_model_are_refused(tmp_path, few_pairs, program):
+    argv = ["--model", "my/model", "--random_init", "--data", few_pairs, "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        program.main(argv)
+    name = {train: "train.py", cache: "data.py"}[program]
+    assert end.value.code == f"{name}: --random_init knows sd15, sdxl, not my/model"
+    assert not (tmp_path / "out").exists()
+
+
+def available():
+    """GB of memory that a new process could have."""
+    return int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) / 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, need", [("sd15", 8), ("sdxl", 18)])
+def test_the_ordinary_command_at_full_size(tmp_path, few_pairs, model, need):
+    """On a machine that has the memory: an adapter of the whole model takes a step."""
+    if available() < need:
+        pytest.skip(f"needs {need} GB of memory")
+    options = "--resolution 64 --lora_rank 4 --steps 1 --batch_size 1 --group_size 1 --micro_batch 1"
+    argv = ["--model", model, "--random_init", "--data", few_pairs, *options.split()]
+    argv += ["--sample_every", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
+    train_py = str(Path(__file__).with_name("train.py"))
+    with open(tmp_path / "text", "w") as text:
+        process = subprocess.Popen([sys.executable, train_py, *argv], stdout=text, stderr=text)
+        _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, (tmp_path / "text").read_text()
+    (record,) = log_of(tmp_path / "out")
+    assert record["loss"] == pytest.approx(math.log(2), abs=1e-6) and record["reward/margin"] == 0
+    print(f"{model}: {usage.ru_maxrss / 1e6:.1f} GB, {usage.ru_utime + usage.ru_stime:.0f} s of a core")
+    assert usage.ru_maxrss < 24e6  # kB
