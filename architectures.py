@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 and SDXL with random weights: their published configurations, and nothing to download.
 
-For benchmarks, and to see that a run fits: `train.py --model sdxl --random_init`. The tokenizer is CLIP's own,
-from the vocabulary that open_clip brings.
+For benchmarks, and to see that a run fits: `train.py --model sdxl --random_init`. The tokenizer is CLIP's,
+with the vocabulary that open_clip brings.
 """
 
 import torch
@@ -50,10 +50,11 @@ def build(name, **smaller):
             text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"]))
     tokenizer = tiny.clip_tokenizer(77)
     if "text_encoder_2" in config:
-        pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet,
-                                         EulerDiscreteScheduler(**SCHEDULE))
+        scheduler = EulerDiscreteScheduler(**SCHEDULE)
+        pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet, scheduler)
     else:
-        pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, PNDMScheduler(skip_prk_steps=True, **SCHEDULE),
-                                       None, None, requires_safety_checker=False)
+        scheduler = PNDMScheduler(skip_prk_steps=True, **SCHEDULE)
+        pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None,
+                                       requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,72 +1,185 @@
-"""What a training step costs: variants of one run side by side, each in its own process (memory: CUDA, Linux).
+"""What a training step costs, side by side in one run: ours, and the step as the peers' scripts take it.
 
-    python bench.py                                        the embedded task, on this machine
-    python bench.py --model sd15 --data my_pairs           options of train.py, given to every variant
+    python bench.py                                                            the embedded model, here
+    python bench.py --model sd15 --random_init --resolution 64 --lora_rank 16  full size, nothing downloaded
+    python bench.py --model sdxl --random_init --data my_pairs                 train.py's options, for all rows
 
-A group that one forward holds takes one pass; a larger one takes two, the first of which has no gradients and
-keeps errors alone: a fourth more of the UNet's arithmetic (policy and reference forward, and the two forwards'
-worth of a backward, are four; a second forward makes five), and the memory of one micro-batch.
+Every row is a process of its own, on the same pairs, model, batch, precision and adapter:
+
+    Diffusion-DPO's way   in every step images are decoded and encoded by the VAE, prompts by the text encoders;
+                          one pair a forward; the reference after the policy; each loss is read as it comes
+    diffusers' way        the same with --micro_batch pairs a forward, as train_diffusion_dpo.py takes it
+    ours                  train.py by DPO: from the pairs, from a cache, with the reference's errors cached as
+                          well; by RPO from the cache: groups that one forward holds, one of the whole batch
+
+Share of peak: the UNet's useful arithmetic (forward and backward of the policy, forward of the reference where
+it runs; counted by torch, nothing twice) over what a large matmul reaches here in the same precision.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
-import re
+import resource
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import architectures
+import cache
+import data
 import train
+from loss import adapter_off, denoising_error, dpo_loss, frozen_reference
+
+STEPS, PAIRS = 8, 64  # steps of a row, the first two of which do not count; pairs of the data that are used
 
 
-def memory(peak=False):
-    """MiB in use, or at most since the last call for what is in use: the GPU's, else (Linux) the process's."""
-    if torch.cuda.is_available():
-        used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return used / 2**20
-    used = re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    return int(used) / 2**10
+def memory(device):
+    """GiB that this process has held at most: of its GPU, else in all (Linux counts in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure(argv):
-    """{"pairs_per_second": median of all steps but the first, "memory": MiB that the first took at most}."""
-    error, clip_grad_norm_, used = train.denoising_error, torch.nn.utils.clip_grad_norm_, []
+def load(args):
+    return architectures.build(args.model) if args.random_init else data.load_pipeline(args.model)
 
-    def before(*inputs):  # the first forward
-        used.append(memory()) if not used else None
-        return error(*inputs)
 
-    def after(*some):  # all backwards of the first step
-        used.append(memory(peak=True)) if len(used) == 1 else None
-        return clip_grad_norm_(*some)
+def ours(argv):
+    """[pairs per second, GiB] of train.py; with --reference_errors also pairs per second of making them."""
+    put, made, args = cache.ReferenceErrors.put, [], train.get_args(argv)
+    cache.ReferenceErrors.put = lambda *some: (put(*some), made.append(time.time()))[0]
+    train.main([*argv, "--steps", str(STEPS), "--sample_every", "0", "--save_every", "0"])
+    log = [json.loads(line) for line in (Path(args.out) / "log.jsonl").read_text().splitlines()]
+    speed = statistics.median(line["pairs_per_second"] for line in log[2:])
+    row = [speed, memory(data.own_device(args.device))]
+    if made:
+        row.append(args.batch_size / statistics.median(b - a for a, b in zip(made[1:], made[2:])))
+    return row
 
-    train.denoising_error, torch.nn.utils.clip_grad_norm_ = before, after
-    with tempfile.TemporaryDirectory() as out:
-        train.main([*argv, "--sample_every", "0", "--save_every", "0", "--out", out])
-        log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return {"pairs_per_second": statistics.median(record["pairs_per_second"] for record in log[1:]),
-            "memory": used[1] - used[0]}
+
+def peers(argv, micro_batch):
+    """(pairs per second, GiB) of the peers' step."""
+    args = train.get_args(argv)
+    device, dtype = data.own_device(args.device), data.DTYPES[args.precision]
+    n = args.batch_size // micro_batch
+    data.quiet()
+    pipe = load(args)
+    pairs = data.PreferencePairs(args.data, data.side(pipe, args.resolution), args.seed, scan=None)
+    moving = train.set_up(args, pipe, device, dtype)
+    reference = pipe.unet if args.lora_rank else frozen_reference(pipe.unet, dtype)
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    optimizer = train.get_optimizer(args, moving.values())
+    alphas_cumprod, seconds = pipe.scheduler.alphas_cumprod.to(device), []
+    batches = iter(torch.utils.data.DataLoader(
+        pairs, collate_fn=data.collate, num_workers=args.workers, pin_memory=device.type == "cuda",
+        batch_sampler=(range(k * micro_batch, (k + 1) * micro_batch) for k in range(STEPS * n))))
+    for _ in range(STEPS):
+        began = time.time()
+        for _ in range(n):
+            batch = next(batches)
+            mean, std = data.encode_images(pipe.vae, batch["pixels"].to(device))
+            latents = (mean + std * torch.randn_like(std)) * pipe.vae.config.scaling_factor
+            latents = latents.transpose(0, 1).flatten(0, 1)                         # [2 B, C, h, w]
+            noise = torch.randn_like(latents[:micro_batch]).repeat(2, 1, 1, 1)
+            t = torch.randint(len(alphas_cumprod), (micro_batch,), device=device).repeat(2)
+            conditioning = data.condition(*data.encode_prompts(pipe, batch["prompt"], dtype),
+                                          batch["time_ids"].to(device))
+            inputs = latents, noise, t, conditioning, alphas_cumprod, "epsilon", dtype
+            err = denoising_error(pipe.unet, *inputs)
+            with torch.no_grad(), adapter_off(reference) if args.lora_rank else contextlib.nullcontext():
+                ref_err = denoising_error(reference, *inputs)
+            loss, _ = dpo_loss(*err.chunk(2), *ref_err.chunk(2), args.beta)
+            (loss / n).backward()
+            loss.item()
+        torch.nn.utils.clip_grad_norm_(moving.values(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.time() - began)
+    return args.batch_size / statistics.median(seconds[2:]), memory(device)
+
+
+def encode(argv):
+    """Pairs per second of data.py, with the loading of its models."""
+    began = time.time()
+    cache.main(argv)
+    return cache.read_manifest(argv[argv.index("--out") + 1])["used"] / (time.time() - began)
+
+
+def arithmetic(argv):
+    """(side, a pair's FLOPs in the policy's forward and backward, in the reference's forward, FLOP/s here)."""
+    args = train.get_args(argv)
+    device, dtype = data.own_device(args.device), data.DTYPES[args.precision]
+    pipe = load(args)
+    pixels = data.side(pipe, args.resolution)
+    train.set_up(args, pipe, torch.device("cpu"), torch.float32)
+    with torch.device("meta"):  # counts without computing
+        unet, side, second = pipe.unet.to("meta"), pixels // pipe.vae_scale_factor, "text_encoder_2"
+        pooled = torch.empty(1, getattr(pipe, second).config.projection_dim) if hasattr(pipe, second) else None
+        states = torch.empty(1, 77, unet.config.cross_attention_dim)
+        conditioning = data.condition(states, pooled, torch.empty(1, 2, 6))
+        inputs = torch.empty(2, unet.config.in_channels, side, side), torch.ones(2)
+        with FlopCounterMode(display=False) as both:
+            unet(*inputs, **conditioning).sample.sum().backward()
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            unet(*inputs, **conditioning)
+    n, best = 8192 if device.type == "cuda" else 2048, 0
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(6):
+        began = time.time()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * n**3 / (time.time() - began))
+    return pixels, both.get_total_flops(), forward.get_total_flops(), best
+
+
+def alone(function, *args):
+    """What a function gives in a new process: its memory is its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def main(argv):
+    argv = ["--batch_size", "16", "--micro_batch", "8", "--data", "tiny", *argv]
+    args = train.get_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        some, encoded, file = (str(Path(folder) / name) for name in ("pairs.parquet", "cache", "errors"))
+        rows = data.read_rows(args.data)
+        rows.select(range(min(PAIRS, len(rows)))).to_parquet(some)
+        number, names = iter(range(99)), ["model", "clip", "device", "precision", "resolution"]
+        own = [word for name in names if (value := getattr(args, name)) for word in (f"--{name}", str(value))]
+
+        def run(*more):
+            return alone(ours, [*argv, *more, "--out", str(Path(folder) / str(next(number)))])
+
+        side, both, forward, peak = alone(arithmetic, argv)
+        own += ["--random_init"] * args.random_init
+        encoding = alone(encode, [*own, "--data", some, "--out", encoded])
+        dpo, cached = ["--data", some, "--loss", "dpo"], ["--data", encoded]
+        theirs, errors = "diffusers' way", "ours, reference's errors cached, too"
+        table = {"Diffusion-DPO's way": alone(peers, [*argv, *dpo], 1),
+                 theirs: alone(peers, [*argv, *dpo], args.micro_batch),
+                 "ours, from the pairs": run(*dpo),
+                 "ours, from the cache": run(*dpo, *cached),
+                 errors: run(*dpo, *cached, "--reference_errors", file)}
+        for group, passes in ((args.micro_batch, "one pass"), (args.batch_size, "two passes")):
+            table[f"RPO from the cache, groups of {group}, {passes}"] = run(
+                *cached, "--loss", "rpo", "--group_size", str(group))
+    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
+    print(f"\n{args.model}, {side} px, {name}, {args.precision}, LoRA rank {args.lora_rank}, {args.batch_size} pairs "
+          f"a step, {args.micro_batch} a forward; a matmul reaches {peak / 1e12:.2f} TFLOP/s, a pair takes "
+          f"{(both + forward) / 1e12:.4f} TFLOP\n")
+    print("| | pairs per second | times diffusers' | GiB at most | share of peak |\n|---|---|---|---|---|")
+    for row, (speed, most, *_) in table.items():
+        share = speed * (both + forward * (len(table[row]) == 2)) / peak
+        print(f"| {row} | {speed:.2f} | {speed / table[theirs][0]:.2f} | {most:.1f} | {share:.0%} |")
+    print(f"\nOnce: encoding {encoding:.2f} pairs per second, the reference's errors {table[errors][2]:.2f}")
 
 
 if __name__ == "__main__":
-    options = ["--batch_size", "64", "--micro_batch", "8", "--steps", "8", *sys.argv[1:]]
-    args = train.get_args(options)
-    if args.loss != "rpo":
-        sys.exit(f"bench.py: --loss {args.loss} has no groups; take rpo")
-    groups = {"one pass": args.micro_batch, "two passes": args.batch_size}
-    rows = {}
-    for name, group in groups.items():
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            rows[name] = process.submit(measure, [*options, "--group_size", str(group)]).result()
-    print(f"\n{args.model}, {args.device}, {args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a "
-          "forward\n")
-    print("| group | pairs per second | step, relative | MiB of a step |\n|---|---|---|---|")
-    base = rows["one pass"]["pairs_per_second"]
-    for name, row in rows.items():
-        print(f"| {groups[name]}, {name} | {row['pairs_per_second']:.2f} | {base / row['pairs_per_second']:.2f} "
-              f"| {row['memory']:.0f} |")
+    main(sys.argv[1:])

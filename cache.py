@@ -13,8 +13,8 @@ VAE, text encoders and CLIP never change in training, and take a third of a step
                                 clip [n, 2, E'], row [n] and prompt [n], its numbers in the data and above
 
 Parquet is read a row group at a time, from the hub, too: no copy of the data set is made. Every file is a
-function of the arguments, since its encode batches are. So any number of processes writes the same files (bits
-may differ between devices and numbers of threads), and, killed, the same command goes on with those missing.
+function of the arguments, since its encode batches are. So any number of processes writes the same files, but
+for rounding between devices and numbers of threads, and, killed, the same command goes on with those missing.
 """
 
 import resume  # first, to know the launcher
@@ -128,8 +128,8 @@ def write(file, tensors, metadata=None):
         part.replace(file)
     except OSError as error:
         part.unlink(missing_ok=True)
-        fail(f"{file} cannot be written ({data.brief(error)}). What is written is kept: with more room the same "
-             "command goes on")
+        fail(f"{file} cannot be written ({data.brief(error)}). What is written is kept: with more room the "
+             "same command goes on")
 
 
 def whole(file):
@@ -191,7 +191,7 @@ def build(args):
     begun = read_manifest(out) if is_cache(out) else manifest
     for name, value in manifest.items():
         if begun.get(name) != value:
-            fail(f"{out} was begun with {name} {begun.get(name)}, not {value}; give another --out, or remove it")
+            fail(f"{out} was begun with {name} {begun.get(name)}, not {value}; give another --out")
     if rank == 0:
         resume.write(out / "prompts.json", json.dumps(prompts))
         resume.write(out / "manifest.json", json.dumps(begun, indent=1))
@@ -219,8 +219,8 @@ def build(args):
             parts.append(part | {
                 "time_ids": torch.stack([item["time_ids"] for item in items]), "row": torch.tensor(rows),
                 "prompt": torch.tensor([number[pairs.caption(row)] for row in rows])})
-        tensors = stack(parts, data.DTYPES[args.store]) if parts else dict.fromkeys(("row", "prompt"), torch.zeros(0, dtype=torch.int64))
-        write(file, tensors, {"unreadable": json.dumps(bad)})
+        none = dict.fromkeys(("row", "prompt"), torch.zeros(0, dtype=torch.int64))
+        write(file, stack(parts, data.DTYPES[args.store]) if parts else none, {"unreadable": json.dumps(bad)})
 
     def encode_prompts(file, some):
         parts = []
@@ -231,10 +231,10 @@ def build(args):
             parts.append({name: value for name, value in part.items() if value is not None})
         write(file, stack(parts, data.DTYPES[args.store]))
 
+    kinds = ("prompts", encode_prompts, prompts), ("pairs", encode_pairs, pairs.pairs)
     work = [(out / f"{kind}-{k // SHARD:05d}.safetensors", encode, items[k:k + SHARD])
-            for kind, encode, items in (("prompts", encode_prompts, prompts), ("pairs", encode_pairs, pairs.pairs))
-            for k in range(0, len(items), SHARD)]
-    mine = work[rank * len(work) // world:(rank + 1) * len(work) // world]  # neighbours: row groups are read once
+            for kind, encode, items in kinds for k in range(0, len(items), SHARD)]
+    mine = work[rank * len(work) // world:(rank + 1) * len(work) // world]  # neighbours share row groups
     bar = tqdm(total=sum(len(items) for *_, items in mine), desc="encode", disable=rank > 0)
     for file, encode, items in mine:
         if whole(file):
@@ -258,14 +258,15 @@ def finish(out, manifest, pairs, files):
     part = out / f"manifest.json.{data.torchrun()[0]}.part"  # two processes may finish at once
     part.write_text(json.dumps(manifest | pairs.report() | {"files": sizes}, indent=1))
     part.replace(out / "manifest.json")
-    print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, {bad} "
-          "that cannot be read; {size:.3f} GB".format(out=out, bad=len(pairs.unreadable),
-                                                      size=sum(sizes.values()) / 1e9, **pairs.report()))
+    print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, "
+          "{bad} that cannot be read; {size:.3f} GB".format(
+              out=out, bad=len(pairs.unreadable), size=sum(sizes.values()) / 1e9, **pairs.report()))
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(prog="data.py", usage="python data.py --out CACHE [options]", allow_abbrev=False,
-                                description="Encode preference pairs once; train with --data CACHE.")
+    p = argparse.ArgumentParser(
+        prog="data.py", usage="python data.py --out CACHE [options]", allow_abbrev=False,
+        description="Encode preference pairs once; train with --data CACHE.")
     p.error = lambda message: fail(message) if data.torchrun()[1] == 0 else sys.exit(1)
     flag, add = argparse.BooleanOptionalAction, p.add_argument
     add("--out", required=True, metavar="CACHE", help="the cache's folder; started again, it goes on")
@@ -288,7 +289,7 @@ def get_args(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     known = data.MODELS.get(args.model, {})
-    args.data = args.data or known.get("data") or p.error(f"--model {args.model} is no preset, so it needs --data")
+    args.data = args.data or known.get("data") or p.error(f"--model {args.model} is no preset, give --data")
     args.clip = args.clip or ("ViT-H-14:random" if args.random_init else known.get("clip"))
     if args.random_init and args.model not in architectures.CONFIGS:
         p.error(f"--random_init knows {', '.join(architectures.CONFIGS)}, not {args.model}")
@@ -338,7 +339,7 @@ def read_manifest(source):
 
 
 def settings(source, fail):
-    """What a cache of pairs decides of a run, {} for other data; `fail` is called where it is not finished."""
+    """What a cache decides of a run, {} for other data; `fail` is called where it is not finished."""
     if not is_cache(source):
         return {}
     manifest = read_manifest(source)
@@ -353,8 +354,8 @@ def check(source, pipe, model):
     manifest = read_manifest(source)
     for name, digest in encoders(pipe).items():
         if manifest["encoders"].get(name) != digest:
-            sys.exit(f"train.py: the pairs of {source} were encoded by {manifest['model']}, whose {name} is not "
-                     f"that of {model}; give that model, or encode the pairs once more")
+            sys.exit(f"train.py: the pairs of {source} were encoded by {manifest['model']}, whose {name} is "
+                     f"not that of {model}; give that model, or encode the pairs once more")
 
 
 class CachedPairs(data.PreferencePairs):
@@ -373,8 +374,8 @@ class CachedPairs(data.PreferencePairs):
             if not there.exists() or there.stat().st_size != size:
                 how = f"has {there.stat().st_size} bytes, not {size}" if there.exists() else "is missing"
                 sys.exit(f"data: {there} {how}; the command of data.py that made the cache writes it anew")
-        self.rows, self.ties, self.unlabelled = range(manifest["rows"]), manifest["ties"], manifest["unlabelled"]
-        self.unreadable, self.shard = set(manifest["unreadable"]), manifest["shard"]
+        self.ties, self.unlabelled, self.shard = (manifest[key] for key in ("ties", "unlabelled", "shard"))
+        self.rows, self.unreadable = range(manifest["rows"]), set(manifest["unreadable"])
         self.prompts = json.loads((self.folder / "prompts.json").read_text())
         shards = [self.open(name) for name in sorted(manifest["files"]) if name.startswith("pairs-")]
         rows = [shard.get_tensor("row").numpy() for shard in shards]
@@ -421,10 +422,10 @@ class CachedPairs(data.PreferencePairs):
 
 
 class ReferenceErrors:
-    """err_ref of a run's pairs, [steps, batch, 2] (winner, loser) float32, in a safetensors file; NaN: not yet.
+    """err_ref of a run's pairs, [steps, batch, 2] (winner, loser) float32, in a safetensors file; or NaN.
 
-    A run's timestep and noise are functions of (seed, step, position), and so are these: exact, to the last bit,
-    at the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not
+    A run's timestep and noise are functions of (seed, step, position), and so are these: exact, to the bit, at
+    the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not
     see (loss, beta, tau, group, learning rate, LoRA rank) share one file.
 
     raises  SystemExit, in one line, where the file is of another run, by what differs
@@ -435,7 +436,7 @@ class ReferenceErrors:
 
     def __init__(self, args, pairs, pipe):
         self.file, self.saved = Path(args.reference_errors).expanduser(), time.time()
-        schedule = {name: str(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+        schedule = {name: str(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}
         self.identity = {name: getattr(args, name) for name in self.SEEN} | {
             "group_size": args.group_size if args.group_noise != "own" else None, "data": pairs.digest(),
             "model": {"unet": data.digest(pipe.unet), "schedule": schedule} | encoders(pipe)}
@@ -447,11 +448,11 @@ class ReferenceErrors:
             with safe_open(self.file, "pt") as shard:
                 theirs, kept = json.loads(shard.metadata()["identity"]), shard.get_tensor("errors")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            sys.exit(f"train.py: --reference_errors {self.file} cannot be read ({data.brief(error)}); give another")
+            sys.exit(f"train.py: --reference_errors {self.file} cannot be read ({data.brief(error)})")
         for name, value in self.identity.items():
             if theirs.get(name) != value:
-                sys.exit(f"train.py: --reference_errors {self.file} is of a run with {name} {theirs.get(name)}, "
-                         f"not {value}; give another file")
+                sys.exit(f"train.py: --reference_errors {self.file} is of a run with {name} "
+                         f"{theirs.get(name)}, not {value}; give another file")
         self.errors = torch.cat([kept, self.errors[len(kept):]])
 
     def missing(self, steps):
@@ -466,7 +467,7 @@ class ReferenceErrors:
             self.save()
 
     def save(self):
-        part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")  # runs of a sweep may make it at once
+        part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")  # for a sweep's other runs
         try:
             part.write_bytes(save({"errors": self.errors}, {"identity": json.dumps(self.identity)}))
             part.replace(self.file)

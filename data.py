@@ -362,7 +362,7 @@ def load_pipeline(model):
 
 
 def side(pipe, wanted=None):
-    """The side of the training images, pixels: `wanted`, or the model's own. SystemExit if it does not fit."""
+    """The side of the training images, pixels: `wanted`, or the model's own. SystemExit if it will not do."""
     least = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if wanted and wanted % least:
         raise SystemExit(f"model: --resolution {wanted} is no multiple of {least}, as this model needs")
@@ -391,10 +391,11 @@ def encode_prompts(pipe, prompts, dtype=torch.float32):
     at_once = 1 if device.type == "cpu" else len(prompts)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         parts = [pipe.encode_prompt(prompts[i:i + at_once], device=device, num_images_per_prompt=1,
-                                    do_classifier_free_guidance=False) for i in range(0, len(prompts), at_once)]
+                                    do_classifier_free_guidance=False)
+                 for i in range(0, len(prompts), at_once)]
     states, _, *pooled = (torch.cat(some).float() if some[0] is not None else None for some in zip(*parts))
     zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
-    keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts]).to(device, non_blocking=True)[:, None]
+    keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts])[:, None].to(device)
     return states * keep[:, None], pooled[0] * keep if pooled else None
 
 
@@ -414,14 +415,15 @@ def condition(states, pooled, time_ids):
 
 @torch.no_grad()
 def encode_images(vae, pixels):
-    """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W], before the scaling factor.
+    """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W], before the scaling.
 
-    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few pairs at a time: at 1024 px one
-    activation of 16 pairs would have 2^32 elements. On a CPU one by one, which is no slower: a pair's latents are
-    the same bits in any batch.
+    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few pairs at a time: at 1024 px
+    one activation of 16 pairs would have 2^32 elements. On a CPU one by one, which is no slower: a pair's
+    latents are the same bits in any batch.
     """
-    parts = pixels.split(1 if vae.device.type == "cpu" else max(1, 2 ** 21 // pixels[0, 0, 0].numel()))
-    posteriors = [vae.encode(part.flatten(0, 1).to(vae.device, non_blocking=True)).latent_dist for part in parts]
+    at_once = 1 if vae.device.type == "cpu" else max(1, 2 ** 21 // pixels[0, 0, 0].numel())
+    posteriors = [vae.encode(part.flatten(0, 1).to(vae.device, non_blocking=True)).latent_dist
+                  for part in pixels.split(at_once)]
     return (torch.cat([some.mean for some in posteriors]).unflatten(0, pixels.shape[:2]),
             torch.cat([some.std for some in posteriors]).unflatten(0, pixels.shape[:2]))
 

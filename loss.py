@@ -60,8 +60,8 @@ def cast_for_autocast(network, dtype):
     """`network`, its frozen Linear and Conv weights cast in place, as autocast would in every forward.
 
     All other parameters stay float32, as autocast leaves them, so that under autocast to `dtype` the numbers
-    are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So does what is trained,
-    LoRA: in bf16 a learning rate of 1e-5 would not move it.
+    are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So do those that train
+    (an adapter's): in bf16 a learning rate of 1e-5 would not move them.
     """
     for module in network.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
@@ -76,7 +76,7 @@ def frozen_reference(unet, dtype=torch.float32):
 
 @contextlib.contextmanager
 def adapter_off(unet):
-    """`unet` without its LoRA adapter: the reference of a policy that is an adapter; on again on any way out."""
+    """`unet` without its LoRA adapter, the reference of a policy that is one; on again on any way out."""
     unet.disable_adapters()
     try:
         yield unet

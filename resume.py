@@ -21,8 +21,8 @@ import time
 import torch
 
 MAY_CHANGE = {  # when a run goes on; anything else would make it another run
-    "steps", "micro_batch", "save_every", "sample_every", "gradient_checkpointing", "compile", "reference_errors",
-    "workers", "data_timeout", "device", "out", "dry_run"}
+    "steps", "micro_batch", "save_every", "sample_every", "gradient_checkpointing", "compile",
+    "reference_errors", "workers", "data_timeout", "device", "out", "dry_run"}
 RELIEF = [  # of memory: an option, whether it is used already, whether the same run may take it
     ("--micro_batch 1", lambda args: args.micro_batch == 1, True),
     ("--gradient_checkpointing", lambda args: args.gradient_checkpointing, True),
@@ -155,13 +155,13 @@ def within(seconds, iterator):
 
 def explain(error, args):
     """Ends the process in one line where a library's error has a known meaning; else does nothing."""
-    if isinstance(error, MemoryError) or re.search("out of memory|n't allocate mem|annot allocate mem", str(error)):
+    words = (str(error).strip() or type(error).__name__).splitlines()
+    if re.search("out of memory|MemoryError|(can't|annot) allocate memory", str(error) or words[0]):
         now, anew = ([name for name, used, may in RELIEF if may == same and not used(args)]
                      for same in (True, False))
-        sys.exit(f"train.py: out of memory ({str(error).strip().splitlines()[0]:.200}). The same command goes on "
-                 f"with {' or '.join([*now, 'fewer --workers'])}; in another --out, {' or '.join(anew)} needs less, "
-                 "too")
+        sys.exit(f"train.py: out of memory ({words[0]:.200}). The same command goes on with "
+                 f"{' or '.join([*now, 'fewer --workers'])}; in another --out, {' or '.join(anew)} helps")
     for words, meaning in MEANINGS.items():
         if re.search(words, str(error)):
-            sys.exit(f"train.py: {meaning} ({str(error).strip().splitlines()[-1]}). The same command goes on "
+            sys.exit(f"train.py: {meaning} ({words[-1]}). The same command goes on "
                      "from the last checkpoint")

@@ -113,8 +113,12 @@ def test_a_cache_streams_the_same_pairs_in_the_same_order(encoded, few_pairs):
         assert torch.equal(a["time_ids"], b["time_ids"])
         assert b["states"].any() == b["pooled"].any() == bool(a["prompt"])  # SDXL: a dropped prompt is zeros
     assert plain.report() == cached.report()
-    loaded = torch.utils.data.DataLoader(cached, batch_sampler=[[0, 1], [2]], num_workers=1, collate_fn=data.collate)
-    assert torch.equal(torch.cat([batch["mean"] for batch in loaded]), torch.stack([cached[k]["mean"] for k in range(3)]))
+    loaded = torch.utils.data.DataLoader(
+        cached, batch_sampler=[[0, 1], [2]], num_workers=1, collate_fn=data.collate
+    )
+    assert torch.equal(
+        torch.cat([batch["mean"] for batch in loaded]), torch.stack([cached[k]["mean"] for k in range(3)])
+    )
 
 
 def test_flips_and_crops_are_those_of_the_first_epoch(encoded, few_pairs, small_model, run):
@@ -148,9 +152,9 @@ def test_every_prompt_is_encoded_once(encoded, few_pairs):
     pairs = data.PreferencePairs(few_pairs, 32)
     assert prompts[0] == "" and sorted(prompts[1:]) == sorted({pairs.caption(row) for row in pairs.pairs})
     files = sorted(encoded("sd").glob("prompts-*.safetensors"))
-    assert [len(load_file(file)["states"]) for file in files] == [5] * (len(prompts) // 5) + [len(prompts) % 5] * (
-        len(prompts) % 5 > 0
-    )
+    assert [len(load_file(file)["states"]) for file in files] == [5] * (len(prompts) // 5) + [
+        len(prompts) % 5
+    ] * (len(prompts) % 5 > 0)
 
 
 # Building it
@@ -193,7 +197,9 @@ def test_killed_and_continued_gives_the_same_files(tmp_path, small_model, few_pa
         assert before.items() <= now.items() and len(now) == len(before) + number - 1
         before = now
     with pytest.raises(SystemExit, match="is not finished; the command of data.py that began it goes on"):
-        train.main(["--model", small_model("sd"), "--data", str(tmp_path / "c"), "--out", str(tmp_path / "out")])
+        train.main(
+            ["--model", small_model("sd"), "--data", str(tmp_path / "c"), "--out", str(tmp_path / "out")]
+        )
     ((status, text),) = launch(tmp_path / "logs", 1, encode_as_told, None, 0, argv)
     assert status == 0, text
     assert contents(tmp_path / "c") == contents(encoded("sd"))
@@ -244,8 +250,11 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
         assert all(streamed[k][name] == row[name] for name in ("jpg_0", "jpg_1"))
     assert read == [*range(8)]
 
-    monkeypatch.setattr(cache, "stream", lambda source: cache.Streamed(
-        [f"/hub/data/train-{k}.parquet" for k in (0, 1)], memory))
+    monkeypatch.setattr(
+        cache,
+        "stream",
+        lambda source: cache.Streamed([f"/hub/data/train-{k}.parquet" for k in (0, 1)], memory),
+    )
     encode("--model", small_model("sd"), "--data", few_pairs, "--out", str(tmp_path / "c"))
     assert contents(tmp_path / "c") == contents(encoded("sd"))
 
@@ -264,9 +273,9 @@ def test_files_that_cannot_be_streamed_are_refused(monkeypatch):
 
 def test_jsonl_and_drawn_pairs_are_encoded_too(tmp_path, small_model):
     for k in range(3):
-        tiny.draw(tiny.SCENES[k], True, np.random.default_rng(k) if False else __import__("random").Random(k)).save(
-            tmp_path / f"{k}.png"
-        )
+        tiny.draw(
+            tiny.SCENES[k], True, np.random.default_rng(k) if False else __import__("random").Random(k)
+        ).save(tmp_path / f"{k}.png")
     (tmp_path / "pairs.jsonl").write_text(
         "\n".join(json.dumps({"prompt": f"p{k}", "chosen": f"{k}.png", "rejected": "0.png"}) for k in (1, 2))
     )
@@ -324,7 +333,9 @@ def test_the_cache_of_another_model_is_refused(tmp_path, small_model, encoded, p
 
 @pytest.mark.parametrize("name", ["pairs-00002.safetensors", "prompts-00000.safetensors", "prompts.json"])
 @pytest.mark.parametrize("fault, complaint", [("missing", "is missing"), ("truncated", "has .* bytes, not")])
-def test_a_damaged_cache_is_refused_and_mended(tmp_path, encoded, small_model, few_pairs, name, fault, complaint):
+def test_a_damaged_cache_is_refused_and_mended(
+    tmp_path, encoded, small_model, few_pairs, name, fault, complaint
+):
     shutil.copytree(encoded("sd"), folder := tmp_path / "c")
     file = folder / name
     content = file.read_bytes()
@@ -383,7 +394,14 @@ def test_a_wrong_label_is_refused_before_anything_is_encoded(tmp_path, small_mod
     rows[2] |= {"label_0": 2.0}
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(SystemExit, match="have a label_0 other than 0, 0.5 or 1.*row 2"):
-        encode("--model", small_model("sd"), "--data", str(tmp_path / "train.parquet"), "--out", str(tmp_path / "c"))
+        encode(
+            "--model",
+            small_model("sd"),
+            "--data",
+            str(tmp_path / "train.parquet"),
+            "--out",
+            str(tmp_path / "c"),
+        )
 
 
 # The reference's errors
@@ -401,7 +419,11 @@ def test_cached_reference_errors_train_to_the_same_bits(run, encoded, tmp_path, 
     for where, name in ((train, "frozen_reference"), (train, "adapter_off"), (cache.ReferenceErrors, "put")):
         monkeypatch.setattr(where, name, never)
     second = run("sd", encoded("sd"), *options, *file, name="second")
-    assert torch.equal(plain[1], first[1]) and torch.equal(plain[2], first[2]) and torch.equal(plain[2], second[2])
+    assert (
+        torch.equal(plain[1], first[1])
+        and torch.equal(plain[2], first[2])
+        and torch.equal(plain[2], second[2])
+    )
     assert lines(plain[0]) == lines(first[0]) == lines(second[0])
     assert lines(plain[0])[2]["reward/margin"] != 0
 
@@ -417,7 +439,9 @@ def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch
     file = ["--reference_errors", str(tmp_path / "errors")]
     run("sd", encoded("sd"), *file, name="first")
     put, steps = cache.ReferenceErrors.put, []
-    monkeypatch.setattr(cache.ReferenceErrors, "put", lambda self, step, *some: steps.append(step) or put(self, step, *some))
+    monkeypatch.setattr(
+        cache.ReferenceErrors, "put", lambda self, step, *some: steps.append(step) or put(self, step, *some)
+    )
     other = "--loss dpo --beta 10 --tau 1 --group_size 2 --lr 1e-4 --lora_rank 2 --optimizer sgd".split()
     run("sd", encoded("sd"), *file, *other, name="other")
     assert steps == []
@@ -430,7 +454,9 @@ def test_processes_compute_the_same_reference_errors(run, encoded, small_model, 
     run("sd", encoded("sd"), *file)
     argv = ["--model", small_model("sd"), "--data", str(encoded("sd")), "--out", str(tmp_path / "out")]
     argv += "--steps 3 --batch_size 8 --micro_batch 4 --sample_every 0 --device cpu --lr 1e-3".split()
-    for status, text in launch(tmp_path / "logs", 2, train.main, [*argv, "--reference_errors", str(tmp_path / "two")]):
+    for status, text in launch(
+        tmp_path / "logs", 2, train.main, [*argv, "--reference_errors", str(tmp_path / "two")]
+    ):
         assert status == 0, text
     one, two = (load_file(tmp_path / name)["errors"] for name in ("one", "two"))
     assert one.shape == (3, 8, 2) and torch.equal(one, two)
@@ -455,7 +481,9 @@ def test_reference_errors_of_another_run_are_refused(run, encoded, tmp_path, opt
     assert not (tmp_path / "other").exists()
 
 
-def test_reference_errors_of_another_model_other_data_or_damaged_are_refused(run, encoded, few_pairs, tmp_path):
+def test_reference_errors_of_another_model_other_data_or_damaged_are_refused(
+    run, encoded, few_pairs, tmp_path
+):
     file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
     run("sd", few_pairs, *file)
     with pytest.raises(SystemExit, match="is of a run with data"):

@@ -34,13 +34,22 @@ from loss import adapter_off, cast_for_autocast, denoising_error
 from test_resume import left, same_bits
 from test_train import pair_inputs
 
-STEPS, LOADED = 2, {}  # pipelines by their folder: most of a small run's time is to read a vocabulary
+STEPS = 2
 LORA = "--lora_rank 4 --lr 1e-2"  # at this rate two steps are to be seen
+
+
+loaded = functools.cache(data.load_pipeline)
+
+
+def fresh(folder):
+    """What data.load_pipeline gives, read once: most of a small run's time is to read a vocabulary."""
+    tokenizers = [part for name, part in loaded(folder).components.items() if "tokenizer" in name]
+    return copy.deepcopy(loaded(folder), {id(part): part for part in tokenizers})
 
 
 def observed(argv, file=None):
     """train.main's pipeline, and its gradients of every step before they are clipped; these to a file, too."""
-    clip, load, seen = torch.nn.utils.clip_grad_norm_, data.load_pipeline, SimpleNamespace(gradients=[])
+    clip, seen = torch.nn.utils.clip_grad_norm_, SimpleNamespace(gradients=[])
 
     def clip_grad_norm_(parameters, *rest):
         parameters = list(parameters)
@@ -48,10 +57,7 @@ def observed(argv, file=None):
         return clip(parameters, *rest)
 
     def load_pipeline(model):
-        if model not in LOADED:
-            LOADED[model] = load(model)
-        tokenizers = [part for name, part in LOADED[model].components.items() if "tokenizer" in name]
-        seen.pipe = copy.deepcopy(LOADED[model], {id(part): part for part in tokenizers})
+        seen.pipe = fresh(model)
         return seen.pipe
 
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +67,7 @@ def observed(argv, file=None):
         train.main(argv)
     seen.gradients = seen.gradients[-STEPS:]  # the embedded CLIP is built before, and clips, too
     if file:
-        torch.save(seen.gradients, file)
+        torch.save(seen.gradients, f"{file}-{data.torchrun()[0]}")
     return seen
 
 
@@ -111,17 +117,18 @@ RUNS = [("sd", "rpo", "fp32"), ("sdxl", "dpo", "bf16")]
 
 @pytest.mark.parametrize("model, loss, precision", RUNS)
 def test_an_adapter_starts_from_the_base_model_and_is_held_against_it(run, model, loss, precision):
-    """Its step 0 is that of a run that trains everything, bit for bit; the reference stays so at step 1."""
+    """Its step 0 is that of a run that trains everything, to rounding: weights may lie in another order in
+    memory. So is the reference at step 1, when the adapter has moved."""
     adapter, whole = (
         run(model, f"{options} --loss {loss} --precision {precision}").log for options in (LORA, "--lr 1e-3")
     )
     assert adapter[0]["reward/margin"] == adapter[0]["reward/chosen"] == 0
     assert adapter[0]["reward/accuracy"] == 0.5 and adapter[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    for name in ("loss", "mse/policy_w", "mse/policy_l", "mse/ref_w", "mse/ref_l"):
-        assert adapter[0][name] == whole[0][name]
-    assert (
-        adapter[1]["mse/ref_w"] == whole[1]["mse/ref_w"] and adapter[1]["mse/ref_l"] == whole[1]["mse/ref_l"]
-    )
+    close = functools.partial(pytest.approx, rel=1e-6 if precision == "fp32" else 5e-4)
+    for name in ("mse/policy_w", "mse/policy_l", "mse/ref_w", "mse/ref_l"):
+        assert adapter[0][name] == close(whole[0][name])
+    for name in ("mse/ref_w", "mse/ref_l"):
+        assert adapter[1][name] == close(whole[1][name])
     assert adapter[1]["reward/margin"] != 0
 
 
@@ -144,7 +151,7 @@ def test_sft_of_an_adapter_needs_no_reference(run, monkeypatch):
 
 @pytest.mark.parametrize("model, loss, precision", RUNS)
 def test_stock_diffusers_draws_with_the_adapter_what_the_run_drew(run, small_model, model, loss, precision):
-    """In bf16 to its rounding: the run's weights lie in another order in memory."""
+    """To rounding, in whatever order the run's weights lie in memory."""
     trained, dtype = run(model, f"{LORA} --loss {loss} --precision {precision}"), data.DTYPES[precision]
     files = sorted(file.name for file in (trained.out / "model").iterdir())
     assert files == ["README.md", "pytorch_lora_weights.safetensors"]
@@ -164,7 +171,7 @@ def test_stock_diffusers_draws_with_the_adapter_what_the_run_drew(run, small_mod
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_its_adapter_a_network_is_the_base_model(small_model, dtype):
     """Bit for bit; and whatever happens inside, the adapter is on afterwards and can be trained."""
-    pipe = data.load_pipeline(small_model("sdxl"))
+    pipe = fresh(small_model("sdxl"))
     unet, inputs = pipe.unet.eval().requires_grad_(False), pair_inputs(pipe)
     base = denoising_error(unet, **inputs, dtype=dtype)
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
@@ -185,7 +192,7 @@ def test_without_its_adapter_a_network_is_the_base_model(small_model, dtype):
 def test_what_is_trained_is_float32_and_the_rest_is_the_base_model(run, small_model):
     """In bf16 the frozen weights that autocast would cast are held so; a learning rate could not move them."""
     trained = run("sdxl", f"{LORA} --loss dpo --precision bf16")
-    base = data.load_pipeline(small_model("sdxl"))
+    base = loaded(small_model("sdxl"))
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         start = getattr(base, part).state_dict()
         for path, module in getattr(trained.pipe, part).named_modules():
@@ -208,7 +215,7 @@ def test_what_is_trained_is_float32_and_the_rest_is_the_base_model(run, small_mo
     assert len(written) == len(kept) and {value.dtype for value in written.values()} == {torch.float32}
 
 
-SGD = "--lora_rank 4 --optimizer sgd --lr 1 --beta 100"  # linear: rounding stays rounding at the second step
+SGD = "--lora_rank 4 --optimizer sgd --lr 1 --weight_decay 0 --beta 100"  # linear: rounding stays rounding at the second step
 
 
 def check_gradients(got, expected, rounding):
@@ -228,7 +235,7 @@ def test_an_adapters_gradient_is_that_of_any_number_of_processes(tmp_path, run, 
     argv = command("sd", f"{SGD} --micro_batch {micro}", tmp_path / "out")
     for status, text in launch(tmp_path, 2, observed, argv, str(tmp_path / "gradients")):
         assert status == 0, text
-    gradients = torch.load(tmp_path / "gradients", weights_only=True)
+    gradients = torch.load(tmp_path / "gradients-0", weights_only=True)
     check_gradients(gradients, run("sd", SGD).gradients, 1e-5)
 
 
@@ -255,30 +262,33 @@ def test_the_embedded_task_takes_an_adapter_in_bf16(tmp_path, quick_tiny, monkey
 
 def names_of(out):
     """The names of all tensors that a run leaves, by their file."""
-    files = {str(file.relative_to(out)): sorted(load_file(file)) for file in out.rglob("*.safetensors")}
-    return files | {"checkpoint": sorted(left(out)[0]["unet"])}
+    files = (out / "model").rglob("*.safetensors")
+    names = {str(file.relative_to(out)): sorted(load_file(file)) for file in files}
+    return names | {"checkpoint": sorted(left(out)[0]["unet"])}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("options", ["--lr 1 --optimizer sgd --beta 100", SGD])
-def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatch, options):
-    """In plain SGD, where a difference of rounding in the gradients is one of their size in the weights."""
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatch, kind):
+    """In plain SGD, where weights move by the gradients: what is fused otherwise rounds otherwise, at 1e-7 each."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    options = SGD if kind == "adapter" else SGD.replace("--lora_rank 4 ", "")
     plain, compiled = run("sd", options), run("sd", f"{options} --compile")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was no fall-back
     assert names_of(plain.out) == names_of(compiled.out)
     assert compiled.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    check_gradients(compiled.gradients, plain.gradients, 1e-4) if "lora" in options else None
-    start = data.load_pipeline(small_model("sd")).unet.state_dict()
-    a, b, c = (
-        torch.cat([some[name].flatten() if name in some else torch.zeros(0) for name in names])
-        for names in [sorted(left(plain.out)[0]["unet"])]
-        for some in (left(compiled.out)[0]["unet"], left(plain.out)[0]["unet"], start)
+    for k in range(STEPS):
+        assert apart(compiled.gradients[k], plain.gradients[k]) < 1e-4
+    start = loaded(small_model("sd")).unet.state_dict()
+    weights = [left(some.out)[0]["unet"] for some in (compiled, plain)]
+    a, b = (  # how far they have moved; of an adapter, the factors that start at zero
+        torch.cat([(w - start.get(name, 0)).flatten() for name, w in some.items() if "lora_A" not in name])
+        for some in weights
     )
-    assert (a - b).norm() < 1e-3 * ((b - c).norm() if "lora" not in options else b.norm())
+    assert apart(a, b) < 1e-4 and a.norm() > 0.01
 
     observed(command("sd", f"{options} --steps 1", out := tmp_path / "out"))
     observed(command("sd", f"{options} --compile", out))  # a run goes on with it
@@ -289,15 +299,15 @@ def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatc
 # Memory that is short
 
 
-def starved(argv, megabytes):
-    """train.main that may take so much memory over what it holds at the first forward."""
+def starved(argv):
+    """train.main whose first forward, of a batch for a GiB, may take a quarter of one."""
     first = train.denoising_error
 
-    def error(*some):
-        train.denoising_error = first
+    def error(unet, latents, noise, timesteps, *some):
+        n = 2**30 // latents[0].nbytes
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
-        return first(*some)
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
+        return first(unet, latents[:1].expand(n, -1, -1, -1), noise, timesteps[:1].expand(n), *some)
 
     train.denoising_error = error
     train.main(argv)
@@ -319,12 +329,12 @@ ALL = "--micro_batch 1 or --gradient_checkpointing or --reference_errors FILE (n
 )
 def test_memory_that_is_short_ends_the_run_in_one_line(tmp_path, command, options, now, anew):
     """What is in use already is not advised."""
-    argv = command("sd", f"{options} --workers 1 --resolution 256", tmp_path / "out")
-    ((status, text),) = launch(tmp_path, 1, starved, argv, 20)
+    argv = command("sd", f"{options} --workers 1", tmp_path / "out")
+    ((status, text),) = launch(tmp_path, 1, starved, argv)
+    assert status == 1 and text.count("train.py: ") == 1 and "Traceback" not in text, text
     (line,) = (line for line in text.splitlines() if "train.py: " in line)
-    assert status == 1 and "Traceback" not in text, text
     assert line.startswith("train.py: out of memory (") and "allocate memory" in line
-    assert line.endswith(f"). The same command goes on with {now}; in another --out, {anew} needs less, too")
+    assert f"). The same command goes on with {now}; in another --out, {anew} " in line
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])

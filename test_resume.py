@@ -401,7 +401,9 @@ def test_a_step_that_goes_bad_names_its_term_and_rows(tmp_path, options, monkeyp
             err.register_hook(lambda slope: slope * float("nan") if calls["n"] > 8 else slope)
         return bad_at_the_third_step(err, name)
 
-    monkeypatch.setattr(data, "encode_images", lambda *some: (bad_at_the_third_step((e := encode(*some))[0], "VAE"), e[1]))
+    monkeypatch.setattr(
+        data, "encode_images", lambda *some: (bad_at_the_third_step((e := encode(*some))[0], "VAE"), e[1])
+    )
     monkeypatch.setattr(data.Clip, "embed", lambda *some: bad_at_the_third_step(embed(*some), "CLIP"))
     monkeypatch.setattr(train, "denoising_error", error)
     with pytest.raises(SystemExit, match=f"step 2: .* Not finite: {complaint}.*Kept: .*checkpoint-000002.pt"):

@@ -145,8 +145,13 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
             winner = 0 if row["label_0"] == 1 else 1
             image = data.read_image(row[f"jpg_{winner if side == 0 else 1 - winner}"])
             images.append(data.crop_and_resize(image, 32, 0.5, 0.5, False)[0])
-        conditioning = data.condition(*data.encode_prompts(pipe, [rows[k]["caption"] for k in order]), torch.zeros(8, 1, 6))
-        latents = data.encode_images(pipe.vae, torch.stack(images)[:, None])[0][:, 0] * pipe.vae.config.scaling_factor
+        conditioning = data.condition(
+            *data.encode_prompts(pipe, [rows[k]["caption"] for k in order]), torch.zeros(8, 1, 6)
+        )
+        latents = (
+            data.encode_images(pipe.vae, torch.stack(images)[:, None])[0][:, 0]
+            * pipe.vae.config.scaling_factor
+        )
         alphas_cumprod = pipe.scheduler.alphas_cumprod
         err = denoising_error(pipe.unet, latents, noise, timesteps, conditioning, alphas_cumprod)
         assert log_of(tmp_path / "out")[0][key] == pytest.approx(err.mean().item(), rel=1e-5)

@@ -69,8 +69,8 @@ def get_args(argv=None):
     flag, add = argparse.BooleanOptionalAction, p.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
     add("--random_init", action="store_true", help="sd15, sdxl: random weights, nothing is downloaded")
-    add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's], or "
-        "what data.py has encoded")
+    add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]; "
+        "or what data.py has encoded")
     add("--out", metavar="DIR", help="the run's folder; started again, it goes on [out/MODEL-LOSS]")
     # the method
     add("--loss", default="rpo", choices=LOSSES)
@@ -105,8 +105,8 @@ def get_args(argv=None):
     add("--precision", choices=["fp32", "bf16", "fp16"], help="of the forward pass [bf16 on cuda, else fp32]")
     add("--gradient_checkpointing", action=flag, default=False, help="less memory for a third more time")
     add("--compile", action=flag, default=False, help="torch.compile the UNet: minutes at first, then faster")
-    add("--reference_errors", metavar="FILE", help="compute the reference's errors before the first step, for "
-        "all runs that differ in loss, beta, tau, lr alone; no second UNet in memory")
+    add("--reference_errors", metavar="FILE", help="compute the reference's errors before the first step, "
+        "for all runs that differ in loss, beta, tau, lr alone; no second UNet in memory")
     # what it leaves
     add("--save_every", type=int, default=100, help="steps between checkpoints; 0 = one, at the end")
     add("--sample_every", type=int, default=100, help="steps between grids of samples; 0 = never")
@@ -130,8 +130,8 @@ def get_args(argv=None):
         args.clip = given.clip or args.clip.partition(":")[0] + ":random"
     for name, built in cache.settings(args.data, p.error).items():
         if getattr(given, name) not in (None, built):
-            p.error(f"--{name} {getattr(given, name)}: {args.data} was encoded with {built}; leave the option "
-                    "out, or encode the pairs once more, by data.py")
+            p.error(f"--{name} {getattr(given, name)}: {args.data} was encoded with {built}; leave the "
+                    "option out, or encode the pairs once more, by data.py")
         setattr(args, name, built)
     args.out = args.out or f"out/{Path(model).name}-{args.loss}"
     args.device = data.find_device(args.device, p.error)
@@ -186,6 +186,34 @@ def get_optimizer(args, parameters):
                                   relative_step=False)  # torch's cannot be told to take lr as it is
 
 
+def set_up(args, pipe, device, dtype, encoders=True):
+    """Freezes and moves the networks of `pipe`; gives the parameters that train, by name, always float32.
+
+    They are the UNet's, or those of an adapter in it. With an adapter, which alone is saved, all that is
+    frozen is held as autocast would cast it. eval(): dropout would part the policy from its reference.
+
+    encoders  whether the VAE and the text encoders are needed on `device`
+    """
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(name == "unet" and not args.lora_rank)
+            if args.lora_rank and name in ("text_encoder", "text_encoder_2"):
+                cast_for_autocast(module, dtype)
+    if args.lora_rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            pipe.unet.add_adapter(peft.LoraConfig(
+                r=args.lora_rank, lora_alpha=args.lora_rank, init_lora_weights="gaussian",
+                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        cast_for_autocast(pipe.unet, dtype)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and (name == "unet" or encoders):
+            module.to(device)
+    if device.type == "cuda" or device.type == "cpu" and not args.lora_rank:
+        pipe.unet.to(memory_format=torch.channels_last)  # the faster layout; on a CPU not for frozen weights
+    return {name: parameter for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
+
+
 def draw(args, step, positions, shape, num_timesteps):
     """The random numbers of the pairs at `positions` of the global batch, from (seed, step, position) alone.
 
@@ -205,7 +233,7 @@ def draw(args, step, positions, shape, num_timesteps):
 
 
 def draw_item(args, shape, num_timesteps, place):
-    """The same for item `place` of the endless stream of pairs, for its batch: drawn where images are read."""
+    """The same for item `place` of the endless stream of pairs, drawn where its images are read."""
     step, position = divmod(place, args.batch_size)
     t, noise, vae_noise = draw(args, step, [position], shape, num_timesteps)
     return {"timestep": t[0], "noise": noise[0], "vae_noise": vae_noise[0]}
@@ -285,8 +313,9 @@ def train(args, state):
     if cached := cache.is_cache(args.data):
         pairs = cache.CachedPairs(args.data, args.seed, args.prompt_dropout)
     else:
-        pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
-                                     args.prompt_dropout, scan=watched if rank == 0 and not state else None)
+        pairs = data.PreferencePairs(
+            args.data, args.resolution, args.seed, args.random_crop, args.random_flip, args.prompt_dropout,
+            scan=watched if rank == 0 and not state else None)
     pairs.unreadable.update(state.get("unreadable", []))
     say("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
         "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
@@ -313,29 +342,13 @@ def train(args, state):
     if args.reference_errors:
         known = cache.ReferenceErrors(args, pairs, pipe)
 
-    # The policy is `unet`, or an adapter in it, float32 in every precision; eval(): dropout would part it from
-    # the reference. With an adapter, which alone is saved, all else is held as autocast would cast it.
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            module.eval().requires_grad_(name == "unet" and not args.lora_rank)
-            if args.lora_rank and name in ("text_encoder", "text_encoder_2"):
-                cast_for_autocast(module, dtype)
-    if args.lora_rank:
-        torch.manual_seed(args.seed)  # of the adapter's first values
-        unet.add_adapter(peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank,
-                                         init_lora_weights="gaussian",
-                                         target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        cast_for_autocast(unet, dtype)
-    for name, module in pipe.components.items():  # from a cache, the encoders serve the samples alone
-        if isinstance(module, torch.nn.Module) and (name == "unet" or not cached or args.sample_every):
-            module.to(device)
-    if device.type != "mps":  # the faster layout for convolutions
-        unet.to(memory_format=torch.channels_last)
-    moving = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    moving = set_up(args, pipe, device, dtype, encoders=not cached or args.sample_every > 0)
     policy = torch.compile(unet) if args.compile else unet  # no trace of it is left in `unet`, which is saved
     reference, off = None, contextlib.nullcontext
-    if sides == 2 and (args.lora_rank or args.reference_errors):  # before it moves, the policy is its reference
-        reference, off = policy, functools.partial(adapter_off, unet) if args.lora_rank else off
+    if sides == 2 and args.lora_rank:
+        reference, off = policy, functools.partial(adapter_off, unet)
+    elif sides == 2 and args.reference_errors:
+        reference = policy  # until it moves
     elif sides == 2:
         reference = frozen_reference(unet, dtype)
         reference = torch.compile(reference) if args.compile else reference
@@ -379,9 +392,9 @@ def train(args, state):
         pairs.unreadable.update(batch["unreadable"])
         if not cached:
             batch |= data.encode(pipe, clip, batch | {"pixels": batch["pixels"][:, :sides]}, dtype)
+        names = "mean std states pooled timestep noise vae_noise time_ids embeddings".split()
         mean, std, states, pooled, timesteps, noise, vae_noise, time_ids, embeddings = (
-            batch[name].to(device, non_blocking=True) if name in batch else None for name in (
-                "mean", "std", "states", "pooled", "timestep", "noise", "vae_noise", "time_ids", "embeddings"))
+            batch[name].to(device, non_blocking=True) if name in batch else None for name in names)
         latents = mean.float()                                                      # [B, 2, C, h, w]
         if args.vae_sample == "sample":
             latents = latents + std.float() * vae_noise[:, :latents.shape[1]]
@@ -426,7 +439,9 @@ def train(args, state):
             kept.update({name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape
                          else value.clone() for name, value in kept.items() if torch.is_tensor(value)})
         state.clear()
-    ddp = policy if world == 1 else torch.nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    ddp = policy
+    if world > 1:
+        ddp = torch.nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
 
     def policy_error(first, inputs):                                                # [sides B]
         if world > 1:  # gradients are averaged over the processes on the last micro-batch of a step alone
@@ -450,7 +465,8 @@ def train(args, state):
             board = SummaryWriter(out / "tensorboard", purge_step=start)
         except ImportError:
             board = None
-    say(f"{args.loss} on {args.model}: {size / 1e6:.1f} M parameters, {args.resolution} px, {args.device}, "
+    trained = sum(parameter.numel() for parameter in moving.values())
+    say(f"{args.loss} on {args.model}: {trained / 1e6:.1f} of {size / 1e6:.1f} M parameters, {args.resolution} px, {args.device}, "
         f"{args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a forward, processes: {world}"
         + f", groups of {group} in {2 - one_pass} pass(es), clip {args.clip}" * weighted
         + f"; going on after {start} steps" * (start > 0))
