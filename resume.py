@@ -26,7 +26,9 @@ MAY_CHANGE = {  # when a run goes on; anything else would make it another run
 RELIEF = [  # of memory: an option, whether it is used already, whether the same run may take it
     ("--micro_batch 1", lambda args: args.micro_batch == 1, True),
     ("--gradient_checkpointing", lambda args: args.gradient_checkpointing, True),
-    ("--reference_errors FILE (no second UNet)", lambda args: args.reference_errors or args.lora_rank, True),
+    ("--reference_errors FILE (no second UNet)",
+     lambda args: args.reference_errors or args.lora_rank or args.loss == "sft", True),
+    ("fewer --workers", lambda args: not args.workers, True),
     ("--lora_rank 16", lambda args: args.lora_rank, False),
     ("--optimizer adafactor", lambda args: args.optimizer != "adamw" or args.lora_rank, False),
     ("a smaller --resolution", lambda args: False, False)]
@@ -156,11 +158,12 @@ def within(seconds, iterator):
 def explain(error, args):
     """Ends the process in one line where a library's error has a known meaning; else does nothing."""
     words = (str(error).strip() or type(error).__name__).splitlines()
-    if re.search("out of memory|MemoryError|(can't|annot) allocate memory", str(error) or words[0]):
+    if re.search("out of memory|MemoryError|(can't|annot) allocate memory|not (create|execute) a primitive",
+                 str(error) or words[0]):
         now, anew = ([name for name, used, may in RELIEF if may == same and not used(args)]
                      for same in (True, False))
-        sys.exit(f"train.py: out of memory ({words[0]:.200}). The same command goes on with "
-                 f"{' or '.join([*now, 'fewer --workers'])}; in another --out, {' or '.join(anew)} helps")
+        now = f"The same command goes on with {' or '.join(now)}; in" if now else "In"
+        sys.exit(f"train.py: out of memory ({words[0]:.200}). {now} another --out, {' or '.join(anew)} helps")
     for words, meaning in MEANINGS.items():
         if re.search(words, str(error)):
             sys.exit(f"train.py: {meaning} ({words[-1]}). The same command goes on "

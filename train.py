@@ -359,7 +359,8 @@ def train(args, state):
         first = (pairs.caption(row) for row in pairs.pairs[:100])
         prompts = list(dict.fromkeys(caption for caption in first if caption))[:8] or [""]
     if rank == 0 and embedded:
-        result = {"judge": tiny.judge_accuracy(), "base": tiny.measure(pipe)}
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            result = {"judge": tiny.judge_accuracy(), "base": tiny.measure(pipe)}
         print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
               "has not seen".format(**result["judge"]))
     if rank == 0 and args.sample_every:
@@ -486,7 +487,7 @@ def train(args, state):
                 # Policy and reference through the same function on the same batch. Where a window takes two
                 # passes, the first is for the errors alone.
                 ref_err = (known[step, first:first + args.micro_batch] if args.reference_errors else
-                           reference_error(some) if reference else some[0].new_zeros(args.micro_batch, 0))
+                           reference_error(some) if reference is not None else some[0].new_zeros(args.micro_batch, 0))
                 with torch.set_grad_enabled(one_pass):
                     errs.append(policy_error(first, some))                          # [sides B]
                 errors.append(torch.cat([torch.stack(errs[-1].detach().chunk(sides), 1), ref_err], 1))
@@ -574,7 +575,8 @@ def train(args, state):
             pipe.save_pretrained(out / "model.part")
         (out / "model.part" / "README.md").write_text(model_card(args))
         if embedded:
-            result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
             resume.write(out / "result.json", json.dumps(result, indent=1))
             for name in ("base", "final"):
                 print(name, "{style:.0%} sketches, {shape:.0%} of the right shape".format(**result[name]))
