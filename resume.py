@@ -157,14 +157,14 @@ def within(seconds, iterator):
 
 def explain(error, args):
     """Ends the process in one line where a library's error has a known meaning; else does nothing."""
-    words = (str(error).strip() or type(error).__name__).splitlines()
+    lines = (str(error).strip() or type(error).__name__).splitlines()
     if re.search("out of memory|MemoryError|(can't|annot) allocate memory|not (create|execute) a primitive",
-                 str(error) or words[0]):
+                 str(error) or lines[0]):
         now, anew = ([name for name, used, may in RELIEF if may == same and not used(args)]
                      for same in (True, False))
         now = f"The same command goes on with {' or '.join(now)}; in" if now else "In"
-        sys.exit(f"train.py: out of memory ({words[0]:.200}). {now} another --out, {' or '.join(anew)} helps")
+        sys.exit(f"train.py: out of memory ({lines[0]:.200}). {now} another --out, {' or '.join(anew)} helps")
     for words, meaning in MEANINGS.items():
         if re.search(words, str(error)):
-            sys.exit(f"train.py: {meaning} ({words[-1]}). The same command goes on "
+            sys.exit(f"train.py: {meaning} ({lines[-1]}). The same command goes on "
                      "from the last checkpoint")
