@@ -36,7 +36,7 @@ import data
 import train
 from loss import adapter_off, denoising_error, dpo_loss, frozen_reference
 
-STEPS, PAIRS = 8, 64  # steps of a row, the first two of which do not count; pairs of the data that are used
+STEPS, PAIRS = 6, 64  # steps of a row, the first two of which do not count; pairs of the data that are used
 
 
 def memory(device):

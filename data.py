@@ -200,6 +200,7 @@ class PreferencePairs(torch.utils.data.Dataset):
     def __init__(self, source, resolution, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
                  clip_transform=None, scan=iter, rows=None):
         import datasets
+        import pyarrow
 
         self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
         self.random_crop, self.random_flip, self.prompt_dropout = random_crop, random_flip, prompt_dropout
@@ -225,6 +226,7 @@ class PreferencePairs(torch.utils.data.Dataset):
             first = ", ".join(f"row {k} ({label[k]:g}, {other[k]:g})" for k in np.flatnonzero(wrong)[:5])
             raise SystemExit(f"data: {wrong.sum()} rows of {source} have a label_0 other than 0, 0.5 or 1, "
                              f"or a label_1 that is not its complement: {first}")
+        self.captions = pyarrow.array(self.rows["caption"][:])  # in one piece: processes share it
         self.pairs = np.flatnonzero(labelled & (label != 0.5))  # row numbers
         self.winner = (label == 0).astype(int)  # [rows], 0 or 1: which of the two images won
         self.ties, self.unlabelled = int((labelled & (label == 0.5)).sum()), int((~labelled).sum())
@@ -251,7 +253,7 @@ class PreferencePairs(torch.utils.data.Dataset):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def caption(self, row):
-        return self.rows["caption"][int(row)] or ""
+        return self.captions[int(row)].as_py() or ""
 
     def images(self, row):
         """[winner, loser] of a row, or None where one cannot be decoded: bad bytes raise any error."""
