@@ -2,11 +2,11 @@
 
     python bench.py                                                            the embedded model, here
     python bench.py --model sd15 --random_init --resolution 64 --lora_rank 16  full size, nothing downloaded
-    python bench.py --model sdxl --random_init --data my_pairs                 train.py's options, for all rows
+    python bench.py --model sdxl --random_init --data my_pairs                 train.py's options, all rows
 
 Every row is a process of its own, on the same pairs, model, batch, precision and adapter:
 
-    Diffusion-DPO's way   in every step images are decoded and encoded by the VAE, prompts by the text encoders;
+    Diffusion-DPO's way   images are decoded and encoded by the VAE in every step, prompts by text encoders;
                           one pair a forward; the reference after the policy; each loss is read as it comes
     diffusers' way        the same with --micro_batch pairs a forward, as train_diffusion_dpo.py takes it
     ours                  train.py by DPO: from the pairs, from a cache, with the reference's errors cached as
@@ -36,7 +36,8 @@ import data
 import train
 from loss import adapter_off, denoising_error, dpo_loss, frozen_reference
 
-STEPS, PAIRS = 6, 64  # steps of a row, the first two of which do not count; pairs of the data that are used
+STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
+PAIRS = 64  # of the data, that are used
 
 
 def memory(device):
@@ -72,6 +73,8 @@ def peers(argv, micro_batch):
     pipe = load(args)
     pairs = data.PreferencePairs(args.data, data.side(pipe, args.resolution), args.seed, scan=None)
     moving = train.set_up(args, pipe, device, dtype)
+    for name in {"vae", "text_encoder", "text_encoder_2"} & pipe.components.keys():
+        getattr(pipe, name).to(dtype)  # as they do
     reference = pipe.unet if args.lora_rank else frozen_reference(pipe.unet, dtype)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -84,14 +87,15 @@ def peers(argv, micro_batch):
         began = time.time()
         for _ in range(n):
             batch = next(batches)
-            mean, std = data.encode_images(pipe.vae, batch["pixels"].to(device))
-            latents = (mean + std * torch.randn_like(std)) * pipe.vae.config.scaling_factor
-            latents = latents.transpose(0, 1).flatten(0, 1)                         # [2 B, C, h, w]
+            pixels = batch["pixels"].transpose(0, 1).flatten(0, 1).to(device, dtype)    # [2 B, 3, H, W]
+            with torch.no_grad():
+                latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
+                states, _, *pooled = pipe.encode_prompt(batch["prompt"], device=device, num_images_per_prompt=1,
+                                                        do_classifier_free_guidance=False)
             noise = torch.randn_like(latents[:micro_batch]).repeat(2, 1, 1, 1)
             t = torch.randint(len(alphas_cumprod), (micro_batch,), device=device).repeat(2)
-            conditioning = data.condition(*data.encode_prompts(pipe, batch["prompt"], dtype),
-                                          batch["time_ids"].to(device))
-            inputs = latents, noise, t, conditioning, alphas_cumprod, "epsilon", dtype
+            conditioning = data.condition(states, pooled[0] if pooled else None, batch["time_ids"].to(device))
+            inputs = latents.float(), noise.float(), t, conditioning, alphas_cumprod, "epsilon", dtype
             err = denoising_error(pipe.unet, *inputs)
             with torch.no_grad(), adapter_off(reference) if args.lora_rank else contextlib.nullcontext():
                 ref_err = denoising_error(reference, *inputs)
@@ -113,15 +117,16 @@ def encode(argv):
 
 
 def arithmetic(argv):
-    """(side, a pair's FLOPs in the policy's forward and backward, in the reference's forward, FLOP/s here)."""
+    """(side, FLOPs of a pair: policy's forward and backward, reference's forward; FLOP/s of a matmul)."""
     args = train.get_args(argv)
     device, dtype = data.own_device(args.device), data.DTYPES[args.precision]
     pipe = load(args)
     pixels = data.side(pipe, args.resolution)
     train.set_up(args, pipe, torch.device("cpu"), torch.float32)
     with torch.device("meta"):  # counts without computing
-        unet, side, second = pipe.unet.to("meta"), pixels // pipe.vae_scale_factor, "text_encoder_2"
-        pooled = torch.empty(1, getattr(pipe, second).config.projection_dim) if hasattr(pipe, second) else None
+        unet, side = pipe.unet.to("meta"), pixels // pipe.vae_scale_factor
+        second = getattr(pipe, "text_encoder_2", None)
+        pooled = torch.empty(1, second.config.projection_dim) if second else None
         states = torch.empty(1, 77, unet.config.cross_attention_dim)
         conditioning = data.condition(states, pooled, torch.empty(1, 2, 6))
         inputs = torch.empty(2, unet.config.in_channels, side, side), torch.ones(2)
@@ -171,8 +176,8 @@ def main(argv):
             table[f"RPO from the cache, groups of {group}, {passes}"] = run(
                 *cached, "--loss", "rpo", "--group_size", str(group))
     name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
-    print(f"\n{args.model}, {side} px, {name}, {args.precision}, LoRA rank {args.lora_rank}, {args.batch_size} pairs "
-          f"a step, {args.micro_batch} a forward; a matmul reaches {peak / 1e12:.2f} TFLOP/s, a pair takes "
+    print(f"\n{args.model}, {side} px, {name}, {args.precision}, LoRA rank {args.lora_rank}, {args.batch_size} "
+          f"pairs a step, {args.micro_batch} a forward; a matmul reaches {peak / 1e12:.2f} TFLOP/s, a pair takes "
           f"{(both + forward) / 1e12:.4f} TFLOP\n")
     print("| | pairs per second | times diffusers' | GiB at most | share of peak |\n|---|---|---|---|---|")
     for row, (speed, most, *_) in table.items():

@@ -26,12 +26,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
-import threading
 import time
 import types
 from pathlib import Path
 
+import diffusers
 import filelock
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class Streamed:
     Images are read when a row is, all of its row group at once: go through the rows in order.
 
     files  paths; or a hub data set's, with the fsspec filesystem that they are on
+    raises SystemExit, in one line that names the file, where a row group cannot be read
     """
 
     def __init__(self, files, filesystem=None):
@@ -68,7 +70,8 @@ class Streamed:
         self.columns = table.to_table(columns=sorted(known)).to_pydict()
         self.groups = [group for file in table.get_fragments() for group in file.split_by_row_group()]
         self.ends = np.cumsum([group.row_groups[0].num_rows for group in self.groups])
-        self.group, self.lock = (None, None), threading.Lock()  # (number, table) of the last that was read
+        self.group = (None, None)  # (number, table) of the last that was read
+        self.files = [(str(file), None if filesystem else Path(file).stat().st_size) for file in files]
 
     def __len__(self):
         return len(self.columns["label_0"])
@@ -78,12 +81,15 @@ class Streamed:
         if isinstance(key, str):
             return self.columns[key]
         number = int(np.searchsorted(self.ends, key, side="right"))
-        with self.lock:
-            if self.group[0] != number:
-                self.group = (None, None)  # before the next: one at a time
+        if self.group[0] != number:
+            self.group = (None, None)  # before the next: one at a time
+            try:
                 self.group = number, self.groups[number].to_table(columns=["jpg_0", "jpg_1"])
-            images = self.group[1]
-            return images.slice(key - self.ends[number] + len(images), 1).to_pylist()[0]
+            except Exception as error:
+                fail(f"row {key} is in {self.groups[number].path}, which cannot be read: {data.brief(error)}. "
+                     "What is encoded is kept; once it can be read the same command goes on")
+        images = self.group[1]
+        return images.slice(key - self.ends[number] + len(images), 1).to_pylist()[0]
 
 
 def stream(source):
@@ -110,43 +116,64 @@ def stream(source):
 # Encode once
 
 
+def digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(network):
+    """A digest of a network: its weights, and its configuration less where and by whom it was saved."""
+    config = network.config if isinstance(network.config, dict) else network.config.to_dict()
+    told = {key: str(value) for key, value in config.items() if key[0] != "_" and key not in (
+        "transformers_version", "dtype", "torch_dtype", "architectures")}
+    return digest([data.digest(network), told])
+
+
 def encoders(pipe):
-    """A digest of every network that a cache stands for, by its name in the pipeline."""
-    return {name: data.digest(getattr(pipe, name)) for name in ("vae", "text_encoder", "text_encoder_2")
-            if isinstance(getattr(pipe, name, None), torch.nn.Module)}
+    """A digest of everything that a cache stands for, by its name in the pipeline."""
+    digests = {"force_zeros_for_empty_prompt": bool(pipe.config.get("force_zeros_for_empty_prompt"))}
+    names = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
+    for name in names & pipe.components.keys():
+        part = getattr(pipe, name)
+        if isinstance(part, torch.nn.Module):
+            digests[name] = identity(part)
+        else:
+            digests[name] = digest(sorted(vocabulary := part.get_vocab(), key=vocabulary.get))
+    return dict(sorted(digests.items()))
 
 
-def write(file, tensors, metadata=None):
-    """A safetensors file, aside first, then renamed: it is whole or not there. Refuses what is not finite."""
-    part = file.with_suffix(".part")
+def write(file, tensors, unreadable=()):
+    """A safetensors file that is whole or not there; `about` returns its digest, and the rows that are missing.
+
+    SystemExit, in one line, where a number is not finite or there is no room.
+    """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             fail(f"{file.name}: {name} is not finite" + "; --store fp32 holds larger numbers" * (
                 tensor.dtype == torch.float16))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    note = {"sha256": hashlib.sha256(save(tensors)).hexdigest(), "unreadable": [*unreadable]}
     try:
-        part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-        part.replace(file)
+        resume.write(file, save(tensors, {"about": json.dumps(note)}))  # one entry: their order is not kept
     except OSError as error:
-        part.unlink(missing_ok=True)
         fail(f"{file} cannot be written ({data.brief(error)}). What is written is kept: with more room the "
              "same command goes on")
 
 
-def whole(file):
-    """Whether a file is there with all its bytes."""
+def about(file):
+    """The note in the header of a file that is there with all its bytes, else None."""
     try:
-        with safe_open(file, "pt"):
-            return True
+        with safe_open(file, "pt") as shard:
+            return json.loads(shard.metadata()["about"])
     except (OSError, SafetensorError):
-        return False
+        return None
 
 
 def ahead(function, items, threads, depth=4 * BATCH):
-    """`function` of each item, in order, computed by threads a few items ahead."""
+    """`function` of each item's parts, in order, computed by threads a few items ahead."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque()
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(function, *item))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -190,22 +217,29 @@ def build(args):
     manifest |= {"encoders": encoders(pipe), "pairs": pairs.digest(), "shard": SHARD, "batch": BATCH}
     begun = read_manifest(out) if is_cache(out) else manifest
     for name, value in manifest.items():
-        if begun.get(name) != value:
+        if begun.get(name) != value and name not in ("model", "data"):  # of these the digests decide
             fail(f"{out} was begun with {name} {begun.get(name)}, not {value}; give another --out")
     if rank == 0:
         resume.write(out / "prompts.json", json.dumps(prompts))
         resume.write(out / "manifest.json", json.dumps(begun, indent=1))
-    for network in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        if network:
-            network.eval().requires_grad_(False).to(device)
+    numbers = 2 * np.prod([pipe.vae.config.latent_channels, *[args.resolution // pipe.vae_scale_factor] * 2])
+    numbers = len(pairs) * int(numbers) * (1 + (args.vae_sample == "sample"))
+    numbers += len(prompts) * pipe.tokenizer.model_max_length * pipe.unet.config.cross_attention_dim
+    need = numbers * (2 if args.store == "fp16" else 4) - sum(file.stat().st_size for file in out.glob("*"))
+    if need > (free := shutil.disk_usage(out).free):
+        fail(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes half of it, "
+             "--vae_sample mean less")
+    for name, network in pipe.components.items():
+        if isinstance(network, torch.nn.Module):
+            network.eval().requires_grad_(False).to("meta" if name == "unet" else device)  # it is not used
 
-    def read(row):
-        images = pairs.images(row)
-        return int(row), images and pairs.content(int(row), images, 0, "")
+    def decode(row, record):
+        images = pairs.decode(row, record)
+        return row, images and pairs.content(row, images, 0, "")
 
     def encode_pairs(file, rows):
         parts, bad = [], []
-        contents = ahead(read, rows, args.workers)
+        contents = ahead(decode, ((int(row), pairs.rows[int(row)]) for row in rows), args.workers)
         readable = ((row, item) for row, item in contents if item or bad.append(row))
         for batch in in_batches(readable):
             rows, items = zip(*batch)
@@ -220,7 +254,7 @@ def build(args):
                 "time_ids": torch.stack([item["time_ids"] for item in items]), "row": torch.tensor(rows),
                 "prompt": torch.tensor([number[pairs.caption(row)] for row in rows])})
         none = dict.fromkeys(("row", "prompt"), torch.zeros(0, dtype=torch.int64))
-        write(file, stack(parts, data.DTYPES[args.store]) if parts else none, {"unreadable": json.dumps(bad)})
+        write(file, stack(parts, data.DTYPES[args.store]) if parts else none, bad)
 
     def encode_prompts(file, some):
         parts = []
@@ -237,27 +271,22 @@ def build(args):
     mine = work[rank * len(work) // world:(rank + 1) * len(work) // world]  # neighbours share row groups
     bar = tqdm(total=sum(len(items) for *_, items in mine), desc="encode", disable=rank > 0)
     for file, encode, items in mine:
-        if whole(file):
+        if about(file):
             bar.update(len(items))
         else:
             encode(file, items)
     bar.close()
-    if all(whole(file) for file, _, _ in work):
-        finish(out, manifest, pairs, [file for file, _, _ in work])
 
-
-def finish(out, manifest, pairs, files):
-    """Completes the manifest: without its "files" a cache is not finished."""
-    for file in files:
-        if file.name.startswith("pairs-"):
-            with safe_open(file, "pt") as shard:
-                pairs.unreadable.update(json.loads(shard.metadata()["unreadable"]))
+    notes = {file.name: about(file) for file, *_ in work}
+    if not all(notes.values()):
+        return  # another process completes the manifest; without its "files" a cache is not finished
+    pairs.unreadable.update(row for note in notes.values() for row in note["unreadable"])
     if len(pairs.unreadable) == len(pairs):
-        fail(f"{manifest['data']} holds no pair that can be read")
-    sizes = {file.name: file.stat().st_size for file in [*files, out / "prompts.json"]}
-    part = out / f"manifest.json.{data.torchrun()[0]}.part"  # two processes may finish at once
-    part.write_text(json.dumps(manifest | pairs.report() | {"files": sizes}, indent=1))
-    part.replace(out / "manifest.json")
+        fail(f"{args.data} holds no pair that can be read")
+    sizes = {name: (out / name).stat().st_size for name in [*notes, "prompts.json"]}
+    manifest |= pairs.report() | {"files": sizes}
+    manifest |= {"sha256": {name: note["sha256"] for name, note in notes.items()}}
+    resume.write(out / "manifest.json", json.dumps(manifest, indent=1), own=rank)  # two may finish at once
     print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, "
           "{bad} that cannot be read; {size:.3f} GB".format(
               out=out, bad=len(pairs.unreadable), size=sum(sizes.values()) / 1e9, **pairs.report()))
@@ -302,7 +331,7 @@ def main(argv=None):
     args = get_args(argv)
     out = Path(args.out)
     resume.end_with_launcher()
-    lock = filelock.FileLock(out / "lock", timeout=2)
+    lock, new = filelock.FileLock(out / "lock", timeout=2), not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         if data.torchrun()[0] == 0:
@@ -315,9 +344,17 @@ def main(argv=None):
         fail(f"another live run is writing to {out}")
     except KeyboardInterrupt:
         fail("stopped; the same command goes on")
-    except OSError as error:
-        fail(f"{data.brief(error)}. What is written is kept; the same command goes on")
+    except FileExistsError:
+        fail(f"{out} is no folder; give another --out")
+    except Exception as error:
+        if short := resume.out_of_memory(error):
+            fail(f"out of memory ({short}). What is encoded is kept; fewer --workers or processes, or --device "
+                 "cpu, may go on with it; in another --out, a smaller --resolution helps")
+        raise
     finally:
+        if lock.is_locked and new and [file.name for file in out.glob("*")] == ["lock"]:  # leave nothing
+            (out / "lock").unlink()
+            out.rmdir()
         lock.release()
 
 
@@ -325,17 +362,17 @@ def main(argv=None):
 
 
 def is_cache(source):
-    return (Path(source).expanduser() / "manifest.json").is_file()
+    file = Path(source).expanduser() / "manifest.json"
+    return file.is_file() and b'"encoders"' in file.read_bytes()
 
 
 def read_manifest(source):
-    """The manifest of a cache, finished or not. SystemExit where it is another program's, or damaged."""
+    """The manifest of a cache, finished or not. SystemExit where it is damaged."""
     try:
-        manifest = json.loads((Path(source).expanduser() / "manifest.json").read_text())
-        manifest["encoders"], manifest["pairs"]
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"data: {source}/manifest.json is not that of encoded pairs ({error!r:.200})")
+        return json.loads((Path(source).expanduser() / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"data: {source}/manifest.json cannot be read ({error!r:.200}); remove it, and the command "
+                 "of data.py that made the cache writes it anew")
 
 
 def settings(source, fail):
@@ -351,9 +388,9 @@ def settings(source, fail):
 
 def check(source, pipe, model):
     """SystemExit where a cache was made by other encoders than those of `pipe`."""
-    manifest = read_manifest(source)
-    for name, digest in encoders(pipe).items():
-        if manifest["encoders"].get(name) != digest:
+    manifest, own = read_manifest(source), encoders(pipe)
+    for name in own | manifest["encoders"]:
+        if manifest["encoders"].get(name) != own.get(name):
             sys.exit(f"train.py: the pairs of {source} were encoded by {manifest['model']}, whose {name} is "
                      f"not that of {model}; give that model, or encode the pairs once more")
 
@@ -424,8 +461,8 @@ class CachedPairs(data.PreferencePairs):
 class ReferenceErrors:
     """err_ref of a run's pairs, [steps, batch, 2] (winner, loser) float32, in a safetensors file; or NaN.
 
-    A run's timestep and noise are functions of (seed, step, position), and so are these: exact, to the bit, at
-    the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not
+    A run's timestep and noise are functions of (seed, step, position), so these are, too: exact, to the bit,
+    at the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not
     see (loss, beta, tau, group, learning rate, LoRA rank) share one file.
 
     raises  SystemExit, in one line, where the file is of another run, by what differs
@@ -435,11 +472,12 @@ class ReferenceErrors:
             "group_noise", "precision")
 
     def __init__(self, args, pairs, pipe):
-        self.file, self.saved = Path(args.reference_errors).expanduser(), time.time()
-        schedule = {name: str(value) for name, value in pipe.scheduler.config.items() if name[0] != "_"}
+        self.file, self.saved, self.new = Path(args.reference_errors).expanduser(), time.time(), False
+        scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+        schedule = [scheduler.config.prediction_type, scheduler.alphas_cumprod.tolist()]
         self.identity = {name: getattr(args, name) for name in self.SEEN} | {
             "group_size": args.group_size if args.group_noise != "own" else None, "data": pairs.digest(),
-            "model": {"unet": data.digest(pipe.unet), "schedule": schedule} | encoders(pipe)}
+            "schedule": digest(schedule), "unet": identity(pipe.unet)} | encoders(pipe)
         self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if not self.file.exists():
@@ -462,22 +500,20 @@ class ReferenceErrors:
         """Takes the errors of a step, [batch, 2]; the first process saves them, now and then."""
         if not errors.isfinite().all():
             sys.exit(f"train.py: the reference's errors of step {step} are not finite; try --precision fp32")
-        self.errors[step] = errors.cpu()
+        self.errors[step], self.new = errors.cpu(), True
         if rank == 0 and time.time() - self.saved > 60:
             self.save()
 
     def save(self):
-        part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")  # for a sweep's other runs
+        content = save({"errors": self.errors}, {"identity": json.dumps(self.identity)})
         try:
-            part.write_bytes(save({"errors": self.errors}, {"identity": json.dumps(self.identity)}))
-            part.replace(self.file)
+            resume.write(self.file, content, own=os.getpid())  # the runs of a sweep may do so at once
         except OSError as error:
-            part.unlink(missing_ok=True)
             sys.exit(f"train.py: --reference_errors {self.file} cannot be written ({data.brief(error)})")
         self.saved = time.time()
 
     def done(self, device, rank):
-        """All errors, on `device`; saved."""
-        if rank == 0:
+        """All errors, on `device`; saved, if some are new."""
+        if rank == 0 and self.new:
             self.save()
         return self.errors.to(device)

@@ -1,5 +1,7 @@
 """What the test files share: no network, a cache of their own, a quick embedded task, small models, processes."""
 
+import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ os.environ["HF_HOME"] = hub_cache.name
 import pytest
 import torch
 
+import data
 import tiny
 
 torch.set_num_threads(1)  # as torchrun has it; the small models are no slower, and equal in every process
@@ -24,6 +27,20 @@ QUICK = {name: 2 for name in tiny.STEPS}  # training steps of the embedded task'
 
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+loaded = functools.cache(data.load_pipeline)
+
+
+def fresh(folder):
+    """What data.load_pipeline gives, read once: most of a small run's time is to read a vocabulary."""
+    tokenizers = [part for name, part in loaded(folder).components.items() if "tokenizer" in name]
+    return copy.deepcopy(loaded(folder), {id(part): part for part in tokenizers})
+
+
+@pytest.fixture
+def quick_models(monkeypatch):
+    monkeypatch.setattr(data, "load_pipeline", fresh)
 
 
 @pytest.fixture(scope="session", autouse=True)

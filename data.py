@@ -247,18 +247,25 @@ class PreferencePairs(torch.utils.data.Dataset):
                 "unlabelled": self.unlabelled, "unreadable": sorted(self.unreadable)}
 
     def digest(self):
-        """16 hex digits over the rows that are pairs, their winners and their captions."""
+        """16 hex digits over the pairs: rows, winners, captions, and names and sizes of their files."""
+        files = getattr(self.rows, "files", None) or [file["filename"] for file in self.rows.cache_files]
+        if not files and self.rows.features["jpg_0"].dtype == "string":  # of a .jsonl
+            paths = self.rows["jpg_0"][:] + self.rows["jpg_1"][:]
+            files = [(path, os.path.exists(path) and os.path.getsize(path)) for path in paths]
         captions = [self.caption(row) for row in self.pairs]
-        content = json.dumps([self.pairs.tolist(), self.winner[self.pairs].tolist(), captions])
+        content = json.dumps([self.pairs.tolist(), self.winner[self.pairs].tolist(), captions, files])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def caption(self, row):
         return self.captions[int(row)].as_py() or ""
 
     def images(self, row):
-        """[winner, loser] of a row, or None where one cannot be decoded: bad bytes raise any error."""
-        record, winner = self.rows[int(row)], self.winner[row]
-        try:
+        """[winner, loser] of a row, or None where one cannot be decoded."""
+        return self.decode(row, self.rows[int(row)])
+
+    def decode(self, row, record):
+        winner = self.winner[row]
+        try:  # bad bytes raise any error
             return [read_image(record[f"jpg_{side}"]) for side in (winner, 1 - winner)]
         except Exception:
             return None

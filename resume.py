@@ -89,10 +89,21 @@ def save(out, state):
             old.unlink()
 
 
-def write(file, text):
-    """The text as a file, aside first, so that nobody reads half of it."""
-    (part := file.with_name(file.name + ".part")).write_text(text, encoding="utf-8")
-    part.replace(file)
+def write(file, content, own=""):
+    """Text or bytes as a file, aside first and flushed, so that nobody reads half of it.
+
+    own  a name of this process where others may write the same file
+    """
+    part = file.with_name(f"{file.name}{own}.part")
+    try:
+        with open(part, "wb") as stream:
+            stream.write(content if isinstance(content, bytes) else content.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def catch_signals():
@@ -155,16 +166,21 @@ def within(seconds, iterator):
         yield item
 
 
+def out_of_memory(error):
+    """The first line of an error of Python, CUDA, torch or oneDNN that means too little memory, else None."""
+    text = str(error).strip() or type(error).__name__
+    short = "out of memory|MemoryError|(can't|annot) allocate memory|not (create|execute) a primitive"
+    return text.splitlines()[0][:200] if re.search(short, text) else None
+
+
 def explain(error, args):
     """Ends the process in one line where a library's error has a known meaning; else does nothing."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    if re.search("out of memory|MemoryError|(can't|annot) allocate memory|not (create|execute) a primitive",
-                 str(error) or lines[0]):
+    if short := out_of_memory(error):
         now, anew = ([name for name, used, may in RELIEF if may == same and not used(args)]
                      for same in (True, False))
         now = f"The same command goes on with {' or '.join(now)}; in" if now else "In"
-        sys.exit(f"train.py: out of memory ({lines[0]:.200}). {now} another --out, {' or '.join(anew)} helps")
+        sys.exit(f"train.py: out of memory ({short}). {now} another --out, {' or '.join(anew)} helps")
     for words, meaning in MEANINGS.items():
         if re.search(words, str(error)):
-            sys.exit(f"train.py: {meaning} ({lines[-1]}). The same command goes on "
+            sys.exit(f"train.py: {meaning} ({str(error).strip().splitlines()[-1]}). The same command goes on "
                      "from the last checkpoint")

@@ -1,13 +1,13 @@
-"""Encoded pairs train as the pairs themselves; the cache and the reference's errors are what they say, or refused."""
+"""Encoded pairs train as the pairs themselves; a cache, and the reference's errors, are what they say."""
 
 import functools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import data
+import resume
 import tiny
 import train
 from conftest import launch, log_of
 
-pytestmark = pytest.mark.usefixtures("quick_tiny")
+pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -63,7 +64,8 @@ def run(tmp_path, small_model, monkeypatch):
 
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_keep)
         out = tmp_path / name
-        fixed = "--steps 3 --batch_size 8 --micro_batch 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3".split()
+        fixed = "--steps 3 --batch_size 8 --micro_batch 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3"
+        fixed = fixed.split()
         train.main(["--model", small_model(model), "--data", str(pairs), "--out", str(out), *fixed, *options])
         (file,) = out.glob("checkpoint-*.pt")
         weights = torch.load(file, weights_only=True)["unet"]
@@ -115,7 +117,7 @@ def test_the_posteriors_draw_comes_from_the_cache_too(run, encoded, few_pairs):
 
 
 def test_a_cache_streams_the_same_pairs_in_the_same_order(encoded, few_pairs):
-    """Epochs, replacement of unreadable rows, dropped prompts, size and crop; from several processes as well."""
+    """Epochs, replacement of unreadable rows, dropped prompts, size and crop; from processes as well."""
     plain = data.PreferencePairs(few_pairs, 32, seed=3, prompt_dropout=0.5)
     cached = cache.CachedPairs(encoded("sdxl"), seed=3, prompt_dropout=0.5)
     for position in range(2 * len(plain) + 3):
@@ -173,19 +175,19 @@ def test_every_prompt_is_encoded_once(encoded, few_pairs):
 
 def encode_as_told(fault, number, argv):
     """data.py --out, killed in the midst of writing its number-th file, or its disk full from there on."""
-    written, write_bytes = 0, cache.Path.write_bytes
+    written, write = 0, resume.write
 
-    def faulty(path, content):
+    def faulty(file, content, **own):
         nonlocal written
-        written += 1
+        written += file.suffix == ".safetensors"
         if written == number and fault == "kill":
-            write_bytes(path, content[: len(content) // 2])
+            file.with_name(f"{file.name}.part").write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         if written == number and fault == "disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        return write_bytes(path, content)
+        return write(file, content, **own)
 
-    cache.Path.write_bytes = faulty
+    resume.write = faulty
     encode(*argv)
 
 
@@ -267,7 +269,9 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
         lambda source: cache.Streamed([f"/hub/data/train-{k}.parquet" for k in (0, 1)], memory),
     )
     encode("--model", small_model("sd"), "--data", few_pairs, "--out", str(tmp_path / "c"))
-    assert contents(tmp_path / "c") == contents(encoded("sd"))
+    ours, plain = contents(tmp_path / "c"), contents(encoded("sd"))
+    assert ours.pop("manifest.json") != plain.pop("manifest.json")  # it names other files
+    assert ours == plain
 
 
 def test_files_that_cannot_be_streamed_are_refused(monkeypatch):
@@ -282,20 +286,87 @@ def test_files_that_cannot_be_streamed_are_refused(monkeypatch):
         cache.stream("a/b")
 
 
-def test_jsonl_and_drawn_pairs_are_encoded_too(tmp_path, small_model):
-    for k in range(3):
-        tiny.draw(
-            tiny.SCENES[k], True, np.random.default_rng(k) if False else __import__("random").Random(k)
-        ).save(tmp_path / f"{k}.png")
-    (tmp_path / "pairs.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": f"p{k}", "chosen": f"{k}.png", "rejected": "0.png"}) for k in (1, 2))
+def own_pairs(folder, n=3):
+    """A folder with a .jsonl of pairs: picture k against picture 0."""
+    for k in range(n + 1):
+        tiny.draw(tiny.SCENES[k], k % 2 > 0, random.Random(k)).save(folder / f"{k}.png")
+    lines = [{"prompt": f"p{k}", "chosen": f"{k}.png", "rejected": "0.png"} for k in range(1, n + 1)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return lines
+
+
+def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
+    """Swapped, or with other pictures, they are other pairs; drawn ones are read as well."""
+    lines = own_pairs(tmp_path)
+    argv = ["--model", small_model("sd"), "--data", str(tmp_path), "--out", str(tmp_path / "c")]
+    encode(*argv)
+    assert cache.CachedPairs(tmp_path / "c").report()["used"] == 3
+    swapped = [line | {"chosen": line["rejected"], "rejected": line["chosen"]} for line in lines]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, swapped)))
+    with pytest.raises(SystemExit, match="was begun with pairs"):
+        encode(*argv)
+    own_pairs(tmp_path)
+    encode(*argv)
+    tiny.draw(tiny.SCENES[9], True, random.Random(0)).resize((48, 48)).save(tmp_path / "1.png")
+    with pytest.raises(SystemExit, match="was begun with pairs"):
+        encode(*argv)
+    assert len(cache.stream("tiny")) == 1500
+
+
+def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
+    """A whole file of unreadable pairs is an empty one; a null caption is the empty prompt."""
+    import datasets
+
+    rows = list(tiny.pairs(12))
+    for k in range(5, 10):
+        rows[k] |= {"jpg_0": b"no image"}
+    rows[11] |= {"caption": None}
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    encode(
+        "--model", small_model("sd"), "--data", str(tmp_path / "train.parquet"), "--out", str(tmp_path / "c")
     )
-    for source, used in ((str(tmp_path), 2), ("tiny", 1500)):
-        if used == 2:
-            encode("--model", small_model("sd"), "--data", source, "--out", str(tmp_path / "c"))
-            assert cache.CachedPairs(tmp_path / "c").report()["used"] == used
-        else:
-            assert len(cache.stream(source)) == used
+    plain, cached = (
+        data.PreferencePairs(str(tmp_path / "train.parquet"), 32),
+        cache.CachedPairs(tmp_path / "c"),
+    )
+    assert plain.report() == cached.report() and cached.report()["unreadable"] == [5, 6, 7, 8, 9]
+    for position in range(12):
+        assert plain[position]["row"] == cached[position]["row"]
+        assert plain[position]["caption"] == cached[position]["caption"]
+    for k in range(12):
+        rows[k] |= {"jpg_0": b"no image"}
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(SystemExit, match="holds no pair that can be read"):
+        encode(
+            "--model",
+            small_model("sd"),
+            "--data",
+            str(tmp_path / "none.parquet"),
+            "--out",
+            str(tmp_path / "n"),
+        )
+
+
+def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeypatch):
+    import datasets
+
+    datasets.Dataset.from_list(list(tiny.pairs(12))).to_parquet(tmp_path / "train.parquet", batch_size=6)
+    argv = [
+        "--model",
+        small_model("sd"),
+        "--data",
+        str(tmp_path / "train.parquet"),
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    streamed = cache.stream(argv[3])
+    streamed.groups[1] = type("Group", (), {"path": "train.parquet", "to_table": lambda *_, **__: 1 / 0})
+    monkeypatch.setattr(cache, "stream", lambda source: streamed)
+    with pytest.raises(
+        SystemExit, match="row 6 is in train.parquet, which cannot be read: .*the same command goes on"
+    ):
+        encode(*argv)
+    assert [*(tmp_path / "c").glob("pairs-*.safetensors")] == [tmp_path / "c" / "pairs-00000.safetensors"]
 
 
 # What does not fit
@@ -360,10 +431,36 @@ def test_a_damaged_cache_is_refused_and_mended(
     assert contents(folder) == contents(encoded("sd"))
 
 
-def test_a_manifest_of_something_else_is_refused(tmp_path):
+def test_a_manifest_of_something_else_makes_no_cache(tmp_path):
+    own_pairs(tmp_path)
     (tmp_path / "manifest.json").write_text('{"images": []}')  # as evaluate.py writes
-    with pytest.raises(SystemExit, match="manifest.json is not that of encoded pairs"):
+    assert not cache.is_cache(tmp_path) and len(data.PreferencePairs(str(tmp_path), 32)) == 3
+    (tmp_path / "manifest.json").write_text('{"encoders": ')
+    with pytest.raises(SystemExit, match="manifest.json cannot be read .*writes it anew"):
         train.get_args(["--model", "sd15", "--data", str(tmp_path)])
+
+
+def test_the_same_weights_in_another_configuration_are_another_model(
+    tmp_path, small_model, encoded, run, few_pairs
+):
+    """Of an activation or a scale no tensor tells."""
+    for part, key, value in (("text_encoder", "hidden_act", "gelu"), ("vae", "scaling_factor", 1.0)):
+        shutil.copytree(small_model("sd"), folder := tmp_path / part)
+        config = json.loads((folder / part / "config.json").read_text())
+        (folder / part / "config.json").write_text(json.dumps(config | {key: value}))
+        argv = ["--model", str(folder), "--data", str(encoded("sd")), "--out", str(tmp_path / "out")]
+        with pytest.raises(SystemExit, match=f"whose {part} is not that of"):
+            train.main([*argv, "--device", "cpu"])
+    file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
+    run("sd", few_pairs, *file)
+    with pytest.raises(SystemExit, match="is of a run with vae .*, not"):
+        run("sd", few_pairs, *file, "--model", str(tmp_path / "vae"), name="other")
+
+
+def test_a_cache_needs_room_before_it_is_begun(tmp_path, small_model, few_pairs, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 0, 10**5))
+    with pytest.raises(SystemExit, match="needs 0 GB more, 0 are free; --store fp16"):
+        encode("--model", small_model("sd"), "--data", few_pairs, "--out", str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize(
@@ -391,7 +488,7 @@ def test_data_py_keeps_off_other_folders(tmp_path, small_model, few_pairs):
 
 
 def test_what_is_not_finite_is_not_kept(tmp_path, small_model, few_pairs, monkeypatch):
-    """SDXL's own VAE overflows in half precision: it encodes in float32; and fp16 holds no more than 65504."""
+    """fp16 holds no more than 65504."""
     images = data.encode_images
     monkeypatch.setattr(data, "encode_images", lambda *some: (images(*some)[0] * 1e6, images(*some)[1]))
     argv = ["--model", small_model("sd"), "--data", few_pairs, "--out", str(tmp_path / "c")]
@@ -424,7 +521,7 @@ def test_a_wrong_label_is_refused_before_anything_is_encoded(tmp_path, small_mod
     "options", [slow([]), slow(["--loss", "dpo"]), ["--lora_rank", "2"], ["--group_size", "8"]]
 )
 def test_cached_reference_errors_train_to_the_same_bits(run, encoded, tmp_path, monkeypatch, options):
-    """At the micro-batch of the run, in one pass and in two; the second run finds them all and needs no reference."""
+    """At the micro-batch of the run, in one pass and two; the second run finds them all, needs no reference."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     plain, first = (run("sd", encoded("sd"), *options, *more, name=str(len(more))) for more in ([], file))
 
@@ -501,7 +598,7 @@ def test_reference_errors_of_another_model_other_data_or_damaged_are_refused(
     run("sd", few_pairs, *file)
     with pytest.raises(SystemExit, match="is of a run with data"):
         run("sd", encoded("sd"), *file, name="other")
-    with pytest.raises(SystemExit, match="is of a run with model"):
+    with pytest.raises(SystemExit, match="is of a run with schedule"):
         run("sd-v", few_pairs, *file, name="other")
     (tmp_path / "errors").write_bytes((tmp_path / "errors").read_bytes()[:-5])
     with pytest.raises(SystemExit, match="--reference_errors .* cannot be read"):
@@ -528,6 +625,24 @@ def test_reference_errors_go_on_where_they_were(run, encoded, tmp_path, monkeypa
         run("sd", encoded("sd"), *file)
     out, _, weights = run("sd", encoded("sd"), *file)
     assert steps == [0, 1, 1, 2] and torch.equal(weights, whole[2])
+
+
+def test_a_signal_keeps_the_reference_errors_so_far(run, encoded, tmp_path, monkeypatch):
+    """Also of a FILE in the run's own folder."""
+    put, steps = cache.ReferenceErrors.put, []
+
+    def put_and_signal(self, step, *some):
+        steps.append(step)
+        put(self, step, *some)
+        if steps == [0, 1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(cache.ReferenceErrors, "put", put_and_signal)
+    file = ["--reference_errors", str(tmp_path / "run" / "errors")]
+    with pytest.raises(SystemExit, match="saved the reference's errors so far; the same command goes on"):
+        run("sd", encoded("sd"), *file)
+    _, _, weights = run("sd", encoded("sd"), *file)
+    assert steps == [0, 1, 2] and torch.equal(weights, run("sd", encoded("sd"), name="plain")[2])
 
 
 def test_a_resumed_run_may_take_reference_errors(run, encoded, tmp_path):

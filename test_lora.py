@@ -1,6 +1,5 @@
 """Adapters, torch.compile, random weights at full size, memory that is short, and a step that never waits."""
 
-import copy
 import functools
 import math
 import os
@@ -29,22 +28,13 @@ import loss as loss_file
 import resume
 import tiny
 import train
-from conftest import QUICK, launch, log_of
+from conftest import QUICK, fresh, launch, loaded, log_of
 from loss import adapter_off, cast_for_autocast, denoising_error
 from test_resume import left, same_bits
 from test_train import pair_inputs
 
 STEPS = 2
 LORA = "--lora_rank 4 --lr 1e-2"  # at this rate two steps are to be seen
-
-
-loaded = functools.cache(data.load_pipeline)
-
-
-def fresh(folder):
-    """What data.load_pipeline gives, read once: most of a small run's time is to read a vocabulary."""
-    tokenizers = [part for name, part in loaded(folder).components.items() if "tokenizer" in name]
-    return copy.deepcopy(loaded(folder), {id(part): part for part in tokenizers})
 
 
 def observed(argv, file=None):
@@ -371,10 +361,10 @@ class Waits:
 
     def __init__(self, patch):
         self.going, self.stepping, self.reading, self.found, self.watched = False, False, False, [], 0
-        error, clip, catch, within = (
+        error, clip, get_optimizer, within = (
             train.denoising_error,
             torch.nn.utils.clip_grad_norm_,
-            resume.catch_signals,
+            train.get_optimizer,
             resume.within,
         )
 
@@ -387,9 +377,9 @@ class Waits:
             self.watched, self.stepping = self.watched + self.stepping, False
             return norm
 
-        def catch_signals():
+        def before_the_first_step(*some):
             self.going = True
-            return catch()
+            return get_optimizer(*some)
 
         def reading(seconds, iterator):
             items = within(seconds, iterator)
@@ -403,7 +393,7 @@ class Waits:
 
         patch.setattr(train, "denoising_error", denoising_error)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
-        patch.setattr(resume, "catch_signals", catch_signals)
+        patch.setattr(train, "get_optimizer", before_the_first_step)
         patch.setattr(resume, "within", reading)
 
     def set_stepping(self, value):

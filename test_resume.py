@@ -26,7 +26,7 @@ import train
 from conftest import QUICK, launch, log_of
 
 STEPS = 8
-pytestmark = pytest.mark.usefixtures("quick_tiny")
+pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
 
 
 def faulty(fault, number, argv):

@@ -29,7 +29,7 @@ KEYS = set(
 
 
 @pytest.fixture
-def run(tmp_path, small_model, few_pairs, quick_tiny):
+def run(tmp_path, small_model, few_pairs, quick_tiny, quick_models):
     """run(model, *options) trains for two steps and gives its folder."""
 
     def run(model, *options, name="run"):

@@ -418,12 +418,19 @@ def train(args, state):
     missing = known.missing(range(start, args.steps)) if args.reference_errors else []
     if len(set(together([(start, len(missing))], world))) > 1:
         sys.exit(f"train.py: the processes see different files in {out}; it must lie on shared storage")
+    stop = resume.catch_signals()
+    if rank == 0:
+        resume.write(out / "config.json", json.dumps(vars(args), indent=1))
     if args.reference_errors:
         batches = load(missing) if missing else None
         for step in tqdm(missing, "reference", disable=rank > 0):
             errors = [torch.cat([reference_error(prepare(next(batches))[0]) for _ in micro_batches(window)])
                       for window in windows]
             known.put(step, torch.cat([gather(some) if world > 1 else some for some in errors]), rank)
+            if any(together(stop, world)):
+                known.done(device, rank)
+                sys.exit("train.py: saved the reference's errors so far; the same command goes on"
+                         if rank == 0 else 1)
         known, reference = known.done(device, rank), None
 
     # What moves, from the last checkpoint on; the reference and the samples above are the starting model's.
@@ -452,7 +459,6 @@ def train(args, state):
     if rank == 0:
         for half in out.glob("checkpoint-*.part"):  # of a save that was killed
             half.unlink()
-        resume.write(out / "config.json", json.dumps(vars(args), indent=1))
         resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
         (out / "samples").mkdir(exist_ok=True)
         if start < args.steps and (out / "model").exists():  # of fewer --steps
@@ -467,11 +473,12 @@ def train(args, state):
         except ImportError:
             board = None
     trained = sum(parameter.numel() for parameter in moving.values())
-    say(f"{args.loss} on {args.model}: {trained / 1e6:.1f} of {size / 1e6:.1f} M parameters, {args.resolution} px, {args.device}, "
+    say(f"{args.loss} on {args.model}: {trained / 1e6:.1f} of {size / 1e6:.1f} M parameters, "
+        f"{args.resolution} px, {args.device}, "
         f"{args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a forward, processes: {world}"
         + f", groups of {group} in {2 - one_pass} pass(es), clip {args.clip}" * weighted
         + f"; going on after {start} steps" * (start > 0))
-    stop, batches = resume.catch_signals(), load(range(start, args.steps))
+    batches = load(range(start, args.steps))
 
     bar = tqdm(range(start, args.steps), args.loss, args.steps, initial=start, disable=rank > 0)
     for step in bar:
@@ -486,8 +493,11 @@ def train(args, state):
 
                 # Policy and reference through the same function on the same batch. Where a window takes two
                 # passes, the first is for the errors alone.
-                ref_err = (known[step, first:first + args.micro_batch] if args.reference_errors else
-                           reference_error(some) if reference is not None else some[0].new_zeros(args.micro_batch, 0))
+                ref_err = some[0].new_zeros(args.micro_batch, 0)                    # [B, 0 or 2]
+                if args.reference_errors:
+                    ref_err = known[step, first:first + args.micro_batch]
+                elif reference is not None:
+                    ref_err = reference_error(some)
                 with torch.set_grad_enabled(one_pass):
                     errs.append(policy_error(first, some))                          # [sides B]
                 errors.append(torch.cat([torch.stack(errs[-1].detach().chunk(sides), 1), ref_err], 1))
@@ -615,7 +625,7 @@ def main(argv=None):
         resume.release()
         if lock.is_locked and not (out / "config.json").exists():  # nothing was written: leave nothing
             (out / "lock").unlink(missing_ok=True)
-            if new:
+            if new and not any(out.iterdir()):
                 out.rmdir()
         lock.release()
 
