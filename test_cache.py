@@ -561,6 +561,7 @@ def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch
     assert steps == [3, 4]
 
 
+@pytest.mark.slow
 def test_processes_compute_the_same_reference_errors(run, encoded, small_model, tmp_path):
     file = ["--reference_errors", str(tmp_path / "one")]
     run("sd", encoded("sd"), *file)

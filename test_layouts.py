@@ -157,7 +157,10 @@ def check(run, giant, world, micro, loss, group, small_model, model="sd", optimi
         assert got["meetings"] == [STEPS * (world > 1)] * world  # gradients are reduced once a step
 
 
-@pytest.mark.parametrize("loss, group", [("rpo", 16), ("dpo", 8), ("sft", 8)])
+@pytest.mark.parametrize(
+    "loss, group",
+    [("rpo", 16), pytest.param("dpo", 8, marks=pytest.mark.slow), pytest.param("sft", 8, marks=pytest.mark.slow)],
+)
 def test_two_processes_and_small_micro_batches_change_nothing(run, giant, small_model, loss, group):
     check(run, giant, 2, 2, loss, group, small_model, optimizers=["sgd"])
 

@@ -501,6 +501,7 @@ def without_images(argv):
     train.main(argv)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_brings_the_others_down(tmp_path, options):
     """By torchrun, as a user meets it: the message of the one that failed, an end of all within the time limit."""
     ended = by_torchrun(tmp_path, "rank", 2, options)
