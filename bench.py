@@ -12,8 +12,8 @@ Every row is a process of its own, on the same pairs, model, batch, precision an
     ours                  train.py by DPO: from the pairs, from a cache, with the reference's errors cached as
                           well; by RPO from the cache: groups that one forward holds, one of the whole batch
 
-Share of peak: the UNet's useful arithmetic (forward and backward of the policy, forward of the reference where
-it runs; counted by torch, nothing twice) over what a large matmul reaches here in the same precision.
+Share of peak: the UNet's useful arithmetic (forward and backward of the policy, forward of the reference if it
+runs; counted by torch, nothing twice) over what a large matmul reaches here in the same precision.
 """
 
 import concurrent.futures
@@ -90,8 +90,8 @@ def peers(argv, micro_batch):
             pixels = batch["pixels"].transpose(0, 1).flatten(0, 1).to(device, dtype)    # [2 B, 3, H, W]
             with torch.no_grad():
                 latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
-                states, _, *pooled = pipe.encode_prompt(batch["prompt"], device=device, num_images_per_prompt=1,
-                                                        do_classifier_free_guidance=False)
+                states, _, *pooled = pipe.encode_prompt(
+                    batch["prompt"], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
             noise = torch.randn_like(latents[:micro_batch]).repeat(2, 1, 1, 1)
             t = torch.randint(len(alphas_cumprod), (micro_batch,), device=device).repeat(2)
             conditioning = data.condition(states, pooled[0] if pooled else None, batch["time_ids"].to(device))
@@ -172,13 +172,14 @@ def main(argv):
                  "ours, from the pairs": run(*dpo),
                  "ours, from the cache": run(*dpo, *cached),
                  errors: run(*dpo, *cached, "--reference_errors", file)}
-        for group, passes in ((args.micro_batch, "one pass"), (args.batch_size, "two passes")):
+        for group in sorted({args.micro_batch, args.batch_size}):
+            passes = "one pass" if group == args.micro_batch else "two passes"
             table[f"RPO from the cache, groups of {group}, {passes}"] = run(
                 *cached, "--loss", "rpo", "--group_size", str(group))
     name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
-    print(f"\n{args.model}, {side} px, {name}, {args.precision}, LoRA rank {args.lora_rank}, {args.batch_size} "
-          f"pairs a step, {args.micro_batch} a forward; a matmul reaches {peak / 1e12:.2f} TFLOP/s, a pair takes "
-          f"{(both + forward) / 1e12:.4f} TFLOP\n")
+    print(f"\n{args.model}, {side} px, {name}, {args.precision}, LoRA rank {args.lora_rank}, "
+          f"{args.batch_size} pairs a step, {args.micro_batch} a forward; a matmul reaches "
+          f"{peak / 1e12:.2f} TFLOP/s, a pair takes {(both + forward) / 1e12:.4f} TFLOP\n")
     print("| | pairs per second | times diffusers' | GiB at most | share of peak |\n|---|---|---|---|---|")
     for row, (speed, most, *_) in table.items():
         share = speed * (both + forward * (len(table[row]) == 2)) / peak

@@ -86,8 +86,8 @@ class Streamed:
             try:
                 self.group = number, self.groups[number].to_table(columns=["jpg_0", "jpg_1"])
             except Exception as error:
-                fail(f"row {key} is in {self.groups[number].path}, which cannot be read: {data.brief(error)}. "
-                     "What is encoded is kept; once it can be read the same command goes on")
+                fail(f"row {key} is in {self.groups[number].path}, which cannot be read: {data.brief(error)}."
+                     " What is encoded is kept; once it can be read the same command goes on")
         images = self.group[1]
         return images.slice(key - self.ends[number] + len(images), 1).to_pylist()[0]
 
@@ -142,7 +142,7 @@ def encoders(pipe):
 
 
 def write(file, tensors, unreadable=()):
-    """A safetensors file that is whole or not there; `about` returns its digest, and the rows that are missing.
+    """A safetensors file that is whole or not there; `about` reads its digest and the rows that it lacks.
 
     SystemExit, in one line, where a number is not finite or there is no room.
     """
@@ -227,8 +227,8 @@ def build(args):
     numbers += len(prompts) * pipe.tokenizer.model_max_length * pipe.unet.config.cross_attention_dim
     need = numbers * (2 if args.store == "fp16" else 4) - sum(file.stat().st_size for file in out.glob("*"))
     if need > (free := shutil.disk_usage(out).free):
-        fail(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes half of it, "
-             "--vae_sample mean less")
+        fail(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes half of it,"
+             " --vae_sample mean less")
     for name, network in pipe.components.items():
         if isinstance(network, torch.nn.Module):
             network.eval().requires_grad_(False).to("meta" if name == "unet" else device)  # it is not used
@@ -348,8 +348,8 @@ def main(argv=None):
         fail(f"{out} is no folder; give another --out")
     except Exception as error:
         if short := resume.out_of_memory(error):
-            fail(f"out of memory ({short}). What is encoded is kept; fewer --workers or processes, or --device "
-                 "cpu, may go on with it; in another --out, a smaller --resolution helps")
+            fail(f"out of memory ({short}). What is encoded is kept; fewer --workers or processes, or --device"
+                 " cpu, may go on with it; in another --out, a smaller --resolution helps")
         raise
     finally:
         if lock.is_locked and new and [file.name for file in out.glob("*")] == ["lock"]:  # leave nothing
@@ -462,8 +462,8 @@ class ReferenceErrors:
     """err_ref of a run's pairs, [steps, batch, 2] (winner, loser) float32, in a safetensors file; or NaN.
 
     A run's timestep and noise are functions of (seed, step, position), so these are, too: exact, to the bit,
-    at the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does not
-    see (loss, beta, tau, group, learning rate, LoRA rank) share one file.
+    at the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does
+    not see (loss, beta, tau, group, learning rate, LoRA rank) share one file.
 
     raises  SystemExit, in one line, where the file is of another run, by what differs
     """
