@@ -12,8 +12,8 @@ Every row is a process of its own, on the same pairs, model, batch, precision an
     ours                  train.py by DPO: from the pairs, from a cache, with the reference's errors cached as
                           well; by RPO from the cache: groups that one forward holds, one of the whole batch
 
-Share of peak: the UNet's useful arithmetic (forward and backward of the policy, forward of the reference if it
-runs; counted by torch, nothing twice) over what a large matmul reaches here in the same precision.
+Share of peak: the UNet's useful arithmetic (forward and backward of the policy, forward of the reference if
+it runs; counted by torch, nothing twice) over what a large matmul reaches here in the same precision.
 """
 
 import concurrent.futures

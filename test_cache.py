@@ -233,6 +233,7 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
     import datasets
     import fsspec
 
+    plain = contents(encoded("sd"))
     memory, rows = fsspec.filesystem("memory"), datasets.load_dataset(few_pairs, split="train")
     for k, part in enumerate((rows.select(range(10)), rows.select(range(10, 27)))):
         part.to_parquet(tmp_path / "part", batch_size=4)
@@ -269,7 +270,7 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
         lambda source: cache.Streamed([f"/hub/data/train-{k}.parquet" for k in (0, 1)], memory),
     )
     encode("--model", small_model("sd"), "--data", few_pairs, "--out", str(tmp_path / "c"))
-    ours, plain = contents(tmp_path / "c"), contents(encoded("sd"))
+    ours = contents(tmp_path / "c")
     assert ours.pop("manifest.json") != plain.pop("manifest.json")  # it names other files
     assert ours == plain
 
