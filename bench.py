@@ -90,8 +90,8 @@ def peers(argv, micro_batch):
             pixels = batch["pixels"].transpose(0, 1).flatten(0, 1).to(device, dtype)    # [2 B, 3, H, W]
             with torch.no_grad():
                 latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
-                states, _, *pooled = pipe.encode_prompt(
-                    batch["prompt"], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+                states, _, *pooled = pipe.encode_prompt(batch["prompt"], device=device, num_images_per_prompt=1,
+                                                        do_classifier_free_guidance=False)
             noise = torch.randn_like(latents[:micro_batch]).repeat(2, 1, 1, 1)
             t = torch.randint(len(alphas_cumprod), (micro_batch,), device=device).repeat(2)
             conditioning = data.condition(states, pooled[0] if pooled else None, batch["time_ids"].to(device))
@@ -150,7 +150,7 @@ def alone(function, *args):
 
 
 def main(argv):
-    argv = ["--batch_size", "16", "--micro_batch", "8", "--data", "tiny", *argv]
+    argv = ["--batch_size", "16", "--micro_batch", "8", "--group_size", "1", "--data", "tiny", *argv]
     args = train.get_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         some, encoded, file = (str(Path(folder) / name) for name in ("pairs.parquet", "cache", "errors"))

@@ -13,8 +13,8 @@ VAE, text encoders and CLIP never change in training, and take a third of a step
                                 clip [n, 2, E'], row [n] and prompt [n], its numbers in the data and above
 
 Parquet is read a row group at a time, from the hub, too: no copy of the data set is made. Every file is a
-function of the arguments, since its encode batches are. So any number of processes writes the same files, but
-for rounding between devices and numbers of threads, and, killed, the same command goes on with those missing.
+function of the arguments, since its encode batches are. So any number of processes writes the same files, bit
+by bit on a CPU, and, killed, the same command goes on with those that are missing.
 """
 
 import resume  # first, to know the launcher
@@ -227,8 +227,8 @@ def build(args):
     numbers += len(prompts) * pipe.tokenizer.model_max_length * pipe.unet.config.cross_attention_dim
     need = numbers * (2 if args.store == "fp16" else 4) - sum(file.stat().st_size for file in out.glob("*"))
     if need > (free := shutil.disk_usage(out).free):
-        fail(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes half of it,"
-             " --vae_sample mean less")
+        fail(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes half of"
+             " it, --vae_sample mean less")
     for name, network in pipe.components.items():
         if isinstance(network, torch.nn.Module):
             network.eval().requires_grad_(False).to("meta" if name == "unet" else device)  # it is not used
@@ -245,9 +245,9 @@ def build(args):
             rows, items = zip(*batch)
             bar.update(len(rows))
             mean, std = data.encode_images(pipe.vae, torch.stack([item["pixels"] for item in items]))
-            pictures = torch.stack([item["clip_pixels"] for item in items])         # [B, 2, 3, h, w]
-            embeddings = clip.embed_images(pictures.flatten(0, 1)).unflatten(0, (-1, 2))
-            part = {"mean": mean, "std": std, "clip": embeddings}
+            pictures = torch.cat([item["clip_pixels"] for item in items])           # [2 B, 3, h, w]
+            embeddings = data.in_parts(clip.embed_images, pictures, device, len(pictures), torch.get_num_threads())
+            part = {"mean": mean, "std": std, "clip": torch.cat(embeddings).unflatten(0, (-1, 2))}
             if args.vae_sample == "mean":
                 del part["std"]
             parts.append(part | {
@@ -261,7 +261,8 @@ def build(args):
         for batch in in_batches(some):
             bar.update(len(batch))
             states, pooled = data.encode_prompts(pipe, batch, dtype)
-            part = {"states": states, "pooled": pooled, "clip": clip.embed_texts(batch)}
+            texts = torch.cat(data.in_parts(clip.embed_texts, batch, device, len(batch)))
+            part = {"states": states, "pooled": pooled, "clip": texts}
             parts.append({name: value for name, value in part.items() if value is not None})
         write(file, stack(parts, data.DTYPES[args.store]))
 
@@ -348,8 +349,8 @@ def main(argv=None):
         fail(f"{out} is no folder; give another --out")
     except Exception as error:
         if short := resume.out_of_memory(error):
-            fail(f"out of memory ({short}). What is encoded is kept; fewer --workers or processes, or --device"
-                 " cpu, may go on with it; in another --out, a smaller --resolution helps")
+            fail(f"out of memory ({short}). What is encoded is kept; fewer --workers or processes, or"
+                 " --device cpu, may go on with it; in another --out, a smaller --resolution helps")
         raise
     finally:
         if lock.is_locked and new and [file.name for file in out.glob("*")] == ["lock"]:  # leave nothing
