@@ -4,6 +4,8 @@ Pairs come from a parquet file or folder or a hub id in Pick-a-Pic's schema (cap
 or from a folder of your own with a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE}. Ties,
 label 0.5, are dropped by their label; rows without a label are skipped and counted; other labels are refused.
 
+`python data.py --model M --data D --out CACHE` encodes them once, for many runs: see cache.py.
+
 A batch of B pairs; index 0 of every axis of two is the winner, index 1 the loser:
 
     prompt       B strings, "" where prompt dropout struck; caption: the same without dropout
@@ -11,6 +13,7 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
     time_ids     [B, 2, 6] float32, SDXL's (height, width, crop top, left, target height, width) of each image
     clip_pixels  [B, 2, 3, h, w] float32, the images as CLIP wants them; absent where no CLIP was asked for
     row          B row numbers, counted over all files in the order of their names
+    timestep, noise, vae_noise    [B], [B, C, h, w], [B, 2, C, h, w]: what train.py draws for these places
     unreadable   the row numbers of pairs that could not be decoded and were replaced on the way to this batch
 """
 

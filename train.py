@@ -5,11 +5,12 @@
     python train.py --model sd15                                Stable Diffusion 1.5 on Pick-a-Pic v2
     torchrun --nproc_per_node=8 train.py --model sdxl           SDXL on eight GPUs
     python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
+    python train.py --model sdxl --data CACHE --lora_rank 16    an adapter, on pairs that data.py has encoded
     python train.py --model sd15 --dry_run                      print the resolved run and stop
 
 Values come from the defaults, then the preset of --model, then the command line. A run writes to --out:
 config.json, data.json, log.jsonl (a line per step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers
-pipeline. It is a function of its arguments: processes and --micro_batch change rounding, nothing else. Killed
+pipeline or LoRA weights. It is a function of its arguments: processes and --micro_batch change rounding, nothing else. Killed
 or stopped, the same command goes on from the last checkpoint, to the same weights (the same bits in fp32 on a
 CPU).
 """
