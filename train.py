@@ -10,9 +10,9 @@
 
 Values come from the defaults, then the preset of --model, then the command line. A run writes to --out:
 config.json, data.json, log.jsonl (a line per step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers
-pipeline or LoRA weights. It is a function of its arguments: processes and --micro_batch change rounding, nothing else. Killed
-or stopped, the same command goes on from the last checkpoint, to the same weights (the same bits in fp32 on a
-CPU).
+pipeline or LoRA weights. It is a function of its arguments: processes and --micro_batch change rounding,
+nothing else. Killed or stopped, the same command goes on from the last checkpoint, to the same weights (the
+same bits in fp32 on a CPU).
 """
 
 import resume  # first, to know the launcher
