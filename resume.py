@@ -180,7 +180,10 @@ def explain(error, args):
                      for same in (True, False))
         now = f"The same command goes on with {' or '.join(now)}; in" if now else "In"
         sys.exit(f"train.py: out of memory ({short}). {now} another --out, {' or '.join(anew)} helps")
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (ConnectionError, EOFError)):  # Python's own; those between ranks are torch's
+        text = f"DataLoader worker (pid unknown): {text}"
     for words, meaning in MEANINGS.items():
-        if re.search(words, str(error)):
-            sys.exit(f"train.py: {meaning} ({str(error).strip().splitlines()[-1]}). The same command goes on "
+        if re.search(words, text):
+            sys.exit(f"train.py: {meaning} ({text.splitlines()[-1]}). The same command goes on "
                      "from the last checkpoint")

@@ -462,6 +462,17 @@ def test_a_reader_that_dies_ends_the_run_in_one_line(tmp_path, unbroken, options
     same_bits(left(tmp_path / "out"), unbroken(1))
 
 
+def test_a_reader_that_dies_while_it_hands_over_a_tensor_is_named_too():
+    """Then Python's socket to it breaks; what breaks between ranks is torch's error, and says so."""
+    for error, meaning in (
+        (ConnectionResetError(104, "Connection reset by peer"), "a process that reads images has died"),
+        (EOFError(), "a process that reads images has died"),
+        (RuntimeError("[gloo] Connection closed by peer"), "another process of this run has ended"),
+    ):
+        with pytest.raises(SystemExit, match=meaning):
+            resume.explain(error, train.get_args([]))
+
+
 @pytest.mark.parametrize("fault, workers", [(None, "0"), ("no scan", "0"), ("no scan", "2")])
 def test_storage_that_hangs_ends_the_run_in_one_line(tmp_path, options, fault, workers):
     """An image is a pipe that nobody writes to, so that to open it waits for ever."""
