@@ -6,6 +6,7 @@ with the vocabulary that open_clip brings.
 
 import torch
 
+import data
 import tiny
 
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
@@ -30,6 +31,11 @@ CONFIGS = {  # of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, but fo
         text_encoder_2=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
                             num_attention_heads=20, projection_dim=1280, hidden_act="gelu")),
 }
+
+
+def load(args):
+    """The pipeline of --model: with --random_init of that architecture alone, else as it was published."""
+    return build(args.model) if args.random_init else data.load_pipeline(args.model)
 
 
 def build(name, **smaller):

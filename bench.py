@@ -47,10 +47,6 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def load(args):
-    return architectures.build(args.model) if args.random_init else data.load_pipeline(args.model)
-
-
 def ours(argv):
     """[pairs per second, GiB] of train.py; with --reference_errors also pairs per second of making them."""
     put, made, args = cache.ReferenceErrors.put, [], train.get_args(argv)
@@ -70,7 +66,7 @@ def peers(argv, micro_batch):
     device, dtype = data.own_device(args.device), data.DTYPES[args.precision]
     n = args.batch_size // micro_batch
     data.quiet()
-    pipe = load(args)
+    pipe = architectures.load(args)
     pairs = data.PreferencePairs(args.data, data.side(pipe, args.resolution), args.seed, scan=None)
     moving = train.set_up(args, pipe, device, dtype)
     for name in {"vae", "text_encoder", "text_encoder_2"} & pipe.components.keys():
@@ -120,7 +116,7 @@ def arithmetic(argv):
     """(side, FLOPs of a pair: policy's forward and backward, reference's forward; FLOP/s of a matmul)."""
     args = train.get_args(argv)
     device, dtype = data.own_device(args.device), data.DTYPES[args.precision]
-    pipe = load(args)
+    pipe = architectures.load(args)
     pixels = data.side(pipe, args.resolution)
     train.set_up(args, pipe, torch.device("cpu"), torch.float32)
     with torch.device("meta"):  # counts without computing

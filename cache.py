@@ -204,7 +204,7 @@ def build(args):
     data.quiet()
     pairs = data.PreferencePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
                                  scan=None, rows=stream(args.data))
-    pipe = architectures.build(args.model) if args.random_init else data.load_pipeline(args.model)
+    pipe = architectures.load(args)
     pairs.resolution = args.resolution = data.side(pipe, args.resolution)
     args.clip = args.clip or ("tiny" if data.is_toy(pipe) else data.H14)
     clip = data.Clip(args.clip, device, dtype)
@@ -387,9 +387,9 @@ def settings(source, fail):
     return {name: manifest[name] for name in SETTINGS} | means
 
 
-def check(source, pipe, model):
-    """SystemExit where a cache was made by other encoders than those of `pipe`."""
-    manifest, own = read_manifest(source), encoders(pipe)
+def check(source, own, model):
+    """SystemExit where a cache was made by other encoders than those of `own`, the `encoders` of a model."""
+    manifest = read_manifest(source)
     for name in own | manifest["encoders"]:
         if manifest["encoders"].get(name) != own.get(name):
             sys.exit(f"train.py: the pairs of {source} were encoded by {manifest['model']}, whose {name} is "
@@ -466,19 +466,20 @@ class ReferenceErrors:
     at the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does
     not see (loss, beta, tau, group, learning rate, LoRA rank) share one file.
 
+    own     the `encoders` of the pipeline
     raises  SystemExit, in one line, where the file is of another run, by what differs
     """
 
     SEEN = ("seed", "batch_size", "resolution", "random_flip", "random_crop", "prompt_dropout", "vae_sample",
             "group_noise", "precision")
 
-    def __init__(self, args, pairs, pipe):
+    def __init__(self, args, pairs, pipe, own):
         self.file, self.saved, self.new = Path(args.reference_errors).expanduser(), time.time(), False
         scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
         schedule = [scheduler.config.prediction_type, scheduler.alphas_cumprod.tolist()]
         self.identity = {name: getattr(args, name) for name in self.SEEN} | {
             "group_size": args.group_size if args.group_noise != "own" else None, "data": pairs.digest(),
-            "schedule": digest(schedule), "unet": identity(pipe.unet)} | encoders(pipe)
+            "schedule": digest(schedule), "unet": identity(pipe.unet)} | own
         self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if not self.file.exists():

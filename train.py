@@ -296,7 +296,7 @@ def blame(seen, world):
 def train(args, state):
     """The run of the resolved `args`, from `state` on."""
     started, out = time.time(), Path(args.out)
-    rank, local_rank, world = data.torchrun()
+    rank, _, world = data.torchrun()
     device = data.own_device(args.device)
     if world > 1:
         if device.type == "cuda":
@@ -322,10 +322,11 @@ def train(args, state):
         "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
     if state and state["pairs"] != len(pairs):
         sys.exit(f"train.py: {out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
-    pipe = architectures.build(args.model) if args.random_init else data.load_pipeline(args.model)
+    pipe = architectures.load(args)
     unet, vae = pipe.unet, pipe.vae
+    own = cache.encoders(pipe) if cached or args.reference_errors else None  # seconds, at full size
     if cached:
-        cache.check(args.data, pipe, args.model)
+        cache.check(args.data, own, args.model)
     args.resolution = pairs.resolution = data.side(pipe, args.resolution)
     args.optimizer = args.optimizer or ("adafactor" if "text_encoder_2" in pipe.components else "adamw")
     size = sum(parameter.numel() for parameter in unet.parameters())
@@ -341,7 +342,7 @@ def train(args, state):
     pairs.draw = functools.partial(draw_item, args, shape, len(alphas_cumprod))
     sides = 2 if needs(args.loss, "err_l") else 1  # sft: winners alone, and no reference
     if args.reference_errors:
-        known = cache.ReferenceErrors(args, pairs, pipe)
+        known = cache.ReferenceErrors(args, pairs, pipe, own)
 
     moving = set_up(args, pipe, device, dtype, encoders=not cached or args.sample_every > 0)
     policy = torch.compile(unet) if args.compile else unet  # no trace of it is left in `unet`, which is saved
