@@ -1,20 +1,22 @@
-"""Preference pairs, prompts and images as the training step wants them, and the cross-pair weights of RPO.
+"""Preference pairs as the training step wants them, out of images or out of a cache, and RPO's weights.
 
 Pairs come from a parquet file or folder or a hub id in Pick-a-Pic's schema (caption, jpg_0, jpg_1, label_0),
 or from a folder of your own with a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE}. Ties,
 label 0.5, are dropped by their label; rows without a label are skipped and counted; other labels are refused.
-
-`python data.py --model M --data D --out CACHE` encodes them once, for many runs: see cache.py.
+`python encode.py --out CACHE` encodes them once, for many runs; a cache gives the same stream of pairs.
 
 A batch of B pairs; index 0 of every axis of two is the winner, index 1 the loser:
 
-    prompt       B strings, "" where prompt dropout struck; caption: the same without dropout
-    pixels       [B, 2, 3, H, W] float32 in [-1, 1], one crop and one flip for the two images of a pair
-    time_ids     [B, 2, 6] float32, SDXL's (height, width, crop top, left, target height, width) of each image
-    clip_pixels  [B, 2, 3, h, w] float32, the images as CLIP wants them; absent where no CLIP was asked for
-    row          B row numbers, counted over all files in the order of their names
-    timestep, noise, vae_noise    [B], [B, C, h, w], [B, 2, C, h, w]: what train.py draws for these places
-    unreadable   the row numbers of pairs that could not be decoded and were replaced on the way to this batch
+    prompt, caption   B strings: the prompt to train on, "" where prompt dropout struck; the same without dropout
+    row               [B] int64, row numbers, counted over all files in the order of their names
+    time_ids          [B, 2, 6] float32, SDXL's (height, width, crop top, left, target height, width)
+    unreadable        the row numbers of pairs that could not be decoded and were replaced on the way here
+    COLUMNS           [B] float32 each
+    of a `Stream`     position [B] int64, record [B, 3] float64; t [B], noise [B, C, h, w], vae_noise [B, 2, C, h, w]
+    of images         pixels [B, 2, 3, H, W] float32 in [-1, 1], one crop and one flip for both images of a pair;
+                      clip_pixels [B, 2, 3, h, w], the images as CLIP wants them, if it was asked for
+    of a cache        mean, std [B, 2, C, h, w], prompt_embeds [B, L, E], pooled_prompt_embeds [B, P] (SDXL),
+                      clip_embeds [B, 3, E'] of caption, winner, loser
 """
 
 import concurrent.futures
@@ -23,135 +25,115 @@ import importlib
 import io
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import safe_open
 
-import tiny
+from common import InputError, brief, digest, hub_id, keyed_generator
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
-H14 = "ViT-H-14:laion2b_s32b_b79k"
-MODELS = {  # what the name of a preset stands for
-    "tiny": dict(id="tiny", data="tiny", clip="tiny"),
-    "sd15": dict(id="stable-diffusion-v1-5/stable-diffusion-v1-5", data="pickapic", clip=H14),
-    "sdxl": dict(id="stabilityai/stable-diffusion-xl-base-1.0", data="pickapic", clip=H14),
-}
-DATA = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
-SCAN_LIMIT = 10_000  # pairs; up to here all are decoded once at the start, and data.json is complete at once
+SCAN_LIMIT = 10_000  # pairs; up to here train.py decodes all once at the start, and data.json is complete at once
+COLUMNS = ()  # further columns of the data, a number per pair, that a loss may name: add yours
+HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
 
 
-def torchrun():
-    """(rank, rank on this machine, number of processes) as torchrun sets them; without it (0, 0, 1)."""
-    return tuple(int(os.environ.get(name, alone)) for name, alone in
-                 [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
-
-
-def find_device(wanted, fail):
-    """The name of `wanted`, or of the best device there is: "cuda" for each rank's own GPU under torchrun.
-
-    fail  called with one line where it is not there, or where torchrun starts more processes than GPUs
-    """
-    gpus, there, world = torch.cuda.device_count(), ["mps"] * torch.backends.mps.is_available(), torchrun()[2]
-    if world > 1:  # a GPU for each process of this machine, by its local rank
-        there = ["cuda"] * bool(gpus)
-        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus > 0 and wanted != "cpu":
-            fail(f"more processes than GPUs: --nproc_per_node must be at most {gpus}, or --device cpu")
-    there = [f"cuda:{i}" for i in range(gpus)] * (world == 1) + there + ["cpu"]
-    name = wanted or there[0]
-    if name not in there and (name.partition(":")[0], f"{name}:0") != ("cuda", there[0]):
-        fail(f"--device {name} is not there; this machine has {', '.join(there)}")
-    return name
-
-
-def own_device(name):
-    """The torch.device of this process by a name of `find_device`."""
-    _, local_rank, world = torchrun()
-    return torch.device(f"cuda:{local_rank}" if name == "cuda" and world > 1 else name)
-
-
-def digest(network):
-    """16 hex digits of the sha256 over name, type, shape and values of every tensor, in name order."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()[:16]
-
-
-def keyed_generator(*key):
-    """A CPU random generator that is a function of its key (integers and strings) alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def hub_id(source):
-    """`source` where it may be a NAMESPACE/NAME; else it is a mistyped path, and the hub is not asked."""
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError("there is no such file or folder")
-    return source
-
-
-def brief(error):
-    """The first line of an exception's text, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+# Rows
 
 
 def local_files(source):
     """The parquet files of a path, or its .jsonl files; of a folder those named train-* alone, if any."""
     path = Path(source).expanduser()
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl"))
+    if path.is_file():
+        return [path]
+    files = sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl"))
     return [file for file in files if file.name.startswith("train-")] or files
 
 
+def find_source(source):
+    """A path or hub id of what --data names; "tiny" is built where it is not there yet."""
+    if source == "tiny":
+        return str(importlib.import_module("extras.tiny").part("pairs"))
+    return HUB_IDS.get(source, source)
+
+
+def find_prompts(source):
+    """The prompts of a txt file, one a line; of "tiny" those that no pair shows."""
+    file = Path(find_source(source)) / "prompts.txt" if source == "tiny" else Path(source).expanduser()
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--sample_prompts {source} cannot be read: {brief(error)}")
+
+
 def read_rows(source):
-    """A `datasets.Dataset` with caption, jpg_0, jpg_1, label_0 from a preset's name, a path, or a hub id."""
+    """A `datasets.Dataset` with caption, jpg_0, jpg_1, label_0 and COLUMNS from what `find_source` gives."""
     import datasets
-    import pyarrow.parquet
 
     files = []
-    if source == "tiny":
-        return tiny.pairs()
-    source = DATA.get(source, source)
     try:
         if not Path(source).expanduser().exists():
             return datasets.load_dataset(hub_id(source), split="train")
         files = local_files(source)
         if files and files[0].suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
-        rows = [(file.parent, json.loads(line)) for file in files
-                for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        return datasets.Dataset.from_dict({
-            "caption": [row["prompt"] for _, row in rows], "label_0": [1.0] * len(rows),
-            "jpg_0": [str(folder / row["chosen"]) for folder, row in rows],
-            "jpg_1": [str(folder / row["rejected"]) for folder, row in rows]})
+        return datasets.Dataset.from_dict(read_jsonl(files))
     except KeyError as error:
-        raise SystemExit(f"data: a line of {source} lacks {error}; it takes prompt, chosen and rejected")
+        raise InputError(f"a line of {source} lacks {error}; it takes prompt, chosen and rejected")
     except Exception as error:
-        fault = source, error.__cause__ or error
-        damaged = not getattr(fault[1], "errno", None)  # else a full disk or the like: no file is to blame
-        for file in (file for file in files if damaged and file.suffix == ".parquet"):
-            try:
-                for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
-                    pass
-            except Exception as error:
-                fault = file, error
-                break
-        raise SystemExit(f"data: {fault[0]} cannot be read: {brief(fault[1])}")
+        cause = error.__cause__ or error
+        damaged = damaged_file(files) if not getattr(cause, "errno", None) else None  # a full disk has no file
+        name, cause = damaged or (source, cause)
+        raise InputError(f"--data {name} cannot be read: {brief(cause)}")
 
 
-def read_image(source):
-    """An upright RGB picture from encoded bytes, a path, or the {"bytes", "path"} of a `datasets.Image`.
+def read_jsonl(files):
+    """The columns of .jsonl files, the images by their paths."""
+    columns = {name: [] for name in ("caption", "jpg_0", "jpg_1", "label_0", *COLUMNS)}
+    for file in files:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        for line in filter(str.strip, lines):
+            row = json.loads(line)
+            columns["caption"].append(row["prompt"])
+            columns["jpg_0"].append(str(file.parent / row["chosen"]))
+            columns["jpg_1"].append(str(file.parent / row["rejected"]))
+            columns["label_0"].append(1.0)
+            for name in COLUMNS:
+                columns[name].append(row[name])
+    return columns
+
+
+def damaged_file(files):
+    """(file, error) of the first parquet file that cannot be read to its end, or None."""
+    import pyarrow.parquet
+
+    for file in files:
+        try:
+            for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
+                pass
+        except Exception as error:
+            return file, error
+
+
+# Images
+
+
+def stored_bytes(source):
+    """The encoded bytes of a cell: bytes, a path, or the {"bytes", "path"} of a `datasets.Image`."""
+    if isinstance(source, dict):
+        source = source["bytes"] or source["path"]
+    return Path(source).read_bytes() if isinstance(source, str) else source
+
+
+def read_image(content):
+    """An upright RGB picture from encoded bytes.
 
     Transparency goes over white, as browsers show it. Raises what PIL raises on bytes that it cannot decode,
     and ValueError above PIL's limit of pixels (a decompression bomb).
     """
-    if isinstance(source, dict):
-        source = source["bytes"] or source["path"]
-    image = Image.open(source if isinstance(source, str) else io.BytesIO(source))
+    image = Image.open(io.BytesIO(content))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb?")
     image = ImageOps.exif_transpose(image)
@@ -169,328 +151,353 @@ def crop_and_resize(image, size, y, x, flip):
     [-1, 1] and SDXL's time_ids [6]; the crop is counted in the scaled, flipped image, as SDXL was trained.
     """
     image = ImageOps.mirror(image) if flip else image
-    (width, height), scale = image.size, size / min(image.size)
-    top, left = round(y * (round(height * scale) - size)), round(x * (round(width * scale) - size))
-    edges = left, top, left + size, top + size
-    box = [min(edge / scale, limit) for edge, limit in zip(edges, image.size * 2)]
+    scale = size / min(image.size)
+    height, width = round(image.height * scale), round(image.width * scale)
+    top, left = round(y * (height - size)), round(x * (width - size))
+    right, bottom = min((left + size) / scale, image.width), min((top + size) / scale, image.height)
+    box = (min(left / scale, image.width), min(top / scale, image.height), right, bottom)
     pixels = np.array(image.resize((size, size), Image.LANCZOS, box=box))
     pixels = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, torch.tensor([height, width, top, left, size, size], dtype=torch.float32)
+    return pixels, torch.tensor([image.height, image.width, top, left, size, size], dtype=torch.float32)
 
 
 def middle_square(image):
     """What CLIP's own crop keeps; cut before open_clip scales, or 3 x 4000 pixels would become millions."""
-    side, (width, height) = min(image.size), image.size
-    left, top = (width - side) // 2, (height - side) // 2
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-class PreferencePairs(torch.utils.data.Dataset):
+# Pairs
+
+
+class Pairs(torch.utils.data.Dataset):
     """An endless stream of pairs: item p is pair p % n in the shuffle of epoch p // n; `len` is n.
 
     A pair that cannot be decoded is replaced by the next readable one of the epoch's order. So an item is a
     function of (seed, p), and a run can start at any position without decoding what lies before it.
 
-    source          see the head of this file
-    resolution      side of the training square, pixels
-    clip_transform  a function from a picture to a tensor for `clip_pixels`, or None
-    scan            takes the iterator that decodes up to SCAN_LIMIT pairs once, now, for a complete report,
-                    and gives one; None: nothing is decoded yet
-    rows            what `read_rows` gives, if it was read already; or cache.Streamed
-    raises          SystemExit, in one line, where the source cannot be read or holds a wrong label or no pair
+    A subclass has rows [n], the row numbers of its pairs, num_rows, ties and unlabelled; load(row), the pair
+    or None where it cannot be decoded; caption(row); and content(row, pair, epoch, prompt), the tensors.
     """
 
-    def __init__(self, source, resolution, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
-                 clip_transform=None, scan=iter, rows=None):
-        import datasets
-        import pyarrow
-
-        self.resolution, self.seed, self.clip_transform = resolution, seed, clip_transform
-        self.random_crop, self.random_flip, self.prompt_dropout = random_crop, random_flip, prompt_dropout
-        self.rows = read_rows(source) if rows is None else rows
-        columns = set(self.rows.column_names)
-        if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - columns:
-            raise SystemExit(f"data: {source} lacks {', '.join(sorted(missing))} of Pick-a-Pic's columns")
-        if (kind := self.rows.features["caption"].dtype) not in ("string", "large_string", "null"):
-            raise SystemExit(f"data: the captions of {source} are of type {kind}, not strings")
-        for name in ("jpg_0", "jpg_1"):  # a column of the image type gives bytes or a path; decoded here
-            if isinstance(self.rows.features[name], datasets.Image):
-                self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
-        try:  # [rows]; a missing label becomes nan
-            label = np.array(self.rows["label_0"][:], dtype=float)
-            other = np.array(self.rows["label_1"][:], dtype=float) if "label_1" in columns else 1 - label
-        except (TypeError, ValueError) as error:
-            raise SystemExit(f"data: the labels of {source} are not numbers: {brief(error)}")
-        labelled = ~np.isnan(label)
-        if "has_label" in columns:
-            labelled &= np.array([flag in (None, True, 1) for flag in self.rows["has_label"][:]], dtype=bool)
-        wrong = labelled & (~np.isin(label, (0, 0.5, 1)) | (~np.isnan(other) & (label + other != 1)))
-        if wrong.any():
-            first = ", ".join(f"row {k} ({label[k]:g}, {other[k]:g})" for k in np.flatnonzero(wrong)[:5])
-            raise SystemExit(f"data: {wrong.sum()} rows of {source} have a label_0 other than 0, 0.5 or 1, "
-                             f"or a label_1 that is not its complement: {first}")
-        self.captions = pyarrow.array(self.rows["caption"][:])  # in one piece: processes share it
-        self.pairs = np.flatnonzero(labelled & (label != 0.5))  # row numbers
-        self.winner = (label == 0).astype(int)  # [rows], 0 or 1: which of the two images won
-        self.ties, self.unlabelled = int((labelled & (label == 0.5)).sum()), int((~labelled).sum())
-        self.order, self.draw = (-1, None), None  # (epoch, its shuffle) of the last item; see __getitem__
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            scanned = self.pairs if scan and len(self.pairs) <= SCAN_LIMIT else []
-            failed = pool.map(lambda row: self.images(row) is None, scanned)
-            self.unreadable = {int(row) for row, bad in zip(scanned, scan(failed) if scan else []) if bad}
-        if len(self.unreadable) == len(self.pairs):
-            raise SystemExit(f"data: {source} holds no usable pair: {self.report()}")
+    def __init__(self, seed, prompt_dropout):
+        self.seed = seed
+        self.prompt_dropout = prompt_dropout
+        self.unreadable = set()  # row numbers
+        self.epoch, self.order = None, None  # of the last item: the number, the shuffle [n]
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.rows)
 
     def report(self):
-        """What data.json holds. Above SCAN_LIMIT pairs `unreadable` lists the rows that were met so far."""
-        return {"rows": len(self.rows), "used": len(self.pairs) - len(self.unreadable), "ties": self.ties,
+        """What data.json holds; `unreadable` lists the rows that were met so far."""
+        return {"rows": self.num_rows, "used": len(self) - len(self.unreadable), "ties": self.ties,
                 "unlabelled": self.unlabelled, "unreadable": sorted(self.unreadable)}
 
-    def digest(self):
-        """16 hex digits over the pairs: rows, winners, captions, and names and sizes of their files."""
-        files = getattr(self.rows, "files", None) or [file["filename"] for file in self.rows.cache_files]
-        if not files and self.rows.features["jpg_0"].dtype == "string":  # of a .jsonl
-            paths = self.rows["jpg_0"][:] + self.rows["jpg_1"][:]
-            files = [(path, os.path.exists(path) and os.path.getsize(path)) for path in paths]
-        captions = [self.caption(row) for row in self.pairs]
-        content = json.dumps([self.pairs.tolist(), self.winner[self.pairs].tolist(), captions, files])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    def caption(self, row):
-        return self.captions[int(row)].as_py() or ""
-
-    def images(self, row):
-        """[winner, loser] of a row, or None where one cannot be decoded."""
-        return self.decode(row, self.rows[int(row)])
-
-    def decode(self, row, record):
-        winner = self.winner[row]
-        try:  # bad bytes raise any error
-            return [read_image(record[f"jpg_{side}"]) for side in (winner, 1 - winner)]
-        except Exception:
-            return None
-
-    def content(self, row, images, epoch, prompt):
-        """Pixels, time_ids and clip_pixels of a row's two images, cropped and flipped as in an epoch."""
-        y, x, flip, _ = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row)).tolist()
-        y, x = (y, x) if self.random_crop else (0.5, 0.5)
-        flip = self.random_flip and flip < 0.5
-        pixels, time_ids = zip(*(crop_and_resize(image, self.resolution, y, x, flip) for image in images))
-        item = {"pixels": torch.stack(pixels), "time_ids": torch.stack(time_ids)}
-        if self.clip_transform:
-            item["clip_pixels"] = torch.stack([self.clip_transform(middle_square(image)) for image in images])
-        return item
+    def row_at(self, position):
+        """The row of item `position`, were all pairs readable."""
+        epoch, place = divmod(position, len(self))
+        if self.epoch != epoch:
+            generator = keyed_generator(self.seed, "order", epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self), generator=generator).numpy()
+        return int(self.rows[self.order[place]])
 
     def __getitem__(self, position):
-        """Item `position`, with what `self.draw`, a function of the position, adds to it."""
         epoch, start = divmod(position, len(self))
-        if self.order[0] != epoch:
-            generator = keyed_generator(self.seed, "order", epoch)
-            self.order = epoch, torch.randperm(len(self), generator=generator).numpy()
         unreadable = []
         for k in range(min(len(self), 1000)):
-            row = int(self.pairs[self.order[1][(start + k) % len(self)]])
-            if images := self.images(row):
+            row = self.row_at(epoch * len(self) + (start + k) % len(self))
+            pair = self.load(row)
+            if pair is not None:
                 break
             unreadable.append(row)
         else:
-            raise RuntimeError(f"{k + 1} pairs in a row cannot be decoded any more: is the storage gone?")
-        drop = torch.rand(4, generator=keyed_generator(self.seed, "augment", epoch, row))[3]
+            raise InputError(f"{k + 1} pairs in a row cannot be decoded any more: is the storage gone?")
+        drop = augmentation(self.seed, epoch, row)[3]
         caption = self.caption(row)
         prompt = "" if drop < self.prompt_dropout else caption
-        item = {"prompt": prompt, "caption": caption, "row": row, "unreadable": unreadable}
-        return item | self.content(row, images, epoch, prompt) | (self.draw(position) if self.draw else {})
+        item = {"prompt": prompt, "caption": caption, "row": torch.tensor(row), "unreadable": unreadable}
+        return item | self.content(row, pair, epoch, prompt)
+
+
+def augmentation(seed, epoch, row):
+    """Four uniform numbers of a pair in an epoch: crop y, crop x, flip, prompt dropout."""
+    return torch.rand(4, generator=keyed_generator(seed, "augment", epoch, row)).tolist()
 
 
 def collate(items):
-    """A list of PreferencePairs' items -> the batch described at the head of this file."""
+    """A list of a `Pairs`' items -> the batch described at the head of this file."""
     batch = {key: [item[key] for item in items] for key in items[0]}
-    batch["unreadable"] = sum(batch["unreadable"], [])
+    batch["unreadable"] = [row for rows in batch["unreadable"] for row in rows]
     return {key: torch.stack(value) if value and torch.is_tensor(value[0]) else value
             for key, value in batch.items()}
 
 
-def quiet():
-    """No progress bars of loading, and no report of every prompt that is cut to 77 tokens."""
-    import diffusers
-    import transformers
+class ImagePairs(Pairs):
+    """Pairs out of images, decoded, cropped and flipped when an item is asked for.
 
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    source          see the head of this file
+    resolution      side of the training square, pixels
+    clip_transform  a function from a picture to a tensor for `clip_pixels`, or None; may be set later
+    table           what `read_rows` gives, if it was read already; or encode.StreamedRows
+    raises          InputError where the source cannot be read or holds a wrong label or no pair
+    """
+
+    def __init__(self, source, resolution=None, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
+                 clip_transform=None, table=None):
+        super().__init__(seed, prompt_dropout)
+        self.resolution, self.clip_transform = resolution, clip_transform
+        self.random_crop, self.random_flip = random_crop, random_flip
+        self.source = find_source(source)
+        self.table = read_rows(self.source) if table is None else table
+        self.num_rows = len(self.table)
+        self.check_columns()
+        self.read_labels()
+        if len(self) == 0:
+            raise InputError(f"--data {source} holds no usable pair: {self.report()}")
+
+    def check_columns(self):
+        import datasets
+        import pyarrow
+
+        columns, features = self.table.column_names, self.table.features
+        missing = sorted({"caption", "jpg_0", "jpg_1", "label_0"} - set(columns))
+        if missing:
+            raise InputError(f"--data {self.source} lacks {', '.join(missing)} of Pick-a-Pic's columns")
+        kind = features["caption"].dtype
+        if kind not in ("string", "large_string", "null"):
+            raise InputError(f"the captions of {self.source} are of type {kind}, not strings")
+        for name in ("jpg_0", "jpg_1"):  # a column of the image type gives bytes or a path; decoded here
+            if isinstance(features[name], datasets.Image):
+                self.table = self.table.cast_column(name, datasets.Image(decode=False))
+        self.captions = pyarrow.array(self.table["caption"][:])  # in one piece: processes share it
+        self.columns = {name: np.array(self.table[name][:], dtype=np.float32) for name in COLUMNS
+                        if name in columns}
+
+    def read_labels(self):
+        """Sets rows, winner_side, ties, unlabelled. A missing label is nan here."""
+        columns = self.table.column_names
+        try:
+            label = np.array(self.table["label_0"][:], dtype=float)                     # [num_rows]
+            other = np.array(self.table["label_1"][:], dtype=float) if "label_1" in columns else 1 - label
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the labels of {self.source} are not numbers: {brief(error)}")
+        labelled = ~np.isnan(label)
+        if "has_label" in columns:
+            has_label = [flag in (None, True, 1) for flag in self.table["has_label"][:]]
+            labelled &= np.array(has_label, dtype=bool)
+        contradicted = ~np.isnan(other) & (label + other != 1)
+        wrong = np.flatnonzero(labelled & (~np.isin(label, (0, 0.5, 1)) | contradicted))
+        if len(wrong):
+            first = ", ".join(f"row {row} ({label[row]:g}, {other[row]:g})" for row in wrong[:5])
+            raise InputError(f"{len(wrong)} rows of {self.source} have a label_0 other than 0, 0.5 or 1, "
+                             f"or a label_1 that is not its complement: {first}")
+        tied = labelled & (label == 0.5)
+        self.rows = np.flatnonzero(labelled & ~tied)
+        self.winner_side = (label == 0).astype(int)                                     # [num_rows], 0 or 1
+        self.ties, self.unlabelled = int(tied.sum()), int((~labelled).sum())
+
+    def scan(self):
+        """Decodes every pair once, so that `report` is complete. InputError where none can be decoded."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            loaded = pool.map(lambda row: self.load(row) is not None, self.rows)
+            self.unreadable = {int(row) for row, is_readable in zip(self.rows, loaded) if not is_readable}
+        if len(self.unreadable) == len(self):
+            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}")
+
+    def digest(self):
+        """16 hex digits over the pairs: rows, winners, captions, and sizes of their files; not where they lie."""
+        files = getattr(self.table, "files", None)
+        if files is None and Path(self.source).expanduser().exists():
+            files = local_files(self.source)
+        sizes = [(Path(file).name, os.path.getsize(file)) for file in files or [] if os.path.exists(file)]
+        if self.table.features["jpg_0"].dtype == "string":  # of a .jsonl
+            paths = self.table["jpg_0"][:] + self.table["jpg_1"][:]
+            sizes += [(Path(path).name, os.path.exists(path) and os.path.getsize(path)) for path in paths]
+        captions = [self.caption(row) for row in self.rows]
+        return digest([self.rows.tolist(), self.winner_side[self.rows].tolist(), captions, sizes])
+
+    def caption(self, row):
+        return self.captions[int(row)].as_py() or ""
+
+    def load(self, row):
+        """[winner, loser] of a row, or None where one cannot be decoded."""
+        return self.decode(row, self.table[int(row)])
+
+    def decode(self, row, record):
+        """The same of a row that was read already."""
+        winner = self.winner_side[row]
+        try:  # bad bytes raise any error
+            return [read_image(stored_bytes(record[f"jpg_{side}"])) for side in (winner, 1 - winner)]
+        except Exception:
+            return None
+
+    def content(self, row, pair, epoch, prompt):
+        """Pixels, time_ids and clip_pixels of a row's two images, cropped and flipped as in an epoch."""
+        y, x, flip, _ = augmentation(self.seed, epoch, row)
+        if not self.random_crop:
+            y = x = 0.5
+        flip = self.random_flip and flip < 0.5
+        cropped = [crop_and_resize(image, self.resolution, y, x, flip) for image in pair]
+        item = {"pixels": torch.stack([pixels for pixels, _ in cropped]),
+                "time_ids": torch.stack([time_ids for _, time_ids in cropped])}
+        item |= {name: torch.tensor(column[row]) for name, column in self.columns.items()}
+        if self.clip_transform:
+            squares = [self.clip_transform(middle_square(image)) for image in pair]
+            item["clip_pixels"] = torch.stack(squares)
+        return item
 
 
-def find_pipeline(model):
-    """(folder or hub id, model_index) of a preset's name, folder or hub id. SystemExit if it will not do."""
-    from diffusers import DiffusionPipeline
+# A cache: what encode.py leaves
 
-    source = MODELS.get(model, {"id": model})["id"]
+
+def is_cache(source):
+    file = Path(source).expanduser() / "manifest.json"
+    return file.is_file() and b'"encoders"' in file.read_bytes()
+
+
+def read_manifest(source):
+    """The manifest of a cache, finished or not. InputError where it is damaged, or of the first edition."""
+    file = Path(source).expanduser() / "manifest.json"
     try:
-        index = DiffusionPipeline.load_config(source if Path(source).is_dir() else hub_id(source))
-        kind = index["_class_name"]
-    except Exception as error:
-        raise SystemExit(f"model: {source} cannot be read as a diffusers pipeline: {brief(error)}")
-    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    if kind == "StableDiffusionXLPipeline":
-        parts += ["text_encoder_2", "tokenizer_2"]
-    elif kind != "StableDiffusionPipeline":
-        raise SystemExit(f"model: {source} is a {kind}, not of the SD 1.x or the SDXL kind")
-    for part in parts:
-        if not (index.get(part) or [None])[0] or Path(source).is_dir() and not (Path(source) / part).is_dir():
-            raise SystemExit(f"model: {source} lacks its {part}")
-    return source, index
+        manifest = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error!r:.200}); remove it, and the command of encode.py "
+                         "that made the cache writes it anew")
+    if manifest.get("edition") != 2:
+        raise InputError(f"{source} was encoded by the first edition; encode the pairs once more, by encode.py")
+    return manifest
 
 
-def load_pipeline(model):
-    """The float32 diffusers pipeline of a preset's name, a folder, or a hub id, without a safety checker.
+class EncodedPairs(Pairs):
+    """Pairs out of a cache: the same stream as `ImagePairs`, encoded instead of in pixels.
 
-    SystemExit where a tensor or a vocabulary is missing, for which the libraries would take any other.
+    Files are memory-mapped, each item is read when it is asked for: the shuffle is that of all pairs.
+
+    raises  InputError where a file is missing or has not the bytes that it was written with
     """
-    from diffusers import DiffusionPipeline
 
-    source, index = find_pipeline(model if model != "tiny" else str(tiny.part("pipeline")))
-    checker = dict(safety_checker=None, requires_safety_checker=False) if "safety_checker" in index else {}
-    networks = {}
-    try:
-        for name in {"unet", "vae", "text_encoder", "text_encoder_2"} & index.keys():
-            network = getattr(importlib.import_module(index[name][0]), index[name][1])
-            networks[name], info = network.from_pretrained(source, subfolder=name, dtype=torch.float32,
-                                                           output_loading_info=True)
-            if info["missing_keys"]:
-                raise ValueError(f"its {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-        pipe = DiffusionPipeline.from_pretrained(source, **networks, **checker)
-        for name in {"tokenizer", "tokenizer_2"} & index.keys():
-            if getattr(pipe, name).vocab_size <= len(set(getattr(pipe, name).all_special_ids)):
-                raise ValueError(f"its {name} has no vocabulary")
-        if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
-            raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
-    except Exception as error:
-        raise SystemExit(f"model: {source} cannot be loaded: {brief(error)}")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    def __init__(self, source, seed=0, prompt_dropout=0.0):
+        super().__init__(seed, prompt_dropout)
+        self.folder, self.shards = Path(source).expanduser(), {}
+        manifest = read_manifest(source)
+        for name, size in manifest["files"].items():
+            file = self.folder / name
+            found = f"has {file.stat().st_size} bytes, not {size}" if file.exists() else "is missing"
+            if not file.exists() or file.stat().st_size != size:
+                raise InputError(f"{file} {found}; the command of encode.py that made the cache writes it anew")
+        self.num_rows, self.ties, self.unlabelled = (manifest[key] for key in ("rows", "ties", "unlabelled"))
+        self.unreadable, self.shard_size = set(manifest["unreadable"]), manifest["shard"]
+        self.prompts = json.loads((self.folder / "prompts.json").read_text())
+        names = sorted(name for name in manifest["files"] if name.startswith("pairs-"))
+        tables = [self.shard(name) for name in names]
+        rows = [table.get_tensor("row").numpy() for table in tables]
+        self.encoded_rows = np.concatenate(rows)                                        # ascending
+        self.starts = np.cumsum([0, *map(len, rows)])                                   # of the files
+        self.prompt_numbers = np.concatenate([table.get_tensor("prompt").numpy() for table in tables])
+        self.rows = np.sort(np.concatenate([self.encoded_rows, np.array(manifest["unreadable"], dtype=int)]))
+        self.columns = [name for name in COLUMNS if name in manifest["columns"]]
+
+    def __getstate__(self):  # for a process that starts anew
+        return self.__dict__ | {"shards": {}}
+
+    def shard(self, name):
+        if name not in self.shards:
+            self.shards[name] = safe_open(self.folder / name, "pt")
+        return self.shards[name]
+
+    def read(self, kind, file, index):
+        """{name: tensor} of a pair or a prompt."""
+        shard = self.shard(f"{kind}-{file:05d}.safetensors")
+        return {name: shard.get_slice(name)[int(index)] for name in shard.keys()}
+
+    def digest(self):
+        return digest((self.folder / "manifest.json").read_bytes())
+
+    def load(self, row):
+        """The place of a row among the encoded, or None where it could not be decoded."""
+        place = int(np.searchsorted(self.encoded_rows, row))
+        is_encoded = place < len(self.encoded_rows) and self.encoded_rows[place] == row
+        return place if is_encoded else None
+
+    def caption(self, row):
+        place = self.load(row)
+        return "" if place is None else self.prompts[self.prompt_numbers[place]]
+
+    def content(self, row, pair, epoch, prompt):
+        file = int(np.searchsorted(self.starts, pair, side="right")) - 1
+        item = self.read("pairs", file, pair - self.starts[file])
+        number = int(self.prompt_numbers[pair])
+        text = self.read("prompts", *divmod(number, self.shard_size))
+        clip_embeds = torch.cat([text.pop("clip_embeds")[None], item.pop("clip_embeds")])       # [3, E']
+        if not prompt:
+            text = self.read("prompts", 0, 0)  # of ""
+            del text["clip_embeds"]
+        del item["row"], item["prompt"]
+        return item | text | {"clip_embeds": clip_embeds}
 
 
-def side(pipe, wanted=None):
-    """The side of the training images, pixels: `wanted`, or the model's own. SystemExit if it will not do."""
-    least = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if wanted and wanted % least:
-        raise SystemExit(f"model: --resolution {wanted} is no multiple of {least}, as this model needs")
-    return wanted or own_side(pipe)
+class Stream(torch.utils.data.Dataset):
+    """Item p: the pair at position p of the endless stream of pairs, its timestep and its noise.
 
+    Position p is place p % batch_size of step p // batch_size. What is drawn is a function of (seed, step,
+    place) alone, not of the process or the micro-batch, and drawn on the CPU, so that every device sees the
+    same. One timestep and one noise for both images of a pair; the VAE's noise is each image's own.
 
-def own_side(pipe):
-    """The side of the images that a pipeline was made for, pixels."""
-    return int(np.min(pipe.unet.config.sample_size)) * pipe.vae_scale_factor
-
-
-def is_toy(pipe):
-    """Whether a model is so small, under 100 M parameters, that the embedded CLIP will do for it."""
-    return sum(parameter.numel() for parameter in pipe.unet.parameters()) < 1e8
-
-
-def in_parts(function, rows, device, at_once, threads=1):
-    """[function of some rows, ...], without gradients, `at_once` rows at a time.
-
-    On a CPU one row at a time, each on one thread, `threads` of them side by side, which is no slower: so a row
-    gives the same bits in any batch, by any number of threads. (A difference of errors times beta shows bits.)
+    pairs         a `Pairs`
+    process       its sample_t draws a timestep
+    latent_shape  (C, h, w)
+    group_noise   what the pairs of a group share: "own", nothing; "timestep"; "both", the noise, too
     """
-    function = torch.no_grad()(function)  # of this thread alone, were it around the pool
-    if device.type != "cpu":
-        return [function(rows[i:i + at_once]) for i in range(0, len(rows), at_once)]
-    with concurrent.futures.ThreadPoolExecutor(threads, "cpu", torch.set_num_threads, (1,)) as pool:
-        return [*pool.map(function, (rows[i:i + 1] for i in range(len(rows))))]
+
+    def __init__(self, pairs, process, latent_shape, seed, batch_size, group_size, group_noise):
+        self.pairs, self.process, self.latent_shape = pairs, process, latent_shape
+        self.seed, self.batch_size = seed, batch_size
+        self.group_size, self.group_noise = group_size, group_noise
+
+    def draw(self, position):
+        """{"t": [], "noise": [C, h, w], "vae_noise": [2, C, h, w]} of a position."""
+        step, place = divmod(position, self.batch_size)
+        first = place - place % self.group_size  # what a group shares is drawn as for its first pair
+        t_place = place if self.group_noise == "own" else first
+        noise_place = first if self.group_noise == "both" else place
+        t_generator = keyed_generator(self.seed, "timestep", step, t_place)
+        noise_generator = keyed_generator(self.seed, "noise", step, noise_place)
+        vae_generator = keyed_generator(self.seed, "vae", step, place)
+        return {"t": self.process.sample_t(t_generator),
+                "noise": torch.randn(self.latent_shape, generator=noise_generator),
+                "vae_noise": torch.randn((2, *self.latent_shape), generator=vae_generator)}
+
+    def __getitem__(self, position):
+        item = self.pairs[position] | self.draw(position)
+        item["record"] = self.record(item["row"], item["t"], item["noise"])
+        item["position"] = torch.tensor(position)
+        return item
+
+    def record(self, row, t, noise):
+        """(row, t, 48 bits of a hash of the noise) [3] float64: by these a changed draw is noticed."""
+        noise_hash = hashlib.blake2b(noise.numpy(), digest_size=6)
+        return torch.tensor([row, t, int(noise_hash.hexdigest(), 16)], dtype=torch.float64)
+
+    def records_of(self, step, count=32):
+        """The records [n, 3] of the first places of a step, were all pairs readable; nothing is decoded."""
+        records = []
+        first = step * self.batch_size
+        for position in range(first, first + min(count, self.batch_size)):
+            drawn = self.draw(position)
+            records.append(self.record(self.pairs.row_at(position), drawn["t"], drawn["noise"]))
+        return torch.stack(records)
 
 
-def encode_prompts(pipe, prompts, dtype=torch.float32):
-    """What the text encoders make of B prompts: states [B, L, E]; of SDXL also pooled [B, P], else None.
-
-    An empty prompt becomes what the pipeline itself takes for unconditional: zeros where SDXL's
-    force_zeros_for_empty_prompt says so (Diffusion-DPO trains on the encoded "" there), else the encoded "".
-    Longer prompts than the encoder reads are cut.
-    """
-    device = pipe.text_encoder.device
-
-    def encode(some):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return pipe.encode_prompt(some, device=device, num_images_per_prompt=1,
-                                      do_classifier_free_guidance=False)
-
-    parts = in_parts(encode, prompts, device, len(prompts))  # one thread: tokenizers are not made for more
-    states, _, *pooled = (torch.cat(some).float() if some[0] is not None else None for some in zip(*parts))
-    zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
-    keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts])[:, None].to(device)
-    return states * keep[:, None], pooled[0] * keep if pooled else None
-
-
-def condition(states, pooled, time_ids):
-    """The UNet's conditioning for B prompts with S images each: rows of the first images, then of the second.
-
-    time_ids  [B, S, 6] float32, used by SDXL alone; bf16 would round 1023 to 1024
-    returns   {"encoder_hidden_states": [S B, L, E]}; for SDXL also added_cond_kwargs: text_embeds, time_ids
-    """
-    sides = time_ids.shape[1]
-    conditioning = {"encoder_hidden_states": states.repeat(sides, 1, 1)}
-    if pooled is not None:
-        conditioning["added_cond_kwargs"] = {"text_embeds": pooled.repeat(sides, 1),
-                                             "time_ids": time_ids.transpose(0, 1).flatten(0, 1)}
-    return conditioning
-
-
-def encode_images(vae, pixels):
-    """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W], before the scaling.
-
-    In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few pairs at a time: at 1024 px
-    one activation of 16 pairs would have 2^32 elements.
-    """
-    def encode(some):
-        posterior = vae.encode(some.flatten(0, 1).to(vae.device, non_blocking=True)).latent_dist
-        return posterior.mean, posterior.std
-
-    at_once = max(1, 2 ** 21 // pixels[0, 0, 0].numel())
-    parts = in_parts(encode, pixels, vae.device, at_once, torch.get_num_threads())
-    mean, std = (torch.cat(some).unflatten(0, pixels.shape[:2]) for some in zip(*parts))
-    return mean, std
-
-
-def encode(pipe, clip, batch, dtype=torch.float32):
-    """What training needs, and a cache keeps, of a batch of B pairs with S images each.
-
-    returns  {"mean", "std": [B, S, C, h, w], "states": [B, L, E], "embeddings": [B, 3, E]} and for SDXL
-             "pooled": [B, P]; embeddings are CLIP's of text, winner, loser, absent without `clip`
-    """
-    mean, std = encode_images(pipe.vae, batch["pixels"])
-    states, pooled = encode_prompts(pipe, batch["prompt"], dtype)
-    embeddings = clip and clip.embed(batch["caption"], batch.get("clip_pixels"))
-    made = {"mean": mean, "std": std, "states": states, "pooled": pooled, "embeddings": embeddings}
-    return {name: value for name, value in made.items() if value is not None}
-
-
-@torch.no_grad()
-def decode_images(vae, latents):
-    """Pictures [N, 3, H, W] float32 on the CPU, in [0, 1], of scaled latents [N, C, h, w]; in float32."""
-    parts = (latents.float() / vae.config.scaling_factor).split(max(1, 2 ** 14 // latents[0, 0].numel()))
-    return torch.cat([vae.decode(part).sample.cpu() for part in parts]).div(2).add(.5).clamp(0, 1)
-
-
-@torch.no_grad()
-def sample(pipe, prompts, generators, steps, guidance, dtype=torch.float32, **more):
-    """Scaled latents [N, C, h, w] of N prompts, each from the noise of its own CPU generator.
-
-    more  what else the pipeline takes: height and width in pixels; image and strength of image-to-image
-    """
-    with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-        return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-                    output_type="latent", **more).images.float()
+# CLIP
 
 
 class Clip:
     """An open_clip model that embeds captions and images for `cross_pair_weights`.
 
-    spec    ARCH:WEIGHTS, the weights a tag of open_clip or a local file; or "tiny", the embedded one
-    raises  SystemExit, in one line, where it is not known or cannot be loaded
+    spec    ARCH:WEIGHTS, the weights a tag of open_clip, a local file or "random"; or "tiny", the embedded one
+    raises  InputError where it is not known or cannot be loaded
     """
 
     def __init__(self, spec, device="cpu", dtype=torch.float32):
@@ -498,20 +505,21 @@ class Clip:
 
         arch, _, weights = spec.partition(":")
         if spec == "tiny":
-            arch, weights = f"local-dir:{tiny.part('clip')}", None
-        elif weights == "random" and arch in open_clip.list_models():  # --random_init
+            folder = importlib.import_module("extras.tiny").part("clip")
+            arch, weights = f"local-dir:{folder}", None
+        elif arch not in open_clip.list_models() or not weights:
+            raise InputError(f"--clip {spec} is neither tiny nor ARCH:WEIGHTS, ARCH one of open_clip's")
+        elif weights == "random":  # --random_init
             weights = None
             torch.manual_seed(0)
-        elif arch not in open_clip.list_models() or not weights:
-            raise SystemExit(f"clip: {spec} is neither tiny nor ARCH:WEIGHTS, ARCH one of open_clip's")
-        known = open_clip.pretrained.get_pretrained_cfg(arch, weights) if weights else {}
+        published = open_clip.pretrained.get_pretrained_cfg(arch, weights) if weights else {}
         try:  # OpenAI's weights want QuickGELU, and open_clip would only warn
             self.model, _, self.transform = open_clip.create_model_and_transforms(
-                arch, weights, force_quick_gelu=known.get("quick_gelu", False), device=device)
+                arch, weights, force_quick_gelu=published.get("quick_gelu", False), device=device)
             self.tokenizer = open_clip.get_tokenizer(arch)
         except Exception as error:
-            raise SystemExit(f"clip: {spec} cannot be loaded ({brief(error)}); give --clip another ARCH:TAG, "
-                             "ARCH:FILE, or tiny")
+            raise InputError(f"--clip {spec} cannot be loaded ({brief(error)}); give another ARCH:TAG, ARCH:FILE, "
+                             "or tiny")
         self.model.eval().requires_grad_(False)
         self.device, self.dtype = torch.device(device), dtype
 
@@ -529,11 +537,11 @@ class Clip:
 
     def embed(self, captions, clip_pixels=None):
         """[B, 3, E]: text, image_w, image_l of B captions and clip_pixels [B, 2, 3, h, w]; without, zeros."""
-        text = self.embed_texts(captions)
-        image = torch.zeros_like(text)[:, None].repeat(1, 2, 1)
+        text = self.embed_texts(captions)                                               # [B, E]
+        images = torch.zeros_like(text)[:, None].repeat(1, 2, 1)                        # [B, 2, E]
         if clip_pixels is not None:
-            image = self.embed_images(clip_pixels.flatten(0, 1)).unflatten(0, (-1, 2))      # [B, 2, E]
-        return torch.cat([text[:, None], image], 1)
+            images = self.embed_images(clip_pixels.flatten(0, 1)).unflatten(0, (-1, 2))
+        return torch.cat([text[:, None], images], 1)
 
 
 def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):
@@ -547,14 +555,12 @@ def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):
     returns                 [B, B] float32, row i = winner i, column j = loser j, rows sum to 1
     """
     def cosine(a, b):
-        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T  # [B, B]
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T        # [B, B]
 
-    similarities = {"text": lambda: cosine(text, text), "image": lambda: cosine(image_w, image_l),
-                    "both": lambda: (cosine(text, text) + cosine(image_w, image_l)) / 2}
-    return torch.softmax((similarities[similarity]() - 1) / tau, dim=1)
-
-
-if __name__ == "__main__":
-    import cache
-
-    cache.main()
+    if similarity == "text":
+        distance = 1 - cosine(text, text)
+    elif similarity == "image":
+        distance = 1 - cosine(image_w, image_l)
+    else:
+        distance = 1 - (cosine(text, text) + cosine(image_w, image_l)) / 2
+    return torch.softmax(-distance / tau, dim=1)

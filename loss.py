@@ -7,130 +7,133 @@ are noised with one timestep t_i and one noise eps_i:  x_t = sqrt(a_t) x + sqrt(
     D_i^w = err_policy(x_i^w) - err_ref(x_i^w)        D_j^l = err_policy(x_j^l) - err_ref(x_j^l)
 
     SFT   L = mean_i   err_policy(x_i^w)
-    DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )             Eq. (14) of arXiv:2311.12908
-    RPO   L = mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )      arXiv:2406.06382, arXiv:2402.10958
-          w_ij = softmax over j of ( -d_ij / tau )                          cross_pair_weights in data.py
+    DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )                     Eq. (14) of arXiv:2311.12908
+    RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        outside: arXiv:2406.06382
+          L = mean_ij  -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )             inside: arXiv:2402.10958
+          w_ij = softmax over j of ( -d_ij / tau )                                  cross_pair_weights in data.py
 
 beta stands for beta T omega(lambda_t) of Eq. (14), omega constant. The 1/2 and the mean, not sum, over a
 latent's elements are those of Diffusion-DPO's published code: beta = 5000 means here what it means there.
 
-A new loss is one function with the signature of these, one entry in LOSSES, one test; `--loss NAME` runs it.
-What has a default in its signature is not computed for it: sft sees no loser, no reference; dpo no weights.
-A loss that couples pairs must ask for weights: only then is it given one group of --group_size at a time.
+A new loss is one function and one entry in LOSSES; `--loss NAME` runs it. Its parameters say what it wants, and
+what no parameter names is not computed: without ref_err_* there is no reference, without err_l no loser.
+
+    err_w, err_l, ref_err_w, ref_err_l   [B] float32, the errors above; the policy's carry the gradient
+    weights                              [B, B] float32; then the B pairs are one group of --group_size
+    t                                    [B] timesteps, int64 in [0, T)
+    snr                                  [B] float32, a_t / (1 - a_t)
+    a name of data.COLUMNS               [B] float32, a number per pair out of the data
+    any other                            a hyperparameter: the option of its name, or --loss_args NAME=VALUE
+
+It returns (the loss, a scalar; metrics, a dict of detached scalars for the log).
 """
 
-import contextlib
-import copy
+import inspect
 
 import torch
 import torch.nn.functional as F
 
 
-def denoising_error(unet, latents, noise, timesteps, conditioning, alphas_cumprod,
-                    prediction_type="epsilon", dtype=torch.float32):
+class DDPM:
+    """The diffusion process of SD 1.x, 2.x and SDXL: x_t = sqrt(a_t) x + sqrt(1 - a_t) eps.
+
+    alphas_cumprod   [T] float32, the schedule's a_t
+    prediction_type  "epsilon" (the network predicts eps) or "v_prediction" (v, section 4 of arXiv:2202.00512)
+    raises           ValueError for any other prediction_type
+    """
+
+    def __init__(self, alphas_cumprod, prediction_type="epsilon"):
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {prediction_type!r}: this method needs epsilon or v_prediction")
+        self.alphas_cumprod = alphas_cumprod
+        self.prediction_type = prediction_type
+
+    def to(self, device):
+        """The same process on another device."""
+        return DDPM(self.alphas_cumprod.to(device), self.prediction_type)
+
+    def sample_t(self, generator):
+        """The timestep of one pair, int64 in [0, T), uniform as in Eq. (14)."""
+        return torch.randint(len(self.alphas_cumprod), (), generator=generator)
+
+    def snr(self, t):
+        """The signal-to-noise ratio a_t / (1 - a_t) at t [N] int64 -> [N] float32."""
+        a_t = self.alphas_cumprod[t]
+        return a_t / (1 - a_t)
+
+    def diffuse(self, x, eps, t):
+        """(x_t, target) of clean latents x and noise eps [N, C, h, w] at t [N], each [N, C, h, w]."""
+        a_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)                      # [N, 1, 1, 1]
+        x_t = a_t.sqrt() * x + (1 - a_t).sqrt() * eps
+        if self.prediction_type == "epsilon":
+            target = eps
+        else:
+            target = a_t.sqrt() * eps - (1 - a_t).sqrt() * x
+        return x_t, target
+
+
+def denoising_error(predict, network, process, x, eps, t, cond, dtype=torch.float32):
     """err(theta; x, c, t, eps) of every sample: the one way in which policy and reference are measured.
 
     The forward runs under autocast to `dtype`; the difference is taken and averaged in float32, because a
     preference logit is a small difference of errors times thousands. With gradient checkpointing, that is
-    after `unet.enable_gradient_checkpointing()`, activations are recomputed in the backward pass: less
+    after `network.enable_gradient_checkpointing()`, activations are recomputed in the backward pass: less
     memory, a third more time, the same gradients.
 
-    unet            diffusers' UNet2DConditionModel, or anything called like it
-    latents, noise  [N, C, h, w] float32: scaled clean latents x, standard normal eps
-    timesteps       [N] int64, in [0, T)
-    conditioning    the UNet's keyword arguments (encoder_hidden_states, added_cond_kwargs), N rows each
-    alphas_cumprod  [T] float32, the schedule's a_t
-    returns         [N] float32
-    raises          ValueError where prediction_type is neither "epsilon" nor "v_prediction"
+    predict   predict(network, x_t, t, cond) -> [N, C, h, w]: how a network of this family is called
+    process   a DDPM
+    x, eps    [N, C, h, w] float32: scaled clean latents, standard normal noise
+    t         [N] timesteps
+    cond      what the network is conditioned on, N rows each
+    returns   [N] float32
     """
-    a_t = alphas_cumprod[timesteps].view(-1, 1, 1, 1)                       # [N, 1, 1, 1]
-    x_t = a_t.sqrt() * latents + (1 - a_t).sqrt() * noise                   # [N, C, h, w]
-    if prediction_type == "epsilon":
-        target = noise
-    elif prediction_type == "v_prediction":                                 # section 4 of arXiv:2202.00512
-        target = a_t.sqrt() * noise - (1 - a_t).sqrt() * latents
-    else:
-        raise ValueError(f"prediction_type {prediction_type!r}: this method needs epsilon or v_prediction")
-    with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-        prediction = unet(x_t, timesteps, **conditioning, return_dict=False)[0]
+    x_t, target = process.diffuse(x, eps, t)                                # [N, C, h, w]
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        prediction = predict(network, x_t, t, cond)
     return (prediction.float() - target).square().mean(dim=(1, 2, 3))       # [N]
 
 
-def cast_for_autocast(network, dtype):
-    """`network`, its frozen Linear and Conv weights cast in place, as autocast would in every forward.
-
-    All other parameters stay float32, as autocast leaves them, so that under autocast to `dtype` the numbers
-    are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So do those that train
-    (an adapter's): in bf16 a learning rate of 1e-5 would not move them.
-    """
-    for module in network.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
-            module.to(dtype)
-    return network
+def sft_loss(err_w):
+    """Supervised fine-tuning on the winners: mean_i err_policy(x_i^w)."""
+    return err_w.mean(), {"mse/policy_w": err_w.detach().mean()}
 
 
-def frozen_reference(unet, dtype=torch.float32):
-    """A copy of `unet` that takes no gradient and, under autocast to `dtype`, computes the same numbers."""
-    return cast_for_autocast(copy.deepcopy(unet).eval().requires_grad_(False), dtype)
-
-
-@contextlib.contextmanager
-def adapter_off(unet):
-    """`unet` without its LoRA adapter, the reference of a policy that is one; on again on any way out."""
-    unet.disable_adapters()
-    try:
-        yield unet
-    finally:
-        unet.enable_adapters()
-
-
-def sft_loss(err_w, err_l=None, ref_err_w=None, ref_err_l=None, beta=None, weights=None):
-    """Supervised fine-tuning on the winners: mean_i err_policy(x_i^w). Only `err_w`, [B], is used.
-
-    returns  (loss scalar, metrics: {"mse/policy_w"} detached)
-    """
-    return err_w.float().mean(), {"mse/policy_w": err_w.detach().float().mean()}
-
-
-def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights=None):
+def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
     """Diffusion-DPO, Eq. (14) of arXiv:2311.12908: mean_i -log sigmoid( -beta/2 * (D_i^w - D_i^l) ).
 
-    err_w, err_l, ref_err_w, ref_err_l  [B] errors of policy and reference; the reference gets no gradient
-    beta                                strength of the pull to the reference; `weights` is not used
-    returns                             (loss scalar, metrics: detached scalars, see `preference_metrics`)
+    beta     the strength of the pull to the reference
+    returns  (loss scalar, metrics: see `preference_metrics`)
     """
-    d_w = err_w.float() - ref_err_w.detach().float()                        # [B]
-    d_l = err_l.float() - ref_err_l.detach().float()                        # [B]
+    d_w = err_w - ref_err_w                                                 # [B]
+    d_l = err_l - ref_err_l                                                 # [B]
     logits = -beta / 2 * (d_w - d_l)                                        # [B]
     return -F.logsigmoid(logits).mean(), preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta)
 
 
-def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, position="inside"):
+def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position="outside"):
     """Diffusion-RPO, arXiv:2406.06382: every winner of a group of B pairs against every loser of it.
 
-    position="inside"   mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )      as in arXiv:2402.10958
-    position="outside"  mean_i sum_j w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )
+    weight_position="outside"  mean_i sum_j w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )
+    weight_position="inside"   mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) ), as in arXiv:2402.10958
 
-    With B = 1 both are DPO. Inside, a logit's effective beta is beta * w_ij, about beta / B: choose the two
-    together.
+    Outside, beta means what it means in DPO, whatever the group. Inside, a logit's effective beta is
+    beta * w_ij, about beta / B: choose beta and B together. With B = 1 both are DPO.
 
-    err_w, err_l, ref_err_w, ref_err_l  [B] errors of policy and reference; the reference gets no gradient
-    weights                             [B, B], row i = winner i, column j = loser j, rows sum to 1; constants
-    returns                             (loss scalar, metrics: detached scalars, see `preference_metrics`)
-    raises                              ValueError where position or the shape of weights is none of these
+    weights  [B, B], row i = winner i, column j = loser j, rows sum to 1; constants
+    returns  (loss scalar, metrics: see `preference_metrics`)
+    raises   ValueError where weight_position or the shape of weights is none of these
     """
     if weights.shape != (len(err_w), len(err_l)):
         raise ValueError(f"weights {tuple(weights.shape)} do not fit a group of {len(err_w)} pairs")
-    d_w = err_w.float() - ref_err_w.detach().float()                        # [B]
-    d_l = err_l.float() - ref_err_l.detach().float()                        # [B]
+    d_w = err_w - ref_err_w                                                 # [B]
+    d_l = err_l - ref_err_l                                                 # [B]
     logits = -beta / 2 * (d_w[:, None] - d_l[None, :])          # [B, B], row i = winner i, column j = loser j
-    weights = weights.detach().float()
-    if position == "inside":
-        loss = -F.logsigmoid(weights * logits).mean()
-    elif position == "outside":
+    if weight_position == "outside":
         loss = -(weights * F.logsigmoid(logits)).sum(dim=1).mean()
+    elif weight_position == "inside":
+        loss = -F.logsigmoid(weights * logits).mean()
     else:
-        raise ValueError(f"position {position!r} is neither inside nor outside")
+        raise ValueError(f"weight_position {weight_position!r} is neither outside nor inside")
     return loss, preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta)
 
 
@@ -142,15 +145,19 @@ def preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta):
     reward/margin, reward/accuracy   chosen - rejected; the share of positive margins, a zero counting half
     mse/{policy,ref}_{w,l}           the mean errors themselves
     """
-    err_w, err_l, ref_err_w, ref_err_l = (err.float() for err in (err_w, err_l, ref_err_w, ref_err_l))
-    chosen, rejected = -beta / 2 * (err_w - ref_err_w), -beta / 2 * (err_l - ref_err_l)     # [B], [B]
-    margin = chosen - rejected
+    chosen = -beta / 2 * (err_w - ref_err_w)                                # [B]
+    rejected = -beta / 2 * (err_l - ref_err_l)                              # [B]
+    margin = chosen - rejected                                              # [B]
+    accuracy = (margin > 0).float() + (margin == 0).float() / 2             # [B]
     return {"reward/chosen": chosen.mean(), "reward/rejected": rejected.mean(),
-            "reward/margin": margin.mean(),
-            "reward/accuracy": ((margin > 0).float() + (margin == 0).float() / 2).mean(),
+            "reward/margin": margin.mean(), "reward/accuracy": accuracy.mean(),
             "mse/policy_w": err_w.mean(), "mse/policy_l": err_l.mean(),
             "mse/ref_w": ref_err_w.mean(), "mse/ref_l": ref_err_l.mean()}
 
 
-# All can be called alike: LOSSES[name](err_w, err_l, ref_err_w, ref_err_l, beta, weights).
 LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "rpo": rpo_loss}
+
+
+def wants(loss_fn):
+    """The parameters of a loss by their names: what it must be given."""
+    return inspect.signature(loss_fn).parameters

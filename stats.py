@@ -1,25 +1,62 @@
 """The numbers of the evaluation: win rates and intervals of scores, distances of sets of images."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import InputError, brief
+
+BANDWIDTH = 10  # of CMMD's kernel
+TAILS = (0.025, 0.975)  # quantiles of a 95% interval
+
+
+class WinRate(NamedTuple):
+    rate: float
+    wins: int
+    ties: int
+    losses: int
+
 
 def win_rate(ours, theirs):
-    """Of two equally long lists of scores: (rate, wins, ties, losses); a tie counts one half."""
-    wins, ties = int(np.sum(ours > theirs)), int(np.sum(ours == theirs))
-    return (wins + ties / 2) / len(ours), wins, ties, len(ours) - wins - ties
+    """The `WinRate` of two equally long lists of scores; a tie counts one half."""
+    wins = int(np.sum(ours > theirs))
+    ties = int(np.sum(ours == theirs))
+    return WinRate((wins + ties / 2) / len(ours), wins, ties, len(ours) - wins - ties)
 
 
 def bootstrap(values, prompts, draws=10_000, seed=0):
     """The 95% percentile interval of a mean of `values` [N] over prompts, resampled with all their images."""
     _, prompt_of = np.unique(prompts, return_inverse=True)
-    total, count = np.bincount(prompt_of, values), np.bincount(prompt_of)                   # [P]
-    rng, means = np.random.default_rng(seed), []
+    total = np.bincount(prompt_of, values)                                              # [P]
+    count = np.bincount(prompt_of)                                                      # [P]
+    rng = np.random.default_rng(seed)
+    means = []
     for _ in range(0, draws, 100):  # a hundred at a time, for memory
         picked = rng.integers(len(total), size=(100, len(total)))
         means.append(total[picked].sum(1) / count[picked].sum(1))
-    return tuple(np.quantile(np.concatenate(means), (0.025, 0.975)).tolist())
+    low, high = np.quantile(np.concatenate(means), TAILS)
+    return float(low), float(high)
+
+
+def against_base(ours, base, prompts):
+    """{name: number} of scores [N] held against those of a base model for the same N prompts."""
+    result = win_rate(ours, base)
+    outcomes = (ours > base) + (ours == base) / 2                                       # [N] of 0, 1/2, 1
+    return {"n": len(ours), "mean": ours.mean(), "mean_95": bootstrap(ours, prompts), "median": np.median(ours),
+            "win_rate": result.rate, "win_rate_95": bootstrap(outcomes, prompts), "wins": result.wins,
+            "ties": result.ties, "losses": result.losses}
+
+
+def compare_scores(names, scores, prompts):
+    """A dict of numbers per scorer and folder, each of F folders against the first; scores {scorer: [F, N]}."""
+    results = []
+    for scorer, values in scores.items():
+        for name, ours in zip(names, values):
+            numbers = against_base(ours, values[0], prompts)
+            results.append({"images": name, "scorer": scorer} | numbers)
+    return results
 
 
 def cmmd(x, y, draws=0, seed=0):
@@ -31,25 +68,38 @@ def cmmd(x, y, draws=0, seed=0):
     is drawn twice in a bootstrap sample is not paired with itself.
 
     x, y     [N, E], [M, E] embeddings; normalised here, in float64
-    returns  value, (low, high); the value may be negative where the two are alike
+    returns  value, (low, high) or None; the value may be negative where the two are alike
     """
-    x, y = (F.normalize(z.double(), dim=-1) for z in (x, y))
+    x = F.normalize(x.double(), dim=-1)
+    y = F.normalize(y.double(), dim=-1)
     rng = np.random.default_rng(seed)
+    u = draw_counts(len(x), draws, rng)                                                 # [1 + draws, N]
+    v = draw_counts(len(y), draws, rng)                                                 # [1 + draws, M]
+    pairs = u.sum(1) * v.sum(1)
+    between = (u @ gaussian_kernel(x, y) * v).sum(1) / pairs
+    values = 1000 * (mean_within(u, x) + mean_within(v, y) - 2 * between)               # [1 + draws]
+    if draws == 0:
+        return values[0].item(), None
+    low, high = np.quantile(values[1:], TAILS)
+    return values[0].item(), (float(low), float(high))
 
-    def counts(n):  # the sample itself, then how often each image is drawn
-        drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws)
-        return torch.from_numpy(np.concatenate([np.ones((1, n)), drawn])).double()      # [1 + draws, n]
 
-    def kernel(a, b):  # |a - b|^2 = 2 - 2 cos
-        return torch.exp((a @ b.T - 1) / 10 ** 2)
+def draw_counts(n, draws, rng):
+    """[1 + draws, n]: how often each of n images stands in the sample itself, once, and in bootstrap samples."""
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+    return torch.from_numpy(np.concatenate([np.ones((1, n)), drawn])).double()
 
-    def within(u, z):  # the mean over pairs of different images; k(z, z) = 1
-        return ((u @ kernel(z, z) * u).sum(1) - (u * u).sum(1)) / (u.sum(1) ** 2 - (u * u).sum(1))
 
-    u, v = counts(len(x)), counts(len(y))
-    between = (u @ kernel(x, y) * v).sum(1) / (u.sum(1) * v.sum(1))
-    values = 1000 * (within(u, x) + within(v, y) - 2 * between)
-    return values[0].item(), tuple(np.quantile(values[1:], (0.025, 0.975)).tolist()) if draws else None
+def gaussian_kernel(x, y):
+    """[N, M] of unit vectors [N, E], [M, E]: |x - y|^2 = 2 - 2 cos."""
+    return torch.exp((x @ y.T - 1) / BANDWIDTH ** 2)
+
+
+def mean_within(counts, x):
+    """The kernel's mean over pairs of different images, in samples that hold image i of x counts[:, i] times."""
+    same = (counts * counts).sum(1)  # pairs of an image with itself, at which the kernel is 1
+    total = (counts @ gaussian_kernel(x, x) * counts).sum(1)
+    return (total - same) / (counts.sum(1) ** 2 - same)
 
 
 def frechet(x, y):
@@ -59,13 +109,38 @@ def frechet(x, y):
     """
     x, y = x.double(), y.double()
     c_x, c_y = x.T.cov(), y.T.cov()                                                     # [E, E]
-    values, vectors = torch.linalg.eigh(c_x)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    # tr (C_x C_y)^(1/2) by a symmetric matrix with the same eigenvalues
+    eigenvalues, vectors = torch.linalg.eigh(c_x)
+    root = vectors * eigenvalues.clamp_min(0).sqrt() @ vectors.T                        # C_x^(1/2)
     cross = torch.linalg.eigvalsh(root @ c_y @ root).clamp_min(0).sqrt().sum()
-    return ((x.mean(0) - y.mean(0)).square().sum() + c_x.trace() + c_y.trace() - 2 * cross).item()
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    return (means + c_x.trace() + c_y.trace() - 2 * cross).item()
+
+
+def inception(device):
+    """A function from PIL pictures to [N, 2048] features of FID, by torch-fidelity; None if not installed."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        return None
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    except Exception as error:
+        raise InputError(f"style: the network of FID cannot be loaded ({brief(error)}); give --no-fid")
+
+    def features(images):  # one by one, because a reference may hold any sizes
+        rows = []
+        for image in images:
+            pixels = torch.tensor(np.array(image)).permute(2, 0, 1)                     # [3, H, W]
+            rows.append(network(pixels[None].to(device))[0].cpu())
+        return torch.cat(rows)
+
+    return features
 
 
 def diversity(x):
     """Mean cosine distance of two different images of [N, E]: 0 where a model always draws the same."""
-    total = F.normalize(x.double(), dim=-1).sum(0).square().sum()
-    return (1 - (total - len(x)) / (len(x) * (len(x) - 1))).item()
+    n = len(x)
+    x = F.normalize(x.double(), dim=-1)
+    total = x.sum(0).square().sum()  # of the cosines of all N^2 pairs; N of them are of an image with itself
+    return (1 - (total - n) / (n * (n - 1))).item()

@@ -1,14 +1,17 @@
 """What the losses promise: closed forms, and equalities between two ways of computing. Seconds on a CPU."""
 
 import copy
-import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import LOSSES, denoising_error, dpo_loss, frozen_reference, rpo_loss, sft_loss
+import loss as loss_file
+from loss import DDPM, LOSSES, denoising_error, dpo_loss, rpo_loss, sft_loss, wants
+from models import frozen_reference
 
 BETA = 3.0
 close = dict(rtol=1e-6, atol=1e-6)
@@ -24,12 +27,19 @@ def softmax_rows(n, seed=1):
     return torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).softmax(dim=1)
 
 
+def call(name, inputs, beta=BETA, weights=None):
+    """A loss with what it names of four errors [n], beta and weights."""
+    given = dict(zip(("err_w", "err_l", "ref_err_w", "ref_err_l"), inputs))
+    given |= {"beta": beta, "weights": softmax_rows(len(inputs[0])) if weights is None else weights}
+    return LOSSES[name](**{key: value for key, value in given.items() if key in wants(LOSSES[name])})
+
+
 def nlog_sigmoid(x):
     return math.log(1 + math.exp(-x))
 
 
 class Net(torch.nn.Module):
-    """Called like diffusers' UNet; with parameters that autocast casts (Conv, Linear) and leaves (Norm)."""
+    """A denoiser with parameters that autocast casts (Conv, Linear) and leaves (Norm)."""
 
     def __init__(self):
         super().__init__()
@@ -40,21 +50,23 @@ class Net(torch.nn.Module):
         )
         self.text = torch.nn.Linear(6, 8)
 
-    def forward(self, x, t, encoder_hidden_states, return_dict):
-        h = self.norm(
-            self.conv(x) + self.text(encoder_hidden_states)[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000
-        )
-        return (self.out(F.silu(h)),)
+    def forward(self, x, t, cond):
+        h = self.norm(self.conv(x) + self.text(cond)[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000)
+        return self.out(F.silu(h))
+
+
+def predict(network, x_t, t, cond):
+    return network(x_t, t, cond)
 
 
 def net_and_inputs(n=6, seed=0):
     torch.manual_seed(seed)
     inputs = dict(
-        latents=torch.randn(n, 4, 8, 8),
-        noise=torch.randn(n, 4, 8, 8),
-        timesteps=torch.randint(1000, (n,)),
-        conditioning={"encoder_hidden_states": torch.randn(n, 6)},
-        alphas_cumprod=torch.linspace(0.999, 0.005, 1000),
+        process=DDPM(torch.linspace(0.999, 0.005, 1000)),
+        x=torch.randn(n, 4, 8, 8),
+        eps=torch.randn(n, 4, 8, 8),
+        t=torch.randint(1000, (n,)),
+        cond=torch.randn(n, 6),
     )
     return Net(), inputs
 
@@ -63,8 +75,8 @@ def net_and_inputs(n=6, seed=0):
 
 
 def test_sft_is_the_mean_winner_error():
-    err_w, *rest = errors(4)
-    loss, metrics = sft_loss(err_w, *rest, BETA, None)
+    err_w, *_ = errors(4)
+    loss, metrics = sft_loss(err_w)
     assert loss.item() == pytest.approx(sum(err_w.tolist()) / 4, abs=1e-6)
     assert metrics.keys() == {"mse/policy_w"}
 
@@ -95,7 +107,7 @@ def test_rpo_by_hand_on_a_2x2(position):
 @pytest.mark.parametrize("name", ["dpo", "rpo"])
 def test_log_2_where_the_policy_is_the_reference(name):
     w, l, *_ = errors(4)
-    loss, metrics = LOSSES[name](w, l, w.detach(), l.detach(), 5000, softmax_rows(4))
+    loss, metrics = call(name, [w, l, w.detach(), l.detach()], beta=5000)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["reward/margin"] == 0 and metrics["reward/accuracy"] == 0.5  # a tie counts one half
 
@@ -111,23 +123,30 @@ def test_rpo_with_one_pair_is_dpo(position):
     torch.testing.assert_close(*(torch.autograd.grad(loss, inputs[:2]) for loss in (rpo, dpo)), **close)
 
 
-def test_rpo_with_identity_weights_has_dpos_gradient_over_the_group_size():
+def test_inside_identity_weights_have_dpos_gradient_over_the_group_size():
     """What tau -> 0 tends to: the off-diagonal logits vanish, and log 2 each is what they leave."""
     inputs, n = errors(4), 4
-    rpo, dpo = rpo_loss(*inputs, BETA, torch.eye(n))[0], dpo_loss(*inputs, BETA)[0]
+    rpo, dpo = rpo_loss(*inputs, BETA, torch.eye(n), "inside")[0], dpo_loss(*inputs, BETA)[0]
     torch.testing.assert_close(rpo, dpo / n + (n - 1) / n * math.log(2), **close)
     for a, b in zip(torch.autograd.grad(rpo, inputs[:2]), torch.autograd.grad(dpo, inputs[:2])):
         torch.testing.assert_close(a, b / n, **close)
+
+
+def test_outside_identity_weights_are_dpo():
+    """The limit of a small tau, bit for bit: beta means what it means in DPO."""
+    inputs = errors(4)
+    rpo, dpo = rpo_loss(*inputs, BETA, torch.eye(4))[0], dpo_loss(*inputs, BETA)[0]
+    assert torch.equal(rpo, dpo)
+    for a, b in zip(torch.autograd.grad(rpo, inputs[:2]), torch.autograd.grad(dpo, inputs[:2])):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_permuting_pairs_permutes_only_the_order(name):
     inputs, weights, order = errors(5), softmax_rows(5), torch.tensor([3, 0, 4, 1, 2])
     shuffled = [err.detach()[order].requires_grad_(err.requires_grad) for err in inputs]
-    (a, metrics_a), (b, metrics_b) = (
-        LOSSES[name](*inputs, BETA, weights),
-        LOSSES[name](*shuffled, BETA, weights[order][:, order]),
-    )
+    a, metrics_a = call(name, inputs, weights=weights)
+    b, metrics_b = call(name, shuffled, weights=weights[order][:, order])
     torch.testing.assert_close(a, b, **close)
     for key in metrics_a:
         torch.testing.assert_close(metrics_a[key], metrics_b[key], **close)
@@ -138,10 +157,7 @@ def test_permuting_pairs_permutes_only_the_order(name):
 @pytest.mark.parametrize("name", ["dpo", "rpo"])
 def test_swapping_winner_and_loser_negates_the_margin(name):
     w, l, rw, rl = errors(4)
-    a, b = (
-        LOSSES[name](w, l, rw, rl, BETA, softmax_rows(4))[1],
-        LOSSES[name](l, w, rl, rw, BETA, softmax_rows(4))[1],
-    )
+    a, b = call(name, [w, l, rw, rl])[1], call(name, [l, w, rl, rw])[1]
     torch.testing.assert_close(a["reward/margin"], -b["reward/margin"], **close)
     torch.testing.assert_close(a["reward/accuracy"], 1 - b["reward/accuracy"], **close)
 
@@ -156,38 +172,41 @@ def test_the_metrics_of_rpo_are_those_of_dpo():
 
 
 @pytest.mark.parametrize("name", ["dpo", "rpo"])
-def test_the_gradient_lowers_winners_raises_losers_and_spares_the_reference(name):
-    inputs = [err.detach().requires_grad_() for err in errors(4)]
-    weights = softmax_rows(4).requires_grad_()
-    loss, metrics = LOSSES[name](*inputs, BETA, weights)
+def test_the_gradient_lowers_winners_and_raises_losers(name):
+    inputs = errors(4)
+    loss, metrics = call(name, inputs)
     loss.backward()
     assert (inputs[0].grad > 0).all() and (inputs[1].grad < 0).all()
-    assert inputs[2].grad is None and inputs[3].grad is None and weights.grad is None
     assert not any(value.requires_grad for value in metrics.values())
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_inputs_are_reduced_in_float32(name, dtype):
-    """The same rounded numbers, in half or in float32, make the same loss: nothing is added up in half."""
-    inputs, weights = [err.detach().to(dtype) for err in errors(4)], softmax_rows(4).to(dtype)
-    half = LOSSES[name](*inputs, 5000.0, weights)[0]
-    full = LOSSES[name](*(err.float() for err in inputs), 5000.0, weights.float())[0]
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, full, **close)
 
 
 def test_rpo_refuses_weights_of_another_group_and_unknown_positions():
     with pytest.raises(ValueError, match="do not fit a group of 4"):
         rpo_loss(*errors(4), BETA, softmax_rows(3))
-    with pytest.raises(ValueError, match="neither inside nor outside"):
-        rpo_loss(*errors(4), BETA, softmax_rows(4), position="between")
+    with pytest.raises(ValueError, match="neither outside nor inside"):
+        rpo_loss(*errors(4), BETA, softmax_rows(4), weight_position="between")
 
 
-def test_every_loss_has_the_one_signature():
-    names = ["err_w", "err_l", "ref_err_w", "ref_err_l", "beta", "weights"]
-    for loss in LOSSES.values():
-        assert list(inspect.signature(loss).parameters)[:6] == names
+# A loss names what it wants
+
+
+def test_the_readmes_own_loss_is_whole():
+    """The README's hinge, pasted as it stands there: LOSSES holds it beside the others, and it is a hinge."""
+    text = Path(__file__).with_name("README.md").read_text()
+    names = dict(vars(loss_file))
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    assert names["LOSSES"].keys() == LOSSES.keys() | {"hinge"}
+    w, l, *_ = errors(4)
+    assert names["hinge_loss"](w, l, w.detach(), l.detach(), 5000)[0] == 1
+
+
+def test_every_parameter_of_a_loss_is_known():
+    """A vector or number that the step can give, or an option's; a misspelt one would be asked of the user."""
+    from options import VECTORS, train_args
+
+    options = vars(train_args(["--device", "cpu"]))
+    for loss_fn in (sft_loss, dpo_loss, rpo_loss):
+        assert wants(loss_fn).keys() <= VECTORS | options.keys()
 
 
 # The denoising error
@@ -196,20 +215,20 @@ def test_every_loss_has_the_one_signature():
 def test_error_is_zero_for_the_right_prediction_of_either_type():
     """A network that knows x can compute eps and v from x_t; then the error is 0, so target and x_t agree."""
     _, inputs = net_and_inputs()
-    a_t = inputs["alphas_cumprod"][inputs["timesteps"]].view(-1, 1, 1, 1)
-    x = inputs["latents"]
+    alphas_cumprod, x = inputs["process"].alphas_cumprod, inputs["x"]
+    a_t = alphas_cumprod[inputs["t"]].view(-1, 1, 1, 1)
 
-    def eps(x_t, t, return_dict, **_):
-        return ((x_t - a_t.sqrt() * x) / (1 - a_t).sqrt(),)
+    def eps(network, x_t, t, cond):
+        return (x_t - a_t.sqrt() * x) / (1 - a_t).sqrt()
 
-    def v(x_t, t, return_dict, **_):  # v = (sqrt(a_t) x_t - x) / sqrt(1 - a_t)
-        return ((a_t.sqrt() * x_t - x) / (1 - a_t).sqrt(),)
+    def v(network, x_t, t, cond):  # v = (sqrt(a_t) x_t - x) / sqrt(1 - a_t)
+        return (a_t.sqrt() * x_t - x) / (1 - a_t).sqrt()
 
-    for predict, prediction_type in ((eps, "epsilon"), (v, "v_prediction")):
-        err = denoising_error(predict, **inputs, prediction_type=prediction_type)
-        torch.testing.assert_close(err, torch.zeros(6), rtol=0, atol=1e-6)
+    for right, prediction_type in ((eps, "epsilon"), (v, "v_prediction")):
+        inputs["process"] = DDPM(alphas_cumprod, prediction_type)
+        torch.testing.assert_close(denoising_error(right, None, **inputs), torch.zeros(6), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="epsilon or v_prediction"):
-        denoising_error(eps, **inputs, prediction_type="sample")
+        DDPM(alphas_cumprod, "sample")
 
 
 def test_target_and_x_t_are_diffusers_own():
@@ -217,53 +236,58 @@ def test_target_and_x_t_are_diffusers_own():
 
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     _, inputs = net_and_inputs()
-    inputs["alphas_cumprod"] = scheduler.alphas_cumprod
-    seen = {}
+    process = inputs["process"] = DDPM(scheduler.alphas_cumprod, "v_prediction")
+    x, eps, t = inputs["x"], inputs["eps"], inputs["t"]
+    x_t, target = process.diffuse(x, eps, t)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x, eps, t))
+    torch.testing.assert_close(target, scheduler.get_velocity(x, eps, t))
+    err = denoising_error(lambda network, x_t, *_: torch.zeros_like(x_t), None, **inputs)
+    torch.testing.assert_close(err, target.square().mean(dim=(1, 2, 3)))
 
-    def net(x_t, t, return_dict, **_):
-        seen["x_t"] = x_t
-        return (torch.zeros_like(x_t),)
 
-    err = denoising_error(net, **inputs, prediction_type="v_prediction")
-    x, noise, t = inputs["latents"], inputs["noise"], inputs["timesteps"]
-    torch.testing.assert_close(seen["x_t"], scheduler.add_noise(x, noise, t))
-    torch.testing.assert_close(err, scheduler.get_velocity(x, noise, t).square().mean(dim=(1, 2, 3)))
+def test_the_snr_is_that_of_the_schedule():
+    process = DDPM(torch.tensor([0.8, 0.5, 0.1]))
+    torch.testing.assert_close(process.snr(torch.tensor([0, 1, 2])), torch.tensor([4.0, 1.0, 1 / 9]))
+
+
+def test_timesteps_are_uniform():
+    process, generator = DDPM(torch.linspace(0.999, 0.005, 1000)), torch.Generator().manual_seed(0)
+    t = torch.stack([process.sample_t(generator) for _ in range(4000)]).float()
+    assert 0 <= t.min() < 5 and 995 <= t.max() < 1000 and abs(t.mean() - 499.5) < 3 * 288.7 / 4000**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policy_and_reference_agree_to_the_last_bit(dtype):
-    """Invariant 4: the peers' reference, held whole in half precision, is off by many logits at beta 5000."""
+    """The peers' reference, held whole in half precision, is off by many logits at beta 5000."""
     net, inputs = net_and_inputs()
     reference = frozen_reference(net, dtype)
-    err, ref_err = (
-        denoising_error(net, **inputs, dtype=dtype),
-        denoising_error(reference, **inputs, dtype=dtype),
-    )
+    err = denoising_error(predict, net, **inputs, dtype=dtype)
+    ref_err = denoising_error(predict, reference, **inputs, dtype=dtype)
     assert err.dtype == ref_err.dtype == torch.float32 and err.requires_grad and not ref_err.requires_grad
     assert torch.equal(err, ref_err)
     if dtype != torch.float32:
         whole = copy.deepcopy(net).to(dtype)
 
-        def peers(x, t, encoder_hidden_states, return_dict):
-            return whole(x.to(dtype), t.to(dtype), encoder_hidden_states.to(dtype), return_dict)
+        def peers(network, x_t, t, cond):
+            return network(x_t.to(dtype), t.to(dtype), cond.to(dtype))
 
-        assert not torch.equal(err, denoising_error(peers, **inputs))  # so the test can fail
+        assert not torch.equal(err, denoising_error(peers, whole, **inputs))  # so the test can fail
 
 
 def test_reference_shares_nothing_with_the_policy():
     net, inputs = net_and_inputs()
     reference = frozen_reference(net)
-    before = denoising_error(reference, **inputs)
+    before = denoising_error(predict, reference, **inputs)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1)
-    assert torch.equal(before, denoising_error(reference, **inputs))
+    assert torch.equal(before, denoising_error(predict, reference, **inputs))
     assert not any(parameter.requires_grad for parameter in reference.parameters())
 
 
 def test_the_error_is_averaged_in_float32():
     """1 + 2^-9 is 1 in bf16: a half-precision reduction of this prediction would give exactly 1."""
     _, inputs = net_and_inputs()
-    inputs["noise"] = torch.full((6, 4, 8, 8), -(2.0**-9))
-    err = denoising_error(lambda x, t, return_dict, **_: (torch.ones_like(x).bfloat16(),), **inputs)
+    inputs["eps"] = torch.full((6, 4, 8, 8), -(2.0**-9))
+    err = denoising_error(lambda network, x_t, *_: torch.ones_like(x_t).bfloat16(), None, **inputs)
     torch.testing.assert_close(err, torch.full((6,), (1 + 2.0**-9) ** 2), **close)

@@ -5,631 +5,647 @@
     python train.py --model sd15                                Stable Diffusion 1.5 on Pick-a-Pic v2
     torchrun --nproc_per_node=8 train.py --model sdxl           SDXL on eight GPUs
     python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
-    python train.py --model sdxl --data CACHE --lora_rank 16    an adapter, on pairs that data.py has encoded
+    python train.py --model sdxl --data CACHE --lora_rank 16    an adapter, on pairs that encode.py has encoded
     python train.py --model sd15 --dry_run                      print the resolved run and stop
 
-Values come from the defaults, then the preset of --model, then the command line. A run writes to --out:
-config.json, data.json, log.jsonl (a line per step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers
-pipeline or LoRA weights. It is a function of its arguments: processes and --micro_batch change rounding,
-nothing else. Killed or stopped, the same command goes on from the last checkpoint, to the same weights (the
-same bits in fp32 on a CPU).
+Options and presets are in options.py. A run writes to --out: config.json, data.json, log.jsonl (a line per
+step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers pipeline or LoRA weights. It is a function of
+its arguments: processes and --micro_batch change rounding, nothing else. Killed or stopped, the same command
+goes on from the last checkpoint, to the same weights (the same bits in fp32 on a CPU).
 """
 
-import resume  # first, to know the launcher
+import common  # first: it notes the launcher, before the imports that take seconds
 
-import argparse
 import contextlib
-import functools
-import inspect
 import json
 import math
-import os
 import shutil
 import sys
 import time
-from datetime import timedelta
-from pathlib import Path
+from typing import NamedTuple
 
-import diffusers
-import filelock
-import peft
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
+from diffusers.training_utils import EMAModel
 from torchvision.utils import save_image
 from tqdm import tqdm
+from transformers import Adafactor
 
-import architectures
-import cache
-import data
-import tiny
-from loss import LOSSES, adapter_off, cast_for_autocast, denoising_error, frozen_reference
+from common import InputError, atomic_write, print0
+from data import (COLUMNS, SCAN_LIMIT, Clip, EncodedPairs, ImagePairs, Stream, collate, cross_pair_weights,
+                  find_prompts, is_cache)
+from encode import ReferenceErrors, check_cache, check_records, encode_batch
+from loss import LOSSES, denoising_error, wants
+from models import cast_for_autocast, disabled_adapter, find_model, frozen_reference, load_model
+from options import H14, check_same_run, hyperparameters, train_args
 
-PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
-    # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
-    "tiny": dict(steps=120, batch_size=16, lr=2e-5, warmup=10, beta=8000, prompt_dropout=0.1, sample_every=40,
-                 sample_steps=20, guidance=3.0, save_every=40, resolution=32),
-    "tiny dpo": dict(beta=500),
-    "tiny sft": dict(lr=1e-4),
-    "sd15": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=512,
-                 optimizer="adamw", save_every=50),
-    "sdxl": dict(steps=2000, batch_size=2048, lr=2.048e-5, warmup=500, random_flip=True, resolution=1024,
-                 optimizer="adafactor", gradient_checkpointing=True, guidance=5.0, save_every=20),
-}
-
-
-def get_args(argv=None):
-    """The resolved arguments. Exits in one line on an unknown option, a value out of range, a batch that does
-    not divide."""
-    p = argparse.ArgumentParser(
-        prog="train.py", usage="python train.py [options]", allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
-    _, local_rank, world = data.torchrun()
-    p.error = lambda message: sys.exit(f"train.py: {message}" if local_rank == 0 else 1)
-    flag, add = argparse.BooleanOptionalAction, p.add_argument
-    add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id (SD1.x, SDXL)")
-    add("--random_init", action="store_true", help="sd15, sdxl: random weights, nothing is downloaded")
-    add("--data", metavar="PAIRS", help="tiny, pickapic, a parquet file, a folder, a hub id [the preset's]; "
-        "or what data.py has encoded")
-    add("--out", metavar="DIR", help="the run's folder; started again, it goes on [out/MODEL-LOSS]")
-    # the method
-    add("--loss", default="rpo", choices=LOSSES)
-    add("--beta", type=float, default=5000, help="strength of the pull to the reference")
-    add("--group_size", type=int, default=8, help="rpo: pairs contrasted with each other")
-    add("--tau", type=float, default=0.5, help="rpo: temperature of the cross-pair weights")
-    add("--similarity", default="both", choices=["text", "image", "both"], help="rpo: what weights compare")
-    add("--weight_position", default="inside", choices=["inside", "outside"], help="rpo: of the log-sigmoid")
-    add("--group_noise", default="own", choices=["own", "timestep", "both"], help="what a group shares")
-    add("--clip", metavar="ARCH:WEIGHTS", help="rpo: of open_clip, a tag or a file; or tiny [the preset's]")
-    # data
-    add("--resolution", type=int, help="side of the training images, pixels [the model's own]")
-    add("--random_flip", action=flag, default=False, help="mirror half of the pairs")
-    add("--random_crop", action=flag, default=False, help="crop a pair anywhere instead of in the middle")
-    add("--prompt_dropout", type=float, default=0.2, help="share of pairs trained without their prompt")
-    add("--vae_sample", default="sample", choices=["mean", "sample"], help="what the VAE's posterior gives")
-    add("--workers", type=int, help="processes that decode images [8 beside a GPU, else 0]")
-    add("--data_timeout", type=int, default=600, help="seconds without a batch that end the run")
-    # optimisation
-    add("--steps", type=int, default=1000)
-    add("--batch_size", type=int, default=32, help="pairs per step")
-    add("--micro_batch", type=int, help="pairs per forward; for memory alone [8; 16 up to 512 px]")
-    add("--optimizer", choices=["adamw", "adafactor", "sgd"], help="[adafactor for SDXL, else adamw]")
-    add("--lr", type=float, default=1e-5)
-    add("--warmup", type=int, default=0, help="steps of linear warm-up to a constant rate")
-    add("--weight_decay", type=float, default=0.01)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--lora_rank", type=int, default=0, help="of an adapter of the attention; 0 = train the whole UNet")
-    add("--seed", type=int, default=0)
-    # machine
-    add("--device", help="cuda, mps or cpu [the best there is]")
-    add("--precision", choices=["fp32", "bf16", "fp16"], help="of the forward pass [bf16 on cuda, else fp32]")
-    add("--gradient_checkpointing", action=flag, default=False, help="less memory for a third more time")
-    add("--compile", action=flag, default=False, help="torch.compile the UNet: minutes at first, then faster")
-    add("--reference_errors", metavar="FILE", help="compute the reference's errors before the first step, "
-        "for all runs that differ in loss, beta, tau, lr alone; no second UNet in memory")
-    # what it leaves
-    add("--save_every", type=int, default=100, help="steps between checkpoints; 0 = one, at the end")
-    add("--sample_every", type=int, default=100, help="steps between grids of samples; 0 = never")
-    add("--sample_steps", type=int, default=30, help="denoising steps of a sample")
-    add("--guidance", type=float, default=7.5, help="classifier-free guidance of a sample")
-    add("--dry_run", action="store_true", help="print the resolved run and stop")
-
-    chosen = p.parse_known_args(argv)[0]
-    model, known = chosen.model, data.MODELS.get(chosen.model, {})
-    preset = PRESETS.get(model, {}) | PRESETS.get(f"{model} {chosen.loss}", {})
-    assert preset.keys() <= {action.dest for action in p._actions}
-    p.set_defaults(**preset)
-    args = p.parse_args(argv)
-    given = p.parse_args(argv, argparse.Namespace(**{action.dest: None for action in p._actions}))
-
-    args.data = args.data or known.get("data") or p.error(f"--model {model} is no preset, so it needs --data")
-    args.clip = args.clip or known.get("clip")
-    if args.random_init:
-        if model not in architectures.CONFIGS:
-            p.error(f"--random_init knows {', '.join(architectures.CONFIGS)}, not {model}")
-        args.clip = given.clip or args.clip.partition(":")[0] + ":random"
-    for name, built in cache.settings(args.data, p.error).items():
-        if getattr(given, name) not in (None, built):
-            p.error(f"--{name} {getattr(given, name)}: {args.data} was encoded with {built}; leave the "
-                    "option out, or encode the pairs once more, by data.py")
-        setattr(args, name, built)
-    args.out = args.out or f"out/{Path(model).name}-{args.loss}"
-    args.device = data.find_device(args.device, p.error)
-    kind = args.device.partition(":")[0]
-    args.precision = args.precision or ("bf16" if kind == "cuda" else "fp32")
-    if args.precision == "fp16" and kind == "cpu":
-        p.error("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
-    args.workers = (8 if kind == "cuda" else 0) if args.workers is None else args.workers
-
-    for name in ("steps", "batch_size", "group_size", "micro_batch", "resolution", "sample_steps",
-                 "data_timeout"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            p.error(f"--{name} must be at least 1, not {value}")
-    for name in ("beta", "tau", "lr", "max_grad_norm"):
-        if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name} must be a positive number, not {getattr(args, name)}")
-    for name in ("warmup", "workers", "sample_every", "save_every", "weight_decay", "seed", "guidance",
-                 "prompt_dropout", "lora_rank"):
-        if not 0 <= getattr(args, name) < math.inf or name == "prompt_dropout" and args.prompt_dropout > 1:
-            p.error(f"--{name} {getattr(args, name)} is out of range")
-    if args.reference_errors and not needs(args.loss, "err_l"):
-        p.error(f"--reference_errors: {args.loss} has no reference")
-    group = args.group_size if needs(args.loss, "weights") else 1
-    if args.batch_size % group:
-        p.error(f"--batch_size {args.batch_size} is not a multiple of --group_size {group}")
-    share, rest = divmod(args.batch_size, world)  # pairs per step and process
-    if rest or args.micro_batch and share % args.micro_batch:
-        p.error(f"--batch_size {args.batch_size} is not a multiple of {world} processes * --micro_batch "
-                f"{args.micro_batch or 1}")
-    sizes = [n for n in range(1, 17 if (args.resolution or 1024) <= 512 else 9) if share % n == 0]
-    args.micro_batch = args.micro_batch or max(sizes, key=lambda n: (n * world % group == 0, n))
-    return args
+ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no "
+          "second network) or fewer --workers; in another --out, --lora_rank 16, --optimizer adafactor or a "
+          "smaller --resolution help")
+SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "skipped": "skipped"}
+STAY_ON_CPU = ("pixels", "clip_pixels", "row", "position", "record")  # of a batch
+TERMS = {  # of a step, in the order of their computation
+    "latents": "the VAE's latents", "clip_embeds": "the CLIP embeddings", "ref_err_w": "the reference's errors",
+    "ref_err_l": "the reference's errors", "err": "the policy's errors"}
 
 
-def say(words):
-    """One of all processes prints."""
-    if data.torchrun()[0] == 0:
-        print(words)
+class MicroBatch(NamedTuple):
+    """B pairs on the device; S images of each: winners first, then losers, if the loss wants them."""
+
+    inputs: dict            # what denoising_error takes: x, eps [S B, C, h, w], t [S B], cond
+    values: dict            # {name: [B, ...]} that a loss may name; clip_embeds [B, 3, E]
+    row: torch.Tensor       # [B] int64 on the CPU
+    position: torch.Tensor  # [B] int64 on the CPU, in the stream
+    record: torch.Tensor    # [B, 3] float64 on the CPU, see data.Stream
 
 
-def needs(loss, name):
-    """Whether a loss must be given `name`: it has no default in the loss's signature."""
-    return inspect.signature(LOSSES[loss]).parameters[name].default is inspect.Parameter.empty
+class Trainer:
+    """What the loop is made of: the networks, the loss and the pairs of a run, and their errors.
+
+    model      the family object of models.py; the policy is its denoiser
+    params     {name: parameter} of what trains, always float32: the denoiser's, or its adapter's
+    reference  the frozen network that the policy is held against; None where the loss wants none
+    chunk      pairs whose errors are gathered for one evaluation of the loss: whole groups, and whole
+               micro-batches of all processes
+    """
+
+    def __init__(self, args, pairs, model, device):
+        self.args, self.device = args, device
+        self.pairs, self.model = pairs, model
+        self.dtype = common.DTYPES[args.precision]
+        self.rank, _, self.world_size = common.torchrun_env()
+        self.process = model.process.to(device)
+        latent_shape = model.latent_shape(args.resolution)
+        self.stream = Stream(pairs, model.process, latent_shape, args.seed,
+                             args.batch_size, args.group_size, args.group_noise)
+
+        # What no parameter of the loss names is not computed.
+        self.loss_fn = LOSSES[args.loss]
+        self.wants = wants(self.loss_fn).keys()
+        self.hyperparameters = hyperparameters(args)
+        self.images_per_pair = 2 if {"err_l", "ref_err_l"} & self.wants else 1
+        self.wants_reference = bool({"ref_err_w", "ref_err_l"} & self.wants)
+        self.wants_weights = "weights" in self.wants
+        for name in self.wants & set(COLUMNS):
+            if name not in pairs.columns:
+                raise InputError(f"{args.loss} wants {name}, which --data {args.data} lacks")
+
+        # The pairs of a group share one loss. Where the forwards of all processes together hold whole groups, a
+        # chunk is one forward of each, and one pass does.
+        self.group_size = args.group_size if self.wants_weights else args.micro_batch
+        pairs_per_forward = args.micro_batch * self.world_size
+        self.chunk = math.lcm(self.group_size, pairs_per_forward)
+        self.micro_batches_per_chunk = self.chunk // pairs_per_forward
+        self.one_pass = self.micro_batches_per_chunk == 1
+        self.gathers = self.world_size > 1 and args.micro_batch % self.group_size > 0
+
+        # Encoded pairs bring CLIP's embeddings with them; a group of one pair needs none.
+        self.clip, is_encoded = None, is_cache(args.data)
+        if self.wants_weights and args.group_size > 1 and not is_encoded:
+            self.clip = Clip(args.clip, device, self.dtype)
+            pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
+        self.reference_errors = None
+        if args.reference_errors:
+            self.reference_errors = ReferenceErrors(args, pairs, model)
+
+    def place_models(self):
+        """Puts the networks on the device and says what trains. Frozen weights are held as autocast casts them."""
+        args, model, denoiser = self.args, self.model, self.model.denoiser
+        if args.lora_rank:
+            model.add_lora(args.lora_rank, args.seed)
+            for name in (model.denoiser_name, *model.text_encoders):
+                cast_for_autocast(getattr(model.pipe, name), self.dtype)
+        else:
+            denoiser.requires_grad_(True)
+        self.params = {}
+        for name, param in denoiser.named_parameters():
+            if param.requires_grad:
+                self.params[name] = param
+        needs_encoders = args.sample_every or not is_cache(args.data)
+        for network in model.networks().values():
+            if network is denoiser or needs_encoders:
+                network.to(self.device)
+        is_cpu, is_cuda = self.device.type == "cpu", self.device.type == "cuda"
+        if is_cuda or is_cpu and not args.lora_rank:
+            denoiser.to(memory_format=torch.channels_last)  # the faster layout; on a CPU not for frozen weights
+
+        # The compiled network shares the denoiser's weights and leaves no trace in it.
+        self.policy = self.compiled(denoiser)
+        self.reference = None
+        if self.wants_reference and (args.lora_rank or args.reference_errors):
+            self.reference = self.policy  # its adapter is disabled then; or it is asked before it moves
+        elif self.wants_reference:
+            self.reference = self.compiled(frozen_reference(denoiser, self.dtype))
+
+    def compiled(self, network):
+        return torch.compile(network) if self.args.compile else network
+
+    def load(self, steps):
+        """This process's micro-batches of some steps; the k-th of all processes are one stretch of the batch."""
+        args = self.args
+
+        def positions():
+            for step in steps:
+                start = step * args.batch_size
+                for k in range(0, args.batch_size, args.micro_batch * self.world_size):
+                    first = start + k + self.rank * args.micro_batch
+                    yield range(first, first + args.micro_batch)
+
+        return iter(torch.utils.data.DataLoader(
+            self.stream, batch_sampler=positions(), collate_fn=collate, num_workers=args.workers,
+            worker_init_fn=common.ignore_signals, timeout=args.data_timeout if args.workers else 0,
+            pin_memory=self.device.type == "cuda"))
+
+    def prepare(self, batch):
+        """A batch of the loader -> a MicroBatch: encoded, on the device, noised by nothing yet."""
+        images = self.images_per_pair
+        self.pairs.unreadable.update(batch["unreadable"])
+        if "pixels" in batch:
+            batch |= encode_batch(self.model, self.clip, batch, images, self.dtype)
+        for name, value in batch.items():
+            if torch.is_tensor(value) and name not in STAY_ON_CPU:
+                batch[name] = value.to(self.device, non_blocking=True)
+
+        latents = batch["mean"][:, :images].float()                                     # [B, S, C, h, w]
+        if self.args.vae_sample == "sample":
+            std = batch["std"][:, :images].float()
+            latents = latents + std * batch["vae_noise"][:, :images]
+        latents = latents.transpose(0, 1).flatten(0, 1)                                 # [S B, C, h, w]
+        t = batch["t"]                                                                  # [B]
+        inputs = {
+            "x": self.model.scale_latents(latents),
+            "eps": batch["noise"].repeat(images, 1, 1, 1),
+            "t": t.repeat(images),
+            "cond": self.model.conditioning(batch, batch["time_ids"][:, :images]),
+        }
+        values = {"t": t, "snr": self.process.snr(t)}
+        for name in ("clip_embeds", *COLUMNS):
+            if name in batch:
+                values[name] = batch[name]
+        return MicroBatch(inputs, values, batch["row"], batch["position"], batch["record"])
+
+    def error(self, network, batch):
+        return denoising_error(self.model.predict, network, self.process, dtype=self.dtype,
+                               **batch.inputs)
+
+    def policy_error(self, batch):                                                      # [S B]
+        return self.error(self.policy, batch)
+
+    @torch.no_grad()
+    def reference_error(self, batch):                                                   # [S B]
+        if not self.args.lora_rank:
+            return self.error(self.reference, batch)
+        with disabled_adapter(self.model.denoiser):
+            return self.error(self.reference, batch)
+
+    def loss_values(self, batch, err):
+        """{name: [B, ...]} of what the loss names: the errors of policy and reference, and the batch's own."""
+        values = dict(batch.values)
+        values |= zip(("err_w", "err_l"), err.chunk(self.images_per_pair))
+        if self.wants_reference:
+            if self.reference_errors:
+                ref_err = self.reference_errors.read(batch)                             # [S B]
+            else:
+                ref_err = self.reference_error(batch)
+            values |= zip(("ref_err_w", "ref_err_l"), ref_err.chunk(self.images_per_pair))
+        wanted = self.wants | {"clip_embeds"}
+        return {name: value for name, value in sorted(values.items()) if name in wanted}
+
+    def gather_chunk(self, columns):
+        """The values of this process's micro-batches -> of the chunk, in the order of its positions."""
+        chunk = {}
+        for name in columns[0]:
+            values = torch.stack([column[name] for column in columns])                  # [micro-batches, B, ...]
+            values = values[None]
+            if self.gathers:
+                values = common.all_gather(values)                                      # [world_size, ...]
+            chunk[name] = values.transpose(0, 1).flatten(0, 2)                          # [chunk, ...]
+        return chunk
+
+    def loss_and_slopes(self, values):
+        """The loss over the groups of a chunk, and its slopes along the policy's errors of this process.
+
+        returns  slopes of each micro-batch, [micro-batches, S B]; [metrics of each group]
+        """
+        args = self.args
+        errors = [values[name].requires_grad_() for name in ("err_w", "err_l") if name in values]
+        loss, metrics = 0, []
+        for i in range(0, len(errors[0]), self.group_size):
+            group = {name: value[i:i + self.group_size] for name, value in values.items()}
+            clip_embeds = group.pop("clip_embeds", None)                                # [group, 3, E]
+            if self.wants_weights:
+                group["weights"] = self.group_weights(clip_embeds)
+            group_loss, group_metrics = self.loss_fn(**group, **self.hyperparameters)
+            loss = loss + group_loss * self.group_size / args.batch_size
+            metrics.append({"loss": group_loss.detach(), **group_metrics})
+        slopes = torch.stack(torch.autograd.grad(loss, errors))                         # [S, chunk]
+        if self.gathers:
+            slopes = slopes.unflatten(1, (-1, self.world_size, args.micro_batch))
+            slopes = slopes[:, :, self.rank]                                            # [S, micro-batches, B]
+        else:
+            slopes = slopes.unflatten(1, (-1, args.micro_batch))
+        return slopes.transpose(0, 1).flatten(1), metrics
+
+    def group_weights(self, clip_embeds):
+        """[group, group], see `cross_pair_weights`."""
+        if self.args.group_size == 1:
+            return torch.ones(1, 1, device=self.device)
+        text, image_w, image_l = clip_embeds.unbind(1)
+        return cross_pair_weights(text, image_w, image_l, self.args.tau, self.args.similarity)
+
+    def is_sound(self, record, scaler):
+        """Whether a step's numbers are finite. A gradient that overflows fp16 is left out by the scaler."""
+        if scaler.is_enabled() and scaler.get_scale() >= 1:
+            return math.isfinite(record["loss"])
+        return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
 
 
-def get_optimizer(args, parameters):
+def train(args, out, state):
+    """The run of the resolved `args` in the folder `out`, from the checkpoint's `state` on; {}: from the start."""
+    t_start = time.time()
+    trainer = set_up(args, out, state)
+    optimizer = make_optimizer(args, trainer.params.values())
+    scaler = torch.amp.GradScaler(trainer.device.type, enabled=args.precision == "fp16")
+    params = [*trainer.params.values()]
+    start = state.get("step", 0)
+    output = Output(out, trainer, optimizer, scaler)
+    stop = common.StopSignal()
+    if args.reference_errors:
+        trainer.reference_errors.complete(trainer, range(start, args.steps), stop)
+        trainer.reference = None
+    if args.gradient_checkpointing:
+        trainer.model.denoiser.enable_gradient_checkpointing()
+    if state:
+        output.restore(state)
+    for param in params:
+        common.broadcast(param)
+    batches = trainer.load(range(start, args.steps))
+    output.begin(start)
+    progress = tqdm(range(start, args.steps), args.loss, args.steps,
+                    initial=start, disable=trainer.rank > 0)
+
+    for step in progress:
+        t0, metrics = time.time(), []
+        for _ in range(args.batch_size // trainer.chunk):
+            # The policy's and the reference's errors of the chunk, by one function on the same batch. Where a
+            # chunk takes two passes, this first one is without a graph: its errors are for the loss alone.
+            micro_batches, errors, columns = [], [], []
+            for _ in range(trainer.micro_batches_per_chunk):
+                batch = trainer.prepare(next(batches))
+                with torch.set_grad_enabled(trainer.one_pass):
+                    err = trainer.policy_error(batch)                                   # [S B]
+                micro_batches.append(batch)
+                errors.append(err)
+                columns.append(trainer.loss_values(batch, err.detach()))                # {name: [B, ...]}
+
+            # The loss over whole groups, across micro-batches and processes, and its slopes along the errors.
+            # With two passes this is gradient caching, arXiv:2101.06983: the gradient of one giant batch in the
+            # memory of one micro-batch.
+            slopes, group_metrics = trainer.loss_and_slopes(trainer.gather_chunk(columns))
+            metrics += group_metrics
+            for batch, err, slope in zip(micro_batches, errors, slopes):                # slope: [S B]
+                if not trainer.one_pass:
+                    err = trainer.policy_error(batch)
+                scaler.scale(err @ slope).backward()
+
+        # Data parallel: a process has back-propagated its own pairs' part of the loss; the sum is the gradient.
+        common.sum_gradients(params)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        record = read_metrics(metrics, grad_norm, stop, trainer.device)                 # the step's one sync
+        if not trainer.is_sound(record, scaler):
+            raise InputError(explain_not_finite(trainer, out, step, record))
+
+        # A linear warm-up to a constant rate. fp16's scaler leaves out a step that overflowed.
+        warmed_up = (step + 1) / max(1, args.warmup)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, warmed_up)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if output.ema:
+            output.ema.step(params)
+        record["lr"] = optimizer.param_groups[0]["lr"]
+        record["pairs_per_second"] = args.batch_size / (time.time() - t0)
+        output.after_step(step, record, progress)
+
+    output.save_model()
+    print0(f"{time.time() - t_start:.0f} s; {out}/model is the result, {out}/samples shows it")
+    if dist.is_initialized():
+        dist.barrier()  # the first may still be saving; where one leaves, torchrun and NCCL end all
+        dist.destroy_process_group()
+
+
+def set_up(args, out, state):
+    """The Trainer of a run; what is quickest to fail comes first."""
+    device = common.get_device(args.device)
+    common.init_processes(device)
+    if not args.random_init and args.model != "tiny":  # which is built below, once the data are found good
+        find_model(args.model)
+    is_encoded = is_cache(args.data)
+    if is_encoded:
+        pairs = EncodedPairs(args.data, args.seed, args.prompt_dropout)
+    else:
+        pairs = ImagePairs(args.data, args.resolution, args.seed, args.random_crop,
+                           args.random_flip, args.prompt_dropout)
+    if state and state["pairs"] != len(pairs):
+        raise InputError(f"{out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
+    model = load_model(args.model, args.random_init)
+    if is_encoded:
+        check_cache(args.data, model, args.model)
+    args.resolution = pairs.resolution = model.resolution(args.resolution)
+    args.optimizer = args.optimizer or model.optimizer
+    args.clip = args.clip or ("tiny" if model.is_toy else H14)
+    trainer = Trainer(args, pairs, model, device)
+
+    # A checkpoint knows how its last step was drawn: code that draws otherwise by now would be another run.
+    pairs.unreadable.update(state.get("unreadable", []))
+    if state:
+        step = state["step"] - 1
+        check_records(f"{out} was trained", state["records"], trainer.stream.records_of(step), step)
+    elif trainer.rank == 0 and not is_encoded and len(pairs) <= SCAN_LIMIT:
+        pairs.scan()
+    if args.reference_errors and state.get("step", 0) < args.steps:
+        trainer.reference_errors.check(trainer.stream, state.get("step", 0))
+    steps_taken = common.all_gather_list([state.get("step", 0)])
+    if len(set(steps_taken)) > 1:
+        raise InputError(f"the processes see different files in {out}; it must lie on shared storage")
+    trainer.place_models()
+    say_what_runs(trainer, steps_taken[0])
+    return trainer
+
+
+def say_what_runs(trainer, steps_taken):
+    args, report = trainer.args, trainer.pairs.report()
+    bad = len(report["unreadable"])
+    print0("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} that "
+           "cannot be read".format(bad=bad, **report))
+    trained = sum(param.numel() for param in trainer.params.values())
+    words = [f"{args.loss} on {args.model}: {trained / 1e6:.1f} of {trainer.model.num_parameters / 1e6:.1f} M "
+             f"parameters, {args.resolution} px, {args.device}, {args.precision}, {args.batch_size} pairs a step, "
+             f"{args.micro_batch} a forward, processes: {trainer.world_size}"]
+    if trainer.wants_weights:
+        passes = "one pass" if trainer.one_pass else "two passes"
+        words.append(f"groups of {args.group_size} in {passes}, clip {args.clip}")
+    if steps_taken:
+        words.append(f"going on after {steps_taken} steps")
+    print0("; ".join(words))
+
+
+def make_optimizer(args, params):
+    settings = dict(lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+        return torch.optim.AdamW(params, **settings, fused=True)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, args.lr, weight_decay=args.weight_decay)
-    return transformers.Adafactor(parameters, args.lr, weight_decay=args.weight_decay, scale_parameter=False,
-                                  relative_step=False)  # torch's cannot be told to take lr as it is
+        return torch.optim.SGD(params, **settings)
+    # transformers' Adafactor: torch's cannot be told to take lr as it is.
+    return Adafactor(params, **settings, scale_parameter=False, relative_step=False)
 
 
-def set_up(args, pipe, device, dtype, encoders=True):
-    """Freezes and moves the networks of `pipe`; gives the parameters that train, by name, always float32.
+def read_metrics(metrics, grad_norm, stop, device):
+    """The means over groups and processes, the gradient's norm, and whether any process is to stop: floats.
 
-    They are the UNet's, or those of an adapter in it. With an adapter, which alone is saved, all that is
-    frozen is held as autocast would cast it. eval(): dropout would part the policy from its reference.
-
-    encoders  whether the VAE and the text encoders are needed on `device`
+    metrics  the dicts of this process's groups, all with the same keys
     """
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            module.eval().requires_grad_(name == "unet" and not args.lora_rank)
-            if args.lora_rank and name in ("text_encoder", "text_encoder_2"):
-                cast_for_autocast(module, dtype)
-    if args.lora_rank:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            pipe.unet.add_adapter(peft.LoraConfig(
-                r=args.lora_rank, lora_alpha=args.lora_rank, init_lora_weights="gaussian",
-                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        cast_for_autocast(pipe.unet, dtype)
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module) and (name == "unet" or encoders):
-            module.to(device)
-    if device.type == "cuda" or device.type == "cpu" and not args.lora_rank:
-        pipe.unet.to(memory_format=torch.channels_last)  # the faster layout; on a CPU not for frozen weights
-    return {name: parameter for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
+    values = {}
+    for name in metrics[0]:
+        of_groups = torch.stack([group[name] for group in metrics])
+        values[name] = of_groups.mean()
+    values["grad_norm"] = grad_norm
+    values["stop"] = torch.tensor(float(stop.requested), device=device)
+    means = common.mean_over_processes(torch.stack([*values.values()]))
+    return dict(zip(values, means.tolist()))
 
 
-def draw(args, step, positions, shape, num_timesteps):
-    """The random numbers of the pairs at `positions` of the global batch, from (seed, step, position) alone.
+def explain_not_finite(trainer, out, step, record):
+    """One line on a step that went bad: the first term that is not finite, and the rows of the pairs where.
 
-    Drawn on the CPU, so that every device sees the same. B is len(positions); the VAE's are its posterior's.
-
-    returns  timesteps [B] int64, noise [B, *shape], VAE noise [B, 2, *shape]
+    A step is a function of its number and the weights, which have not moved: it is computed again.
     """
-    def generator(name, position, shared=False):  # what a group shares is drawn as for its first pair
-        position -= position % args.group_size if shared else 0
-        return data.keyed_generator(args.seed, name, step, position)
+    faults = []
+    for batch in map(trainer.prepare, trainer.load([step])):
+        with torch.no_grad():
+            err = trainer.policy_error(batch)
+        values = trainer.loss_values(batch, err)
+        values |= {"latents": batch.inputs["x"], "err": err}
+        for order, (name, term) in enumerate(TERMS.items()):
+            if name not in values:
+                continue
+            is_finite = values[name].isfinite().unflatten(0, (-1, len(batch.row)))      # [1 or S, B, ...]
+            of_pairs = is_finite.transpose(0, 1).flatten(1).all(dim=1).cpu()            # [B]
+            for row in batch.row[~of_pairs].tolist():
+                faults.append((order, term, row))
+    faults = common.all_gather_list(faults)
+    where = "the loss or its gradient, at finite errors"
+    if faults:
+        first, term, _ = min(faults)
+        rows = [str(row) for order, _, row in faults if order == first]
+        where = f"{term} of rows {', '.join(rows[:32])}"
+    kept = common.newest_checkpoint(out) or "no checkpoint"
+    return (f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}. Not finite: {where}. Kept: "
+            f"{kept}. In another --out, try a smaller --lr or --precision fp32")
 
-    one_t, one_noise = args.group_noise != "own", args.group_noise == "both"
-    t = [torch.randint(num_timesteps, (), generator=generator("timestep", i, one_t)) for i in positions]
-    noise = [torch.randn(shape, generator=generator("noise", i, one_noise)) for i in positions]
-    vae_noise = [torch.randn((2, *shape), generator=generator("vae", i)) for i in positions]
-    return torch.stack(t), torch.stack(noise), torch.stack(vae_noise)
+
+class Output:
+    """What a run leaves in its folder; the first process writes it. Samples and model/ are the average, if any.
+
+    ema  the average of the weights over the steps, diffusers' EMAModel on the first process, or None
+    """
+
+    def __init__(self, out, trainer, optimizer, scaler):
+        self.out, self.trainer, self.args = out, trainer, trainer.args
+        self.optimizer, self.scaler, self.skipped = optimizer, scaler, 0
+        self.ema = None
+        self.is_writer = trainer.rank == 0
+        if self.is_writer:
+            self.write_json("config.json", vars(self.args))
+            if self.args.ema:
+                self.ema = EMAModel(trainer.params.values(), decay=self.args.ema, foreach=True)
+            if self.args.sample_every:
+                self.prompts = self.read_prompts()
+                self.base_samples = self.draw()  # by the starting model: weights are restored later
+
+    def write_json(self, name, content):
+        atomic_write(self.out / name, json.dumps(content, indent=1))
+
+    def read_prompts(self):
+        """Eight prompts for the grids: of --sample_prompts, else captions of the data."""
+        pairs = self.trainer.pairs
+        if self.args.sample_prompts:
+            prompts = find_prompts(self.args.sample_prompts)
+        else:
+            prompts = [pairs.caption(row) for row in pairs.rows[:100]]
+        different = list(dict.fromkeys(filter(None, prompts)))
+        return different[:8] or [""]
+
+    def draw(self):
+        """Pictures [N, 3, H, W] in [0, 1] of the prompts, from the same noise at every call; small ones grow."""
+        args, model, images = self.args, self.trainer.model, []
+        size = {"height": args.resolution, "width": args.resolution}
+        for k in range(0, len(self.prompts), 4):  # at most four at once, for memory
+            prompts = self.prompts[k:k + 4]
+            noise = [common.keyed_generator(args.seed, "sample", k + i) for i in range(len(prompts))]
+            latents = model.sample(prompts, noise, args.sample_steps, args.guidance,
+                                   self.trainer.dtype, **size)
+            images.append(model.decode(latents))
+        enlarged = max(1, 128 // args.resolution)
+        return F.interpolate(torch.cat(images), scale_factor=enlarged)
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """The average in the place of the weights, where there is one."""
+        params = self.trainer.params.values()
+        if self.ema:
+            self.ema.store(params)
+            self.ema.copy_to(params)
+        yield
+        if self.ema:
+            self.ema.restore(params)
+
+    def restore(self, state):
+        """Weights, optimizer, scaler and average of a checkpoint, which is then let go: its file is mapped."""
+        params = self.trainer.params
+        for name, param in params.items():
+            param.data.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for param, of_param in self.optimizer.state.items():
+            for name, value in of_param.items():
+                if torch.is_tensor(value):
+                    of_param[name] = copy_in_layout(value, param)
+        if self.ema:
+            averages = zip(state["ema"]["shadow_params"], params.values())
+            copies = [copy_in_layout(value, param) for value, param in averages]
+            self.ema.load_state_dict(state["ema"] | {"shadow_params": copies})
+        self.skipped = state["skipped"]
+        state.clear()
+
+    def begin(self, start):
+        """Makes the folder ready for step `start`: what was half-written or belongs to later steps goes."""
+        if not self.is_writer:
+            return
+        for part in self.out.glob("checkpoint-*.part"):
+            part.unlink()
+        self.write_json("data.json", self.trainer.pairs.report())
+        (self.out / "samples").mkdir(exist_ok=True)
+        model = self.out / "model"
+        if start < self.args.steps and model.exists():  # of fewer --steps
+            earlier = self.out / f"model-{start:06d}"
+            shutil.rmtree(earlier, ignore_errors=True)
+            model.rename(earlier)
+        self.log = common.Log(self.out, start)
+
+    def after_step(self, step, record, progress):
+        """Logs; draws, saves and stops when it is time."""
+        args, done = self.args, step + 1
+        is_last = done == args.steps
+        is_stopping = record.pop("stop") > 0
+        if self.scaler.is_enabled():
+            if not math.isfinite(record["grad_norm"]):
+                self.skipped += 1
+                record["grad_norm"] = None
+            record["skipped"] = self.skipped
+        if self.is_writer:
+            self.log.write(step, record)
+            progress.set_postfix({SHOWN[name]: record[name] for name in SHOWN if name in record})
+            if is_due(done, args.sample_every, is_last and args.sample_every > 0):
+                self.save_samples(done)
+        if is_due(done, args.save_every, is_last or is_stopping):
+            self.save_checkpoint(done)
+        if is_stopping and not is_last:
+            end_early(f"saved after {done} steps; the same command goes on")
+
+    def save_samples(self, done):
+        with self.averaged_weights():
+            grid = torch.cat([self.base_samples, self.draw()])
+        file = self.out / "samples" / f"{done:06d}.png"
+        save_image(grid, file, nrow=len(self.prompts), padding=0)
+
+    def save_checkpoint(self, done):
+        trainer, pairs = self.trainer, self.trainer.pairs
+        unreadable = common.all_gather_list([*pairs.unreadable])
+        pairs.unreadable.update(unreadable)
+        if self.is_writer:
+            self.log.sync()
+            state = {
+                "step": done,
+                "args": vars(self.args),
+                "pairs": len(pairs),
+                "unreadable": sorted(pairs.unreadable),
+                "records": trainer.stream.records_of(done - 1),
+                "weights": trainer.params,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "skipped": self.skipped,
+                "ema": self.ema.state_dict() if self.ema else None,
+            }
+            common.save_checkpoint(self.out, state)
+
+    def save_model(self):
+        """model/, aside and then renamed: it is whole or not there."""
+        if not self.is_writer:
+            return
+        part = self.out / "model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        with self.averaged_weights():
+            self.trainer.model.save(part)
+        (part / "README.md").write_text(model_card(self.args))
+        self.write_json("data.json", self.trainer.pairs.report())
+        part.rename(self.out / "model")
 
 
-def draw_item(args, shape, num_timesteps, place):
-    """The same for item `place` of the endless stream of pairs, drawn where its images are read."""
-    step, position = divmod(place, args.batch_size)
-    t, noise, vae_noise = draw(args, step, [position], shape, num_timesteps)
-    return {"timestep": t[0], "noise": noise[0], "vae_noise": vae_noise[0]}
+def is_due(done, every, at_once):
+    return bool(at_once or every and done % every == 0)
 
 
-def sample(args, pipe, prompts, dtype):
-    """Pictures [N, 3, H, W] in [0, 1] of N prompts, from the same noise at every call; small ones grow."""
-    images = []
-    for i in range(0, len(prompts), 4):  # at most four at once, for memory
-        noise = [data.keyed_generator(args.seed, "sample", k) for k in range(i, min(i + 4, len(prompts)))]
-        latents = data.sample(pipe, prompts[i:i + 4], noise, args.sample_steps, args.guidance, dtype,
-                              height=args.resolution, width=args.resolution)
-        images.append(data.decode_images(pipe.vae, latents))
-    return F.interpolate(torch.cat(images), scale_factor=max(1, 128 // args.resolution))
+def copy_in_layout(value, param):
+    """A copy of a tensor of a checkpoint; where it has the shape of a parameter, on its device, in its layout."""
+    if value.shape != param.shape:
+        return value.clone()
+    return torch.empty_like(param).copy_(value)
 
 
 def model_card(args):
-    base = data.MODELS.get(args.model, {"id": args.model})["id"]
+    tags = ["preference-optimization", args.loss]
+    if args.lora_rank:
+        tags.append("lora")
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [preference-optimization, {args.loss}{", lora" * bool(args.lora_rank)}]
+tags: [{", ".join(tags)}]
 ---
-`{base}` aligned with the preference pairs `{args.data}` by {args.loss} (diffusion-rpo):
+`{args.model}` aligned with the preference pairs `{args.data}` by {args.loss} (diffusion-rpo):
 
     {json.dumps(vars(args))}
 """
 
 
-def gather(values):
-    """[n, ...] of every process -> [world n, ...], in the order of their ranks."""
-    everyone = values.new_empty(dist.get_world_size() * len(values), *values.shape[1:])
-    dist.all_gather_into_tensor(everyone, values.contiguous())
-    return everyone
-
-
-def together(some, world):
-    """The lists of all processes as one list, in the order of their ranks; of plain objects."""
-    lists = [some]
-    if world > 1:
-        dist.all_gather_object(lists := [None] * world, some)
-    return sum(lists, [])
-
-
-def blame(seen, world):
-    """What went bad in a step: the first term that is not finite, and the rows of the pairs where it is not.
-
-    seen  of every micro-batch its rows, B numbers, and its terms in the order of their computation, each [B]
-    """
-    bad = together([(k, name, row) for rows, terms in seen for k, (name, values) in enumerate(terms.items())
-                    for row, finite in zip(rows, values.isfinite().tolist()) if not finite], world)
-    if not bad:
-        return "the loss or its gradient, at finite errors"
-    first = min(bad)[:2]
-    rows = [str(row) for *term, row in bad if tuple(term) == first]
-    return f"{first[1]} of rows {', '.join(rows[:32])}{' ...' * (len(rows) > 32)}"
-
-
-def train(args, state):
-    """The run of the resolved `args`, from `state` on."""
-    started, out = time.time(), Path(args.out)
-    rank, _, world = data.torchrun()
-    device = data.own_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # Patient: others wait while the first one samples and saves. A process that ends is noticed anyway.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
-                                device_id=device if device.type == "cuda" else None)
-    dtype = data.DTYPES[args.precision]
-    data.quiet()
-
-    # Data and models, the quickest to fail first.
-    watched = functools.partial(resume.within, args.data_timeout)
-    if args.model != "tiny" and not args.random_init:  # tiny is built below, after the data were found good
-        data.find_pipeline(args.model)
-    if cached := cache.is_cache(args.data):
-        pairs = cache.CachedPairs(args.data, args.seed, args.prompt_dropout)
-    else:
-        pairs = data.PreferencePairs(
-            args.data, args.resolution, args.seed, args.random_crop, args.random_flip, args.prompt_dropout,
-            scan=watched if rank == 0 and not state else None)
-    pairs.unreadable.update(state.get("unreadable", []))
-    say("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} "
-        "that cannot be read".format(bad=len(pairs.unreadable), **pairs.report()))
-    if state and state["pairs"] != len(pairs):
-        sys.exit(f"train.py: {out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
-    pipe = architectures.load(args)
-    unet, vae = pipe.unet, pipe.vae
-    own = cache.encoders(pipe) if cached or args.reference_errors else None  # seconds, at full size
-    if cached:
-        cache.check(args.data, own, args.model)
-    args.resolution = pairs.resolution = data.side(pipe, args.resolution)
-    args.optimizer = args.optimizer or ("adafactor" if "text_encoder_2" in pipe.components else "adamw")
-    size = sum(parameter.numel() for parameter in unet.parameters())
-    args.clip = args.clip or ("tiny" if data.is_toy(pipe) else data.H14)
-    weighted = needs(args.loss, "weights") and args.group_size > 1
-    clip = data.Clip(args.clip, device, dtype) if weighted and not cached else None
-    pairs.clip_transform = clip.transform if clip and args.similarity != "text" else None
-    scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        sys.exit(f"train.py: {args.model} predicts {scheduler.config.prediction_type}; that is not supported")
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    shape = vae.config.latent_channels, *[args.resolution // pipe.vae_scale_factor] * 2
-    pairs.draw = functools.partial(draw_item, args, shape, len(alphas_cumprod))
-    sides = 2 if needs(args.loss, "err_l") else 1  # sft: winners alone, and no reference
-    if args.reference_errors:
-        known = cache.ReferenceErrors(args, pairs, pipe, own)
-
-    moving = set_up(args, pipe, device, dtype, encoders=not cached or args.sample_every > 0)
-    policy = torch.compile(unet) if args.compile else unet  # no trace of it is left in `unet`, which is saved
-    reference, off = None, contextlib.nullcontext
-    if sides == 2 and args.lora_rank:
-        reference, off = policy, functools.partial(adapter_off, unet)
-    elif sides == 2 and args.reference_errors:
-        reference = policy  # until it moves
-    elif sides == 2:
-        reference = frozen_reference(unet, dtype)
-        reference = torch.compile(reference) if args.compile else reference
-    embedded, top = args.model == args.data == "tiny", None
-    if embedded:
-        prompts = [tiny.caption(scene) for scene in tiny.HELD_OUT[:8]]
-    else:
-        first = (pairs.caption(row) for row in pairs.pairs[:100])
-        prompts = list(dict.fromkeys(caption for caption in first if caption))[:8] or [""]
-    if rank == 0 and embedded:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            result = {"judge": tiny.judge_accuracy(), "base": tiny.measure(pipe)}
-        print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
-              "has not seen".format(**result["judge"]))
-    if rank == 0 and args.sample_every:
-        top = sample(args, pipe, prompts, dtype)
-
-    # A window of the global batch is `span` pairs of each process, side by side: as few micro-batches of each
-    # as make whole groups together.
-    loss_of_group = LOSSES[args.loss]
-    if "position" in inspect.signature(loss_of_group).parameters:
-        loss_of_group = functools.partial(loss_of_group, position=args.weight_position)
-    group = args.group_size if needs(args.loss, "weights") else args.micro_batch
-    span = args.micro_batch * group // math.gcd(group, args.micro_batch * world)
-    assert args.batch_size % (span * world) == 0
-    windows = range(0, args.batch_size, span * world)
-    one_pass, shared = span == args.micro_batch, world > 1 and args.micro_batch % group > 0
-
-    def micro_batches(window):  # the first pairs of this process's
-        return range(window + rank * span, window + (rank + 1) * span, args.micro_batch)
-
-    def load(steps):
-        """This process's micro-batches of some steps, ready for `prepare`."""
-        return watched(iter(torch.utils.data.DataLoader(
-            pairs, collate_fn=data.collate, num_workers=args.workers, worker_init_fn=resume.ignore_signals,
-            pin_memory=device.type == "cuda", batch_sampler=(
-                range(step * args.batch_size + first, step * args.batch_size + first + args.micro_batch)
-                for step in steps for window in windows for first in micro_batches(window)))))
-
-    def prepare(batch):
-        """A micro-batch -> what `denoising_error` takes beside the network, CLIP's embeddings [B, 3, E]."""
-        pairs.unreadable.update(batch["unreadable"])
-        if not cached:
-            batch |= data.encode(pipe, clip, batch | {"pixels": batch["pixels"][:, :sides]}, dtype)
-        names = "mean std states pooled timestep noise vae_noise time_ids embeddings".split()
-        mean, std, states, pooled, timesteps, noise, vae_noise, time_ids, embeddings = (
-            batch[name].to(device, non_blocking=True) if name in batch else None for name in names)
-        latents = mean.float()                                                      # [B, 2, C, h, w]
-        if args.vae_sample == "sample":
-            latents = latents + std.float() * vae_noise[:, :latents.shape[1]]
-        # One timestep and one noise per pair; winners first on the batch axis, then losers.
-        latents = latents[:, :sides].transpose(0, 1).flatten(0, 1) * vae.config.scaling_factor
-        conditioning = data.condition(states.float(), None if pooled is None else pooled.float(),
-                                      time_ids[:, :sides])
-        if not weighted:
-            embeddings = latents.new_zeros(args.micro_batch, 3, 0)
-        return (latents, noise.repeat(sides, 1, 1, 1), timesteps.repeat(sides), conditioning, alphas_cumprod,
-                scheduler.config.prediction_type, dtype), embeddings
-
-    @torch.no_grad()
-    def reference_error(inputs):                                                    # [B, 2]
-        with off():
-            return torch.stack(denoising_error(reference, *inputs).chunk(2), 1)
-
-    # The reference's errors of all steps, by the starting model itself. Then nothing else needs a reference.
-    start, skipped = state.get("step", 0), state.get("skipped", 0)
-    missing = known.missing(range(start, args.steps)) if args.reference_errors else []
-    if len(set(together([(start, len(missing))], world))) > 1:
-        sys.exit(f"train.py: the processes see different files in {out}; it must lie on shared storage")
-    stop = resume.catch_signals()
-    if rank == 0:
-        resume.write(out / "config.json", json.dumps(vars(args), indent=1))
-    if args.reference_errors:
-        batches = load(missing) if missing else None
-        for step in tqdm(missing, "reference", disable=rank > 0):
-            errors = [torch.cat([reference_error(prepare(next(batches))[0]) for _ in micro_batches(window)])
-                      for window in windows]
-            known.put(step, torch.cat([gather(some) if world > 1 else some for some in errors]), rank)
-            if any(together(stop, world)):
-                known.done(device, rank)
-                sys.exit("train.py: saved the reference's errors so far; the same command goes on"
-                         if rank == 0 else 1)
-        known, reference = known.done(device, rank), None
-
-    # What moves, from the last checkpoint on; the reference and the samples above are the starting model's.
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = get_optimizer(args, moving.values())
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    if state:
-        for name, parameter in moving.items():
-            parameter.data.copy_(state["unet"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        for parameter, kept in optimizer.state.items():  # in this device's layout, and no longer in the file
-            kept.update({name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape
-                         else value.clone() for name, value in kept.items() if torch.is_tensor(value)})
-        state.clear()
-    ddp = policy
-    if world > 1:
-        ddp = torch.nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-
-    def policy_error(first, inputs):                                                # [sides B]
-        if world > 1:  # gradients are averaged over the processes on the last micro-batch of a step alone
-            ddp.require_backward_grad_sync = first == micro_batches(windows[-1])[-1]
-        return denoising_error(ddp if torch.is_grad_enabled() else policy, *inputs)
-
-    if rank == 0:
-        for half in out.glob("checkpoint-*.part"):  # of a save that was killed
-            half.unlink()
-        resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
-        (out / "samples").mkdir(exist_ok=True)
-        if start < args.steps and (out / "model").exists():  # of fewer --steps
-            shutil.rmtree(before := out / f"model-{start:06d}", ignore_errors=True)
-            (out / "model").rename(before)
-        (log := out / "log.jsonl").touch()
-        resume.write(log, "".join(log.read_text().splitlines(keepends=True)[:start]))
-        log = open(log, "a")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(out / "tensorboard", purge_step=start)
-        except ImportError:
-            board = None
-    trained = sum(parameter.numel() for parameter in moving.values())
-    say(f"{args.loss} on {args.model}: {trained / 1e6:.1f} of {size / 1e6:.1f} M parameters, "
-        f"{args.resolution} px, {args.device}, "
-        f"{args.precision}, {args.batch_size} pairs a step, {args.micro_batch} a forward, processes: {world}"
-        + f", groups of {group} in {2 - one_pass} pass(es), clip {args.clip}" * weighted
-        + f"; going on after {start} steps" * (start > 0))
-    batches = load(range(start, args.steps))
-
-    bar = tqdm(range(start, args.steps), args.loss, args.steps, initial=start, disable=rank > 0)
-    for step in bar:
-        began, values, seen = time.time(), [], []
-        for window in windows:
-            inputs, errs, errors, embeddings = [], [], [], []
-            for first in micro_batches(window):
-                batch = next(batches)
-                some, embedding = prepare(batch)
-                inputs.append(some)
-                embeddings.append(embedding)                                        # [B, 3, E]
-
-                # Policy and reference through the same function on the same batch. Where a window takes two
-                # passes, the first is for the errors alone.
-                ref_err = some[0].new_zeros(args.micro_batch, 0)                    # [B, 0 or 2]
-                if args.reference_errors:
-                    ref_err = known[step, first:first + args.micro_batch]
-                elif reference is not None:
-                    ref_err = reference_error(some)
-                with torch.set_grad_enabled(one_pass):
-                    errs.append(policy_error(first, some))                          # [sides B]
-                errors.append(torch.cat([torch.stack(errs[-1].detach().chunk(sides), 1), ref_err], 1))
-                seen.append((batch["row"], {                                        # errors: [B, 1 or 4]
-                    "the VAE's latents": some[0].unflatten(0, (sides, -1)).sum((0, 2, 3, 4)),
-                    "the CLIP embeddings": embedding.sum((1, 2)),
-                    "the reference's errors": ref_err.sum(1),
-                    "the policy's errors": errors[-1][:, :sides].sum(1)}))          # [B] each
-
-            # The loss over whole groups, and its slope along the errors of this process.
-            errors, embeddings = torch.cat(errors), torch.cat(embeddings)       # [span, 1 or 4], [span, 3, E]
-            if shared:
-                errors, embeddings = gather(errors), gather(embeddings)             # [world span, ...]
-            errors.requires_grad_()
-            loss, weights = 0, torch.ones(1, 1, device=device)                      # [group, group]
-            for i in range(0, len(errors), group):
-                if weighted:
-                    some = embeddings[i:i + group].unbind(1)
-                    weights = data.cross_pair_weights(*some, args.tau, args.similarity)
-                some = errors[i:i + group].unbind(1)
-                group_loss, metrics = loss_of_group(*some, beta=args.beta, weights=weights)
-                loss = loss + group_loss * group / args.batch_size
-                values.append(torch.stack([group_loss.detach(), *metrics.values()]))
-            slope = torch.autograd.grad(loss, errors)[0].split(span)[rank if shared else 0][:, :sides]
-
-            # Back-propagate the slopes; in two passes, through a second forward on the same inputs.
-            for k, part in enumerate(slope.split(args.micro_batch)):                # [B, sides]
-                err = errs[k] if one_pass else policy_error(micro_batches(window)[k], inputs[k])
-                scaler.scale(err @ part.T.flatten() * world).backward()             # DDP averages, not adds
-
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(moving.values(), args.max_grad_norm)
-        asked = torch.tensor(float(len(stop)), device=device)
-        values = torch.stack([*torch.stack(values).mean(0), norm, asked]) / world
-        if world > 1:
-            dist.all_reduce(values)
-        *values, norm, asked = values.tolist()                                      # sync point
-        record = {"step": step} | dict(zip(["loss", *metrics], values))
-        overflow = scaler.is_enabled() and not math.isfinite(norm)  # fp16: the scaler lowers its scale
-        if not math.isfinite(record["loss"] + (0 if overflow and scaler.get_scale() >= 1 else norm)):
-            what = blame(seen, world)
-            kept = resume.newest(out) or "no checkpoint"
-            sys.exit(f"train.py: step {step}: loss {record['loss']}, gradient norm {norm}. Not finite: "
-                     f"{what}. Kept: {kept}. In another --out, try a smaller --lr or --precision fp32"
-                     if rank == 0 else 1)
-        skipped += overflow
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=world == 1)  # under DDP they live in its buckets, and stay there
-
-        done = step + 1 == args.steps
-        record |= {"grad_norm": None if overflow else norm, "lr": lr,
-                   "pairs_per_second": args.batch_size / (time.time() - began)}
-        record |= {"skipped": skipped} if scaler.is_enabled() else {}
-        if rank == 0:
-            print(json.dumps(record), file=log, flush=True)
-            bar.set_postfix({name.split("/")[-1]: f"{record[name]:.3f}" for name in (
-                "loss", "reward/margin", "reward/accuracy", "skipped") if name in record})
-            for name in record if board else ():
-                board.add_scalar(name, record[name] or 0, step)
-            if args.sample_every and ((step + 1) % args.sample_every == 0 or done):
-                grid = torch.cat([top, sample(args, pipe, prompts, dtype)])
-                save_image(grid, out / "samples" / f"{step + 1:06d}.png", nrow=len(top), padding=0)
-        if done or asked or args.save_every and (step + 1) % args.save_every == 0:
-            pairs.unreadable.update(together([*pairs.unreadable], world))
-            if rank == 0:
-                os.fsync(log.fileno())
-                resume.save(out, {
-                    "step": step + 1, "args": vars(args), "pairs": len(pairs), "unet": moving,
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": skipped,
-                    "unreadable": sorted(pairs.unreadable)})
-        if asked and not done:
-            if world > 1:
-                dist.barrier()  # torchrun would kill the first, still saving, soon after another's exit
-            sys.exit(f"train.py: saved after {step + 1} steps; the same command goes on" if rank == 0 else 1)
-
-    if rank == 0:
-        resume.write(out / "data.json", json.dumps(pairs.report(), indent=1))
-        shutil.rmtree(out / "model.part", ignore_errors=True)
-        if args.lora_rank:  # aside, then renamed: model/ is whole or not there
-            weights = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
-            pipe.save_lora_weights(out / "model.part", weights)
-        else:
-            pipe.save_pretrained(out / "model.part")
-        (out / "model.part" / "README.md").write_text(model_card(args))
-        if embedded:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                result |= {"final": tiny.measure(pipe), "seconds": time.time() - started}
-            resume.write(out / "result.json", json.dumps(result, indent=1))
-            for name in ("base", "final"):
-                print(name, "{style:.0%} sketches, {shape:.0%} of the right shape".format(**result[name]))
-        (out / "model.part").rename(out / "model")
-        kind = "holds LoRA weights" if args.lora_rank else "is a diffusers pipeline"
-        print(f"{time.time() - started:.0f} s; {out}/model {kind}, {out}/samples shows it")
-    if world > 1:
-        dist.destroy_process_group()
+def end_early(message):
+    """Ends all processes with exit code 1, together: torchrun would kill the first, still saving, soon after."""
+    if dist.is_initialized():
+        dist.barrier()
+    sys.exit(f"train.py: {message}" if common.torchrun_env()[0] == 0 else 1)
 
 
 def main(argv=None):
-    args = get_args(argv)
-    rank, out = data.torchrun()[0], Path(args.out)
-    if args.dry_run:
-        return say(json.dumps(vars(args), indent=1))
-    nearest = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        sys.exit(f"train.py: {out} cannot be made: {nearest} is no folder that can be written to")
-    resume.end_with_launcher()
-    lock, new = filelock.FileLock(out / "lock", timeout=2), not out.exists()
-    try:
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        state = resume.load(out, args)
-        if state and state["step"] == args.steps and (out / "model").exists():
-            return say(f"{out} holds all {args.steps} steps of this run; to train it again remove the folder "
-                       "or give another --out, to go on give more --steps")
-        train(args, state)
-    except filelock.Timeout:
-        sys.exit(f"train.py: another live run is writing to {out}")
-    except Exception as error:
-        resume.explain(error, args)
-        raise
-    finally:
-        resume.release()
-        if lock.is_locked and not (out / "config.json").exists():  # nothing was written: leave nothing
-            (out / "lock").unlink(missing_ok=True)
-            if new and not any(out.iterdir()):
-                out.rmdir()
-        lock.release()
+    with common.one_line_errors("train.py", ADVICE):
+        args = train_args(argv)
+        if args.dry_run:
+            return print0(json.dumps(vars(args), indent=1))
+        common.end_with_launcher()
+        with common.run_folder(args.out) as out:
+            state, arguments = common.load_checkpoint(out)
+            check_same_run(args, arguments, out)
+            steps_taken = state.get("step", 0)
+            if steps_taken > args.steps:
+                raise InputError(f"{out} has taken {steps_taken} steps already; --steps {args.steps} is less")
+            if steps_taken == args.steps and (out / "model").exists():
+                return print0(f"{out} holds all {args.steps} steps of this run; to train it again remove the "
+                              "folder or give another --out, to go on give more --steps")
+            try:
+                train(args, out, state)
+            finally:
+                common.release_signals()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import BROWSER
-from page import page
+from report import page
 
 PROMPTS = [
     "</script><script>throw 1</script>",

@@ -10,8 +10,9 @@ from PIL import Image
 
 import data
 import evaluate
-import style_pairs
+import models
 from conftest import launch
+from extras import style_pairs
 
 PROMPTS = ["a red fox", "a blue bird", "snow\nand ice", "a red fox", "two dogs", "a cat"]
 
@@ -38,10 +39,10 @@ def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, 
     held_out = json.loads((out / "prompts.json").read_text())
     assert len(rows) == 3 and len(held_out) == 2 == len(list((out / "reference").glob("*.png")))
     assert {*rows["caption"]} | {*held_out} == {*PROMPTS} and not {*rows["caption"]} & {*held_out}
-    pairs = data.PreferencePairs(str(out / "pairs"), 32)
+    pairs = data.ImagePairs(str(out / "pairs"), 32)
     assert pairs.report() == {"rows": 3, "used": 3, "ties": 0, "unlabelled": 0, "unreadable": []}
     assert evaluate.read_prompts(str(out / "prompts.json")) == held_out
-    winner, loser = pairs.images(0)
+    winner, loser = pairs.load(0)
     prompts = list(dict.fromkeys(PROMPTS))
     for kind, image in (("styled", winner), ("plain", loser)):
         file = out / "images" / f"{prompts.index(rows[0]['caption']):05d}-{kind}.png"
@@ -91,7 +92,7 @@ def test_a_builder_that_was_stopped_goes_on(tmp_path, arguments, monkeypatch):
         ("--strength", "0.5", "strength 0.7, not 0.5"),
         ("--precision", "bf16", "precision 'torch.float32', not 'torch.bfloat16'"),
     ):
-        with pytest.raises(SystemExit, match=f"was begun with {complaint}"):
+        with pytest.raises(SystemExit, match=f"style_pairs.py: .* was begun with {complaint}"):
             style_pairs.main([*arguments, "--out", str(tmp_path / "out"), option, value])
     argv = [*arguments, "--out", str(tmp_path / "out")]
     for status, text in launch(tmp_path / "text", 2, style_pairs.main, argv):
@@ -111,11 +112,11 @@ def test_sdxl_restyles_latents_that_are_already_scaled(small_model):
     from diffusers import AutoPipelineForImage2Image
 
     for kind in ("sd", "sdxl"):
-        pipe = data.load_pipeline(small_model(kind))
-        restyle = AutoPipelineForImage2Image.from_pipe(pipe)
+        model = models.load_model(small_model(kind))
+        restyle = AutoPipelineForImage2Image.from_pipe(model.pipe)
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         noise = [torch.Generator().manual_seed(1)]
-        again = data.sample(restyle, ["x"], noise, 1000, 1.0, image=latents, strength=0.001)
+        again = model.sample(["x"], noise, 1000, 1.0, pipe=restyle, image=latents, strength=0.001)
         assert (again - latents).abs().mean() < 0.05
 
 
@@ -129,6 +130,6 @@ def test_sdxl_restyles_latents_that_are_already_scaled(small_model):
 )
 def test_wrong_options_end_in_one_line(tmp_path, arguments, options, complaint):
     """Before anything is drawn."""
-    with pytest.raises(SystemExit, match=complaint):
+    with pytest.raises(SystemExit, match=f"^style_pairs.py: {complaint}"):
         style_pairs.main([*arguments, "--out", str(tmp_path / "out"), *options])
     assert not (tmp_path / "out").exists()

@@ -5,9 +5,9 @@ import concurrent.futures
 import datasets
 import pytest
 
-import laboratory
 import stats
-import tiny
+from extras import laboratory, tiny
+from extras.laboratory import Spec
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_tiny")
 @pytest.mark.slow
 def test_the_regimes_hold_what_they_say(tmp_path):
     """256 of the 1,500 pairs; exactly a fifth of the labels swapped; another seed picks others."""
-    clean = {row["jpg_0"]: row["label_0"] for row in tiny.pairs()}
+    clean = {row["jpg_0"]: row["label_0"] for row in tiny.pair_rows()}
     shares = {}
     for regime, (n, swapped) in laboratory.REGIMES.items():
         rows = datasets.Dataset.from_parquet(str(laboratory.pairs(regime, 0, tmp_path)))
@@ -50,7 +50,8 @@ def test_drawn_sketches_are_at_the_floor_and_plain_drawings_are_not():
 def test_a_run_is_measured_once(tmp_path, monkeypatch):
     """From its command to its row; a row that is there is not made again, and only rows and logs stay."""
     monkeypatch.setattr(laboratory, "N", 8)
-    row = laboratory.run(tmp_path, "rpo", "64 pairs", 0, "report", {"steps": 1, "beta": 100})
+    spec = Spec("rpo", "64 pairs", 0, "report", {"steps": 1, "beta": 100})
+    row = laboratory.run(tmp_path, spec)
     assert row["options"] == {"steps": 1, "beta": 100} and {*laboratory.COLUMNS} < row.keys()
     assert 0 <= row["both"] <= min(row["sketches"], row["shape"]) <= 1
     (log,) = (tmp_path / "runs").glob("*.txt")
@@ -58,17 +59,18 @@ def test_a_run_is_measured_once(tmp_path, monkeypatch):
         path.is_dir() for path in (tmp_path / "runs").iterdir()
     )
     monkeypatch.setattr(laboratory.train, "main", None)
-    assert laboratory.run(tmp_path, "rpo", "64 pairs", 0, "report", {"steps": 1, "beta": 100}) == row
+    assert laboratory.run(tmp_path, spec) == row
 
 
 def test_settings_are_chosen_on_tuning_prompts_and_reported_on_others(tmp_path, monkeypatch, capsys):
     """A stand-in for the runs: beta 2000 is the best on tuning prompts and the worst on the others."""
     made = []
 
-    def run(out, loss, regime, seed, half, options):
-        good = (options.get("beta") == 2000) == (half == "tuning")
-        row = {"loss": loss, "regime": regime, "seed": seed, "half": half, "options": options, "seconds": 1.0}
-        made.append(row | {column: 0.5 + 0.25 * good + seed / 100 for column in laboratory.COLUMNS})
+    def run(out, spec):
+        good = (spec.options.get("beta") == 2000) == (spec.half == "tuning")
+        value = 0.75 if good else 0.5
+        columns = {column: value + spec.seed / 100 for column in laboratory.COLUMNS}
+        made.append(spec._asdict() | {"seconds": 1.0} | columns)
         return made[-1]
 
     def threads(processes, context, initializer, arguments):

@@ -17,8 +17,9 @@ os.environ["HF_HOME"] = hub_cache.name
 import pytest
 import torch
 
-import data
-import tiny
+import models
+from common import clip_tokenizer
+from extras import tiny
 
 torch.set_num_threads(1)  # as torchrun has it; the small models are no slower, and equal in every process
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -29,18 +30,22 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-loaded = functools.cache(data.load_pipeline)
+loaded = functools.cache(models.load_model)
 
 
-def fresh(folder):
-    """What data.load_pipeline gives, read once: most of a small run's time is to read a vocabulary."""
-    tokenizers = [part for name, part in loaded(folder).components.items() if "tokenizer" in name]
-    return copy.deepcopy(loaded(folder), {id(part): part for part in tokenizers})
+def fresh(folder, random_init=False):
+    """What models.load_model gives, read once: most of a small run's time is to read a vocabulary."""
+    model = loaded(folder, random_init)
+    tokenizers = [part for name, part in model.pipe.components.items() if "tokenizer" in name]
+    return copy.deepcopy(model, {id(part): part for part in tokenizers})
 
 
 @pytest.fixture
 def quick_models(monkeypatch):
-    monkeypatch.setattr(data, "load_pipeline", fresh)
+    """Wherever load_model was imported to, the copy of one that was read before."""
+    for module in [*sys.modules.values()]:
+        if getattr(module, "load_model", None) is loaded.__wrapped__:
+            monkeypatch.setattr(module, "load_model", fresh)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,7 +62,7 @@ def quick_tiny(monkeypatch):
 
 forks = multiprocessing.get_context("forkserver")  # children of a process that has imported torch already
 forks.set_forkserver_preload(
-    "train conftest open_clip datasets diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl "
+    "train encode conftest open_clip datasets diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl "
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion".split()
 )
 
@@ -162,7 +167,7 @@ def small_model(tmp_path_factory):
             beta_schedule="scaled_linear",
             prediction_type="v_prediction" if kind == "sd-v" else "epsilon",
         )
-        first, tokenizer = text_encoder(CLIPTextModel, 32), tiny.clip_tokenizer(77)
+        first, tokenizer = text_encoder(CLIPTextModel, 32), clip_tokenizer(77)
         if xl:
             return StableDiffusionXLPipeline(
                 vae,
@@ -198,7 +203,7 @@ def small_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def few_pairs(tmp_path_factory):
     """A parquet folder in Pick-a-Pic's schema: 24 drawn pairs, a tie, an empty image and a HTML page."""
-    rows = list(tiny.pairs(27))
+    rows = tiny.pair_rows(27)
     rows[3] |= {"label_0": 0.5, "label_1": 0.5}
     rows[5] |= {"jpg_0": b""}
     rows[9] |= {"jpg_1": b"<html>404</html>"}

@@ -21,43 +21,46 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import architectures
-import cache
-import data
+import common
+import encode
 import loss as loss_file
-import resume
-import tiny
+import models
 import train
 from conftest import QUICK, fresh, launch, loaded, log_of
-from loss import adapter_off, cast_for_autocast, denoising_error
-from test_resume import left, same_bits
+from extras import tiny
+from loss import denoising_error
+from models import cast_for_autocast, disabled_adapter
+from test_resume import left
 from test_train import pair_inputs
 
+ROOT = Path(__file__).parent.parent
 STEPS = 2
+ADAPTER = Path("model") / "pytorch_lora_weights.safetensors"
 LORA = "--lora_rank 4 --lr 1e-2"  # at this rate two steps are to be seen
 
 
 def observed(argv, file=None):
-    """train.main's pipeline, and its gradients of every step before they are clipped; these to a file, too."""
+    """train.main's model, and its gradients of every step before they are clipped; these to a file, too."""
     clip, seen = torch.nn.utils.clip_grad_norm_, SimpleNamespace(gradients=[])
 
-    def clip_grad_norm_(parameters, *rest):
-        parameters = list(parameters)
-        seen.gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
-        return clip(parameters, *rest)
+    def clip_grad_norm_(params, *rest):
+        params = list(params)
+        seen.gradients.append(torch.cat([param.grad.flatten() for param in params]))
+        return clip(params, *rest)
 
-    def load_pipeline(model):
-        seen.pipe = fresh(model)
-        return seen.pipe
+    def load_model(*rest):
+        seen.model = fresh(*rest)
+        return seen.model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
-        patch.setattr(data, "load_pipeline", load_pipeline)
+        patch.setattr(train, "load_model", load_model)
         patch.setattr(tiny, "STEPS", QUICK)
         train.main(argv)
     seen.gradients = seen.gradients[-STEPS:]  # the embedded CLIP is built before, and clips, too
     if file:
-        torch.save(seen.gradients, f"{file}-{data.torchrun()[0]}")
+        rank, _, _ = common.torchrun_env()
+        torch.save(seen.gradients, f"{file}-{rank}")
     return seen
 
 
@@ -67,16 +70,8 @@ def command(small_model, few_pairs):
 
     def command(model, options, out):
         fixed = f"--steps {STEPS} --batch_size 8 --sample_every 0 --clip tiny --device cpu".split()
-        return [
-            "--model",
-            small_model(model),
-            "--data",
-            few_pairs,
-            "--out",
-            str(out),
-            *fixed,
-            *options.split(),
-        ]
+        paths = ["--model", small_model(model), "--data", few_pairs, "--out", str(out)]
+        return [*paths, *fixed, *options.split()]
 
     return command
 
@@ -109,9 +104,8 @@ RUNS = [("sd", "rpo", "fp32"), ("sdxl", "dpo", "bf16")]
 def test_an_adapter_starts_from_the_base_model_and_is_held_against_it(run, model, loss, precision):
     """Its step 0 is that of a run that trains everything, to rounding: weights may lie in another order in
     memory. So is the reference at step 1, when the adapter has moved."""
-    adapter, whole = (
-        run(model, f"{options} --loss {loss} --precision {precision}").log for options in (LORA, "--lr 1e-3")
-    )
+    adapter = run(model, f"{LORA} --loss {loss} --precision {precision}").log
+    whole = run(model, f"--lr 1e-3 --loss {loss} --precision {precision}").log
     assert adapter[0]["reward/margin"] == adapter[0]["reward/chosen"] == 0
     assert adapter[0]["reward/accuracy"] == 0.5 and adapter[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     close = functools.partial(pytest.approx, rel=1e-6 if precision == "fp32" else 5e-4)
@@ -127,85 +121,93 @@ def test_four_steps_of_an_adapter_are_two_and_two(tmp_path, command):
     options = f"{LORA} --micro_batch 2 --steps"
     for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
         observed(command("sd", f"{options} {steps}", tmp_path / name))
-    same_bits(left(tmp_path / "two"), left(tmp_path / "four"))
+    (state, log), (expected, expected_log) = left(tmp_path / "two"), left(tmp_path / "four")
+    assert log == expected_log and len(log) == 4
+    for part in ("weights", "optimizer"):
+        a, b = (torch.utils._pytree.tree_leaves(kept[part]) for kept in (state, expected))
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y) if torch.is_tensor(x) else x == y, part
+    assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "four" / ADAPTER).read_bytes()
     with pytest.raises(SystemExit, match="holds a run with --lora_rank 4, not 8"):
         train.main(command("sd", f"{options} 5 --lora_rank 8", tmp_path / "two"))
 
 
 def test_sft_of_an_adapter_needs_no_reference(run, monkeypatch):
-    monkeypatch.setattr(train, "adapter_off", None)  # calling it would raise
+    monkeypatch.setattr(train, "disabled_adapter", None)  # calling it would raise
     trained = run("sd", f"{LORA} --loss sft")
     assert trained.log[0].keys() == {"step", "loss", "mse/policy_w", "grad_norm", "lr", "pairs_per_second"}
-    assert all(weight.any() for weight in left(trained.out)[0]["unet"].values())
+    state, _ = left(trained.out)
+    assert all(weight.any() for weight in state["weights"].values())
 
 
 @pytest.mark.parametrize("model, loss, precision", RUNS)
 def test_stock_diffusers_draws_with_the_adapter_what_the_run_drew(run, small_model, model, loss, precision):
     """To rounding, in whatever order the run's weights lie in memory."""
-    trained, dtype = run(model, f"{LORA} --loss {loss} --precision {precision}"), data.DTYPES[precision]
+    trained = run(model, f"{LORA} --loss {loss} --precision {precision}")
     files = sorted(file.name for file in (trained.out / "model").iterdir())
-    assert files == ["README.md", "pytorch_lora_weights.safetensors"]
+    assert files == ["README.md", ADAPTER.name]
 
     def draw(pipe):
         pipe.set_progress_bar_config(disable=True)
         noise = [torch.Generator().manual_seed(0)]
-        return data.sample(pipe, ["a red circle"], noise, 3, 5.0, dtype, height=32, width=32)
+        return trained.model.sample(["a red circle"], noise, 3, 5.0, common.DTYPES[precision], pipe,
+                                    height=32, width=32)
 
     stock = DiffusionPipeline.from_pretrained(small_model(model))
     base = draw(stock)
     stock.load_lora_weights(trained.out / "model")
-    assert apart(draw(stock), draw(trained.pipe)) < (1e-5 if precision == "fp32" else 5e-3)
+    assert apart(draw(stock), draw(trained.model.pipe)) < (1e-5 if precision == "fp32" else 5e-3)
     assert apart(draw(stock), base) > 0.01  # or two base models would agree
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_its_adapter_a_network_is_the_base_model(small_model, dtype):
     """Bit for bit; and whatever happens inside, the adapter is on afterwards and can be trained."""
-    pipe = fresh(small_model("sdxl"))
-    unet, inputs = pipe.unet.eval().requires_grad_(False), pair_inputs(pipe)
-    base = denoising_error(unet, **inputs, dtype=dtype)
+    model = fresh(small_model("sdxl"))
+    unet, inputs = model.denoiser, pair_inputs(model) | {"dtype": dtype}
+    base = denoising_error(network=unet, **inputs)
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    adapter = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    for parameter in adapter:
-        torch.nn.init.normal_(parameter)
+    adapter = [param for param in unet.parameters() if param.requires_grad]
+    for param in adapter:
+        torch.nn.init.normal_(param)
     cast_for_autocast(unet, dtype)
-    on = denoising_error(unet, **inputs, dtype=dtype)
-    with adapter_off(unet):
-        off = denoising_error(unet, **inputs, dtype=dtype)
+    on = denoising_error(network=unet, **inputs)
+    with disabled_adapter(unet):
+        off = denoising_error(network=unet, **inputs)
     assert torch.equal(off, base) and not torch.equal(on, base)
-    with pytest.raises(KeyboardInterrupt), adapter_off(unet):
+    with pytest.raises(KeyboardInterrupt), disabled_adapter(unet):
         raise KeyboardInterrupt
-    assert all(parameter.requires_grad for parameter in adapter)
-    assert torch.equal(denoising_error(unet, **inputs, dtype=dtype), on)
+    assert all(param.requires_grad for param in adapter)
+    assert torch.equal(denoising_error(network=unet, **inputs), on)
 
 
 def test_what_is_trained_is_float32_and_the_rest_is_the_base_model(run, small_model):
     """In bf16 the frozen weights that autocast would cast are held so; a learning rate could not move them."""
     trained = run("sdxl", f"{LORA} --loss dpo --precision bf16")
-    base = loaded(small_model("sdxl"))
+    base, pipe = loaded(small_model("sdxl")).pipe, trained.model.pipe
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         start = getattr(base, part).state_dict()
-        for path, module in getattr(trained.pipe, part).named_modules():
-            light = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and part != "vae"
+        for path, module in getattr(pipe, part).named_modules():
+            is_adapter = "lora_" in path
+            is_cast = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and part != "vae" and not is_adapter
             for name, weight in module.named_parameters(recurse=False):
-                assert weight.requires_grad == ("lora_" in path)
-                assert weight.dtype == (torch.bfloat16 if light and "lora_" not in path else torch.float32), (
-                    path
-                )
-                if "lora_" not in path:
-                    there = f"{path}.{name}".replace(".base_layer", "")
-                    assert torch.equal(weight, start.pop(there).to(weight.dtype)), there
+                assert weight.requires_grad == is_adapter
+                assert weight.dtype == (torch.bfloat16 if is_cast else torch.float32), path
+                if not is_adapter:
+                    base_name = f"{path}.{name}".replace(".base_layer", "")
+                    assert torch.equal(weight, start.pop(base_name).to(weight.dtype)), base_name
         assert not any(torch.is_floating_point(value) for value in start.values())  # none was passed over
-    adapter = {name: p for name, p in trained.pipe.unet.named_parameters() if "lora_" in name}
-    kept = left(trained.out)[0]["unet"]
+    adapter = {name: param for name, param in pipe.unet.named_parameters() if "lora_" in name}
+    kept = left(trained.out)[0]["weights"]
     attentions = sum(path.endswith(("attn1", "attn2")) for path, _ in base.unet.named_modules())
     assert len(adapter) == 2 * 4 * attentions and kept.keys() == adapter.keys()  # A and B of q, k, v and out
     assert all(torch.equal(kept[name], adapter[name]) for name in kept)
-    written = load_file(trained.out / "model" / "pytorch_lora_weights.safetensors")
+    written = load_file(trained.out / ADAPTER)
     assert len(written) == len(kept) and {value.dtype for value in written.values()} == {torch.float32}
 
 
-SGD = "--lora_rank 4 --optimizer sgd --lr 1 --weight_decay 0 --beta 100"  # linear: rounding stays rounding at the second step
+# Linear: rounding stays rounding at the second step.
+SGD = "--lora_rank 4 --optimizer sgd --lr 1 --weight_decay 0 --beta 100"
 
 
 def check_gradients(got, expected, rounding):
@@ -231,20 +233,15 @@ def test_an_adapters_gradient_is_that_of_any_number_of_processes(tmp_path, run, 
 
 def test_gradient_checkpointing_changes_nothing_for_an_adapter(run):
     plain, saved = run("sd", SGD), run("sd", f"{SGD} --gradient_checkpointing")
-    assert saved.pipe.unet.is_gradient_checkpointing and not plain.pipe.unet.is_gradient_checkpointing
+    assert saved.model.denoiser.is_gradient_checkpointing and not plain.model.denoiser.is_gradient_checkpointing
     check_gradients(saved.gradients, plain.gradients, 1e-6)
 
 
-def test_the_embedded_task_takes_an_adapter_in_bf16(tmp_path, quick_tiny, monkeypatch):
-    """As `train.py --lora_rank 4` has it on CUDA: the judge's samples are of a network held in half."""
-    draw = tiny.drawings  # a hundredth of the task: what it knows does not matter here
-    monkeypatch.setattr(tiny, "drawings", lambda n, *some, **more: draw(n // 100, *some, **more))
-    monkeypatch.setattr(tiny, "pairs", functools.partial(tiny.pairs, 8))
-    monkeypatch.setattr(tiny, "measure", functools.partial(tiny.measure, n=2, steps=1))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    argv = "--lora_rank 4 --precision bf16 --steps 1 --batch_size 8 --sample_every 0 --device cpu".split()
-    train.main([*argv, "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "result.json").exists()
+def test_an_adapter_in_bf16_draws_its_samples(run):
+    """As `train.py --lora_rank 4` has it on CUDA: they are of a network held in half."""
+    out = run("sd", f"{LORA} --precision bf16 --sample_every 1 --sample_steps 2").out
+    before, after = ((out / "samples" / f"{step:06d}.png").read_bytes() for step in (1, 2))
+    assert before != after
 
 
 # torch.compile
@@ -254,7 +251,7 @@ def names_of(out):
     """The names of all tensors that a run leaves, by their file."""
     files = (out / "model").rglob("*.safetensors")
     names = {str(file.relative_to(out)): sorted(load_file(file)) for file in files}
-    return names | {"checkpoint": sorted(left(out)[0]["unet"])}
+    return names | {"checkpoint": sorted(left(out)[0]["weights"])}
 
 
 @pytest.mark.slow
@@ -272,15 +269,16 @@ def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatc
     assert compiled.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     for k in range(STEPS):
         assert apart(compiled.gradients[k], plain.gradients[k]) < 1e-4
-    start = loaded(small_model("sd")).unet.state_dict()
-    weights = [left(some.out)[0]["unet"] for some in (compiled, plain)]
-    a, b = (  # how far they have moved; of an adapter, the factors that start at zero
-        torch.cat([(w - start.get(name, 0)).flatten() for name, w in some.items() if "lora_A" not in name])
-        for some in weights
-    )
-    assert apart(a, b) < 1e-4 and a.norm() > 0.01
+    start = loaded(small_model("sd")).denoiser.state_dict()
+    moved = []
+    for out in (compiled.out, plain.out):
+        weights = left(out)[0]["weights"]  # of an adapter, the factors that start at zero
+        moved.append(torch.cat([(weight - start.get(name, 0)).flatten() for name, weight in weights.items()
+                                if "lora_A" not in name]))
+    assert apart(*moved) < 1e-4 and moved[0].norm() > 0.01
 
-    observed(command("sd", f"{options} --steps 1", out := tmp_path / "out"))
+    out = tmp_path / "out"
+    observed(command("sd", f"{options} --steps 1", out))
     observed(command("sd", f"{options} --compile", out))  # a run goes on with it
     assert names_of(out) == names_of(plain.out) and len(log_of(out)) == STEPS
     assert log_of(out)[1]["loss"] == pytest.approx(plain.log[1]["loss"], rel=1e-4)
@@ -291,59 +289,33 @@ def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatc
 
 def starved(argv):
     """train.main whose first forward, of a batch for a GiB, may take a quarter of one."""
-    first = train.denoising_error
+    error = train.denoising_error
 
-    def error(unet, latents, noise, timesteps, *some):
-        n = 2**30 // latents[0].nbytes
+    def starved_error(*networks, x, eps, t, **more):
+        n = 2**30 // x[0].nbytes
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
-        return first(unet, latents[:1].expand(n, -1, -1, -1), noise, timesteps[:1].expand(n), *some)
+        return error(*networks, x=x[:1].expand(n, -1, -1, -1), eps=eps, t=t[:1].expand(n), **more)
 
-    train.denoising_error = error
+    train.denoising_error = starved_error
     train.main(argv)
 
 
-ALL = "--micro_batch 1 or --gradient_checkpointing or --reference_errors FILE (no second UNet) or fewer --workers"
-
-
-@pytest.mark.parametrize(
-    "options, now, anew",
-    [
-        ("--micro_batch 8", ALL, "--lora_rank 16 or --optimizer adafactor or a smaller --resolution"),
-        (
-            "--micro_batch 1 --gradient_checkpointing --lora_rank 4",
-            "fewer --workers",
-            "a smaller --resolution",
-        ),
-    ],
-)
-def test_memory_that_is_short_ends_the_run_in_one_line(tmp_path, command, options, now, anew):
-    """What is in use already is not advised."""
-    argv = command("sd", f"{options} --workers 1", tmp_path / "out")
+def test_memory_that_is_short_ends_the_run_in_one_line(tmp_path, command):
+    argv = command("sd", "--micro_batch 8 --workers 1", tmp_path / "out")
     ((status, text),) = launch(tmp_path, 1, starved, argv)
     assert status == 1 and text.count("train.py: ") == 1 and "Traceback" not in text, text
     (line,) = (line for line in text.splitlines() if "train.py: " in line)
     assert line.startswith("train.py: out of memory (") and "allocate memory" in line
-    assert f"). The same command goes on with {now}; in another --out, {anew} " in line
+    assert line.endswith(f"). {train.ADVICE}") and "The same command goes on with --micro_batch 1" in train.ADVICE
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
 def test_any_error_of_memory_is_explained(allocate):
     """Python's own comes without a message."""
-    with pytest.raises((MemoryError, RuntimeError)) as short:
-        allocate()
-    with pytest.raises(SystemExit, match="out of memory .*The same command goes on with --micro_batch 1"):
-        resume.explain(short.value, train.get_args([]))
-
-
-@pytest.mark.parametrize(
-    "options, useless", [("--loss sft", "--reference_errors"), ("--workers 0", "--workers")]
-)
-def test_no_advice_that_is_refused_or_empty(options, useless):
-    """SFT has no reference, and refuses the option; no workers cannot be fewer."""
-    with pytest.raises(SystemExit) as end:
-        resume.explain(MemoryError("out of memory"), train.get_args(options.split()))
-    assert "--gradient_checkpointing" in str(end.value) and useless not in str(end.value)
+    with pytest.raises(SystemExit, match=r"^train.py: out of memory \(.+\)\. The same command goes on"):
+        with common.one_line_errors("train.py", train.ADVICE):
+            allocate()
 
 
 # A step that never waits for the device
@@ -361,40 +333,44 @@ class Waits:
 
     def __init__(self, patch):
         self.going, self.stepping, self.reading, self.found, self.watched = False, False, False, [], 0
-        error, clip, get_optimizer, within = (
-            train.denoising_error,
-            torch.nn.utils.clip_grad_norm_,
-            train.get_optimizer,
-            resume.within,
-        )
+        error, clip = train.denoising_error, torch.nn.utils.clip_grad_norm_
+        begin, load = train.Output.begin, train.Trainer.load
+        read = encode.ReferenceErrors.read
 
-        def denoising_error(*some):
+        def denoising_error(*inputs, **more):
             self.stepping = self.going  # before the first step, the reference's errors may be read
-            return error(*some)
+            return error(*inputs, **more)
 
-        def clip_grad_norm_(*some):
-            norm = clip(*some)
+        def clip_grad_norm_(*inputs):
+            norm = clip(*inputs)
             self.watched, self.stepping = self.watched + self.stepping, False
             return norm
 
-        def before_the_first_step(*some):
+        def before_the_first_step(*inputs):
             self.going = True
-            return get_optimizer(*some)
+            begin(*inputs)
 
-        def reading(seconds, iterator):
-            items = within(seconds, iterator)
+        def reading_load(*inputs):
+            batches = load(*inputs)
             while True:
                 self.reading = True
-                item = next(items, None)
+                batch = next(batches, None)
                 self.reading = False
-                if item is None:
+                if batch is None:
                     return
-                yield item
+                yield batch
+
+        def reading_errors(*inputs):  # by positions and records, which stay on the host
+            self.reading = True
+            errors = read(*inputs)
+            self.reading = False
+            return errors
 
         patch.setattr(train, "denoising_error", denoising_error)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
-        patch.setattr(train, "get_optimizer", before_the_first_step)
-        patch.setattr(resume, "within", reading)
+        patch.setattr(train.Output, "begin", before_the_first_step)
+        patch.setattr(train.Trainer, "load", reading_load)
+        patch.setattr(encode.ReferenceErrors, "read", reading_errors)
 
     def set_stepping(self, value):
         self.stepping = self.going and value
@@ -402,9 +378,8 @@ class Waits:
     def see(self, name):
         if self.stepping and not self.reading:
             ours = [frame for frame in traceback.extract_stack() if "test_lora" not in frame.filename][-6:]
-            self.found.append(
-                (name, [f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in ours])
-            )
+            lines = [f"{Path(frame.filename).name}:{frame.lineno} {frame.line}" for frame in ours]
+            self.found.append((name, lines))
 
     def __enter__(self):
         waits = self
@@ -412,7 +387,7 @@ class Waits:
         class Operations(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 name = function._schema.name.removeprefix("aten::")
-                if name == "index" and any(some is not None and some.dtype == torch.bool for some in args[1]):
+                if name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1]):
                     name = "nonzero"  # of a mask
                 if name in waits.OPERATIONS:
                     waits.see(name)
@@ -447,7 +422,7 @@ def encoded(tmp_path_factory, small_model, few_pairs):
     argv = ["--model", small_model("sdxl"), "--data", few_pairs, "--clip", "tiny", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "STEPS", QUICK)
-        cache.main([*argv, "--workers", "1", "--out", out])
+        encode.main([*argv, "--workers", "1", "--out", out])
     return out
 
 
@@ -455,21 +430,13 @@ def encoded(tmp_path_factory, small_model, few_pairs):
     "model, options",
     [
         ("sd", "--optimizer adamw --micro_batch 2"),
-        (
-            "sdxl",
-            "--data CACHE --optimizer adafactor --lora_rank 4 --precision bf16 --gradient_checkpointing",
-        ),
+        ("sdxl", "--data CACHE --optimizer adafactor --lora_rank 4 --precision bf16 --gradient_checkpointing"),
         ("sd", "--optimizer adamw --lora_rank 4 --reference_errors FILE --micro_batch 4 --group_size 4"),
-        pytest.param(
-            "sdxl",
-            "--data CACHE --optimizer adafactor --reference_errors FILE --micro_batch 2",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param("sdxl", "--data CACHE --optimizer adafactor --reference_errors FILE --micro_batch 2",
+                     marks=pytest.mark.slow),
     ],
 )
-def test_a_step_waits_for_the_device_once(
-    tmp_path, command, encoded, monkeypatch, quick_tiny, model, options
-):
+def test_a_step_waits_for_the_device_once(tmp_path, command, encoded, monkeypatch, model, options):
     """With one or several micro-batches, in one pass or two."""
     options = options.replace("CACHE", encoded).replace("FILE", str(tmp_path / "errors"))
     with Waits(monkeypatch) as waits:
@@ -477,30 +444,28 @@ def test_a_step_waits_for_the_device_once(
     assert waits.watched == STEPS and waits.found == []
 
 
-def test_a_wait_would_be_seen(tmp_path, command, monkeypatch, quick_tiny):
+def test_a_wait_would_be_seen(tmp_path, command, monkeypatch):
     """In every place where a step could hide one: the forward, the loss, the optimizer."""
     error, rpo, adamw = train.denoising_error, loss_file.rpo_loss, torch.optim.AdamW.step
 
-    def waiting_error(unet, latents, *some):
-        latents[latents > 9]
-        return error(unet, latents, *some)
+    def waiting_error(*networks, x, **more):
+        x[x > 9]
+        return error(*networks, x=x, **more)
 
     @functools.wraps(rpo)
-    def waiting_loss(err_w, *some, **more):
+    def waiting_loss(err_w, **more):
         if err_w.mean() > 9:
             raise ValueError
         err_w.tolist()
-        return rpo(err_w, *some, **more)
+        return rpo(err_w, **more)
+
+    def waiting_step(optimizer, *rest):
+        optimizer.param_groups[0]["params"][0].sum().item()
+        return adamw(optimizer, *rest)
 
     monkeypatch.setattr(train, "denoising_error", waiting_error)
     monkeypatch.setitem(loss_file.LOSSES, "rpo", waiting_loss)
-    monkeypatch.setattr(
-        torch.optim.AdamW,
-        "step",
-        torch.optim.Optimizer.profile_hook_step(
-            lambda self, *some: (self.param_groups[0]["params"][0].sum().item(), adamw(self, *some))[1]
-        ),
-    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", torch.optim.Optimizer.profile_hook_step(waiting_step))
     with Waits(monkeypatch) as waits:
         observed(command("sd", "--workers 0", tmp_path / "out"))
     assert {"nonzero", "_local_scalar_dense", "tolist", "item"} <= {name for name, _ in waits.found}
@@ -509,23 +474,18 @@ def test_a_wait_would_be_seen(tmp_path, command, monkeypatch, quick_tiny):
 # Random weights at full size
 
 
-@pytest.mark.parametrize(
-    "name, sizes",
-    [
-        ("sd15", dict(unet=859_520_964, vae=83_653_863, text_encoder=123_060_480)),
-        (
-            "sdxl",
-            dict(unet=2_567_463_684, vae=83_653_863, text_encoder=123_060_480, text_encoder_2=694_659_840),
-        ),
-    ],
-)
-def test_the_architectures_have_their_published_sizes(name, sizes):
+SIZES = {
+    "sd15": dict(unet=859_520_964, vae=83_653_863, text_encoder=123_060_480),
+    "sdxl": dict(unet=2_567_463_684, vae=83_653_863, text_encoder=123_060_480, text_encoder_2=694_659_840),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_architectures_have_their_published_sizes(name):
     with torch.device("meta"):  # which has no memory
-        pipe = architectures.build(name)
-    networks = {
-        part: network for part, network in pipe.components.items() if isinstance(network, torch.nn.Module)
-    }
-    assert sizes == {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
+        networks = models.random_model(name).networks()
+    sizes = {part: sum(param.numel() for param in network.parameters()) for part, network in networks.items()}
+    assert sizes == SIZES[name]
 
 
 def test_random_weights_are_always_the_same():
@@ -539,20 +499,19 @@ def test_random_weights_are_always_the_same():
     drawn = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        pipe = architectures.build("sd15", **small)
-        drawn.append([*pipe.unet.parameters(), *pipe.vae.parameters(), *pipe.text_encoder.parameters()])
+        networks = models.random_model("sd15", **small).networks()
+        drawn.append([param for network in networks.values() for param in network.parameters()])
         after = torch.rand(1)
         assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(seed)))
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
-@pytest.mark.parametrize("program", [train, cache])
+@pytest.mark.parametrize("program", [train, encode])
 def test_random_weights_of_another_model_are_refused(tmp_path, few_pairs, program):
     argv = ["--model", "my/model", "--random_init", "--data", few_pairs, "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as end:
         program.main(argv)
-    name = {train: "train.py", cache: "data.py"}[program]
-    assert end.value.code == f"{name}: --random_init knows sd15, sdxl, not my/model"
+    assert end.value.code == f"{program.__name__}.py: --random_init knows sd15, sdxl, not my/model"
     assert not (tmp_path / "out").exists()
 
 
@@ -570,9 +529,8 @@ def test_the_ordinary_command_at_full_size(tmp_path, few_pairs, model, need):
     options = "--resolution 64 --lora_rank 4 --steps 1 --batch_size 1 --group_size 1 --micro_batch 1"
     argv = ["--model", model, "--random_init", "--data", few_pairs, *options.split()]
     argv += ["--sample_every", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
-    train_py = str(Path(__file__).with_name("train.py"))
     with open(tmp_path / "text", "w") as text:
-        process = subprocess.Popen([sys.executable, train_py, *argv], stdout=text, stderr=text)
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], stdout=text, stderr=text)
         _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0, (tmp_path / "text").read_text()
     (record,) = log_of(tmp_path / "out")

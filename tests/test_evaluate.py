@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import data
 import evaluate
-import tiny
+import report
+from common import InputError
 from conftest import BROWSER, launch
-from loss import cast_for_autocast
+from data import read_image
+from extras import tiny
+from models import StableDiffusion, cast_for_autocast, load_model
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]
@@ -95,7 +97,7 @@ def test_bad_prompts_are_refused_in_one_line(tmp_path, name, text, complaint):
     """An empty prompt would be drawn, scored and averaged without a word."""
     if name:
         (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit, match=complaint) as refusal:
+    with pytest.raises(InputError, match=complaint) as refusal:
         evaluate.read_prompts(str(tmp_path / (name or "no such file.txt")))
     assert "\n" not in str(refusal.value)
 
@@ -109,7 +111,7 @@ def test_prompts_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("a/b", "test"): rows}[name, split])
     assert evaluate.read_prompts("a/b:test") == ["a cat", "two dogs"]
     for source in ("a/b", "a/b:dev"):
-        with pytest.raises(SystemExit, match="a/b has the splits train, test; give a/b:SPLIT"):
+        with pytest.raises(InputError, match="a/b has the splits train, test; give a/b:SPLIT"):
             evaluate.read_prompts(source)
 
 
@@ -196,9 +198,9 @@ def test_images_of_another_model_or_setting_are_not_mixed_in(generate, small_mod
         generate("images", "--guidance", "0")
     copy = tmp_path / "copy"
     shutil.copytree(small_model("sd"), copy)
-    pipe = data.load_pipeline(str(copy))
-    pipe.unet.conv_out.bias.data += 0.1
-    pipe.unet.save_pretrained(copy / "unet")
+    unet = load_model(str(copy)).denoiser
+    unet.conv_out.bias.data += 0.1
+    unet.save_pretrained(copy / "unet")
     with pytest.raises(SystemExit, match="holds other images: weights is"):
         generate("images", "--model", str(copy))
     (tmp_path / "mine").mkdir()
@@ -223,7 +225,7 @@ def test_lora_weights_change_the_images_unless_they_are_zero(tmp_path, generate,
 
     for name, scale in (("zero", 0.0), ("lora", 1.0)):
         torch.manual_seed(0)
-        pipe = data.load_pipeline(small_model("sdxl"))
+        pipe = load_model(small_model("sdxl")).pipe
         pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
         for key, parameter in pipe.unet.named_parameters():
             if "lora_B" in key:
@@ -248,17 +250,17 @@ def test_bf16_draws_what_autocast_draws(small_model, model):
     """Weights are cast once instead of in every forward: the same numbers."""
     images = []
     for light in (False, True):
-        pipe = data.load_pipeline(small_model(model))
+        sampled = load_model(small_model(model))
         if light:
-            cast_for_autocast(pipe.unet, torch.bfloat16)
+            cast_for_autocast(sampled.denoiser, torch.bfloat16)
         noise = [torch.Generator().manual_seed(0)]
-        images.append(data.sample(pipe, ["a cat"], noise, 2, 3.0, torch.bfloat16))
+        images.append(sampled.sample(["a cat"], noise, 2, 3.0, torch.bfloat16))
     assert torch.equal(*images)
 
 
 def test_an_image_that_is_not_finite_is_not_saved_as_black(generate, monkeypatch):
     """fp16 overflows in some VAEs, and black images score like any others."""
-    monkeypatch.setattr(data, "decode_images", lambda vae, latents: torch.full((2, 3, 8, 8), float("nan")))
+    monkeypatch.setattr(StableDiffusion, "decode", lambda model, latents: torch.full((2, 3, 8, 8), float("nan")))
     with pytest.raises(SystemExit, match="not finite"):
         generate("images")
 
@@ -298,7 +300,7 @@ def test_scores_stand_beside_their_own_prompt(generate):
     _, scorer, identity = get_scorer("clip=tiny", "cpu")
     for row, prompt in zip(rows, PROMPTS):
         assert row["prompt"] == prompt
-        alone = scorer([data.read_image(str(out / row["file"]))], [prompt]).item()
+        alone = scorer([read_image((out / row["file"]).read_bytes())], [prompt]).item()
         assert float(row["clip"]) == pytest.approx(alone, rel=1e-5)
     assert json.loads((out / "scores.json").read_text())["scorers"] == {"clip": identity}
 
@@ -351,7 +353,7 @@ def test_compare_counts_what_the_scores_say(generate, tmp_path):
     folders = [generate(name, "--guidance", "3") for name in "abc"]
     for folder, angle in zip(folders[1:], (90, 180)):
         for file in folder.glob("*.png"):
-            note = json.loads(Image.open(file).text[evaluate.NOTE])
+            note = json.loads(Image.open(file).text[report.NOTE])
             evaluate.save_png(Image.open(file).rotate(angle), file, note)
     scores = [[float(row["clip"]) for row in rows] for rows in score(*folders)]
     evaluate.main(["compare", *map(str, folders), "--out", str(tmp_path / "report.html")])

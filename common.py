@@ -1,0 +1,360 @@
+"""What every command shares: processes, keyed randomness, digests, whole files, checkpoints, how a run ends."""
+
+import os
+
+LAUNCHER = os.getppid()  # noted before the imports, which take seconds in which the launcher may be killed
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import filelock
+import torch
+import torch.distributed as dist
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
+
+
+class InputError(ValueError):
+    """What the caller can mend: a command prints it as one line. Any other error keeps its traceback."""
+
+
+def brief(error):
+    """The first line of an exception's text, for messages of one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def one_line(error, advice):
+    """What a command says of an error whose meaning is known, in one line; None for any other.
+
+    advice  what helps where memory is short
+    """
+    text = str(error).strip()
+    if "\nOriginal Traceback" in text:  # of a loader's process, which puts that before its message
+        text = text.splitlines()[-1].removeprefix("common.InputError: ")
+    if isinstance(error, InputError):
+        return text
+    first_line = brief(text or type(error).__name__)[:200]
+    if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", text):
+        return f"out of memory ({first_line}). {advice}"
+    if re.search("No space left|os error 28|File too large|uota exceeded", text):
+        return f"there is no room to write ({first_line}). With more room the same command goes on"
+
+    # A reader that dies while it hands over a tensor shows as a broken connection to it.
+    is_lost = re.search(r"DataLoader (worker \(pid|timed out)", text)
+    if isinstance(error, (ConnectionError, EOFError)):
+        frames = traceback.extract_tb(error.__traceback__)
+        is_lost = any(frame.filename == torch.utils.data.dataloader.__file__ for frame in frames)
+    if is_lost:
+        return (f"reading the data broke off: {first_line}. The same command goes on from the last checkpoint; "
+                "fewer --workers take less memory, a larger --data_timeout waits longer")
+
+
+@contextlib.contextmanager
+def one_line_errors(program, advice=""):
+    """The body of a command: an error that `one_line` knows ends it in that line and exit code 1.
+
+    Every process says its own: it may be the only one that failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = one_line(error, advice)
+        if message is None:
+            raise
+    else:
+        return
+    rank, _, _ = torchrun_env()
+    name = f"process {rank}: " if rank else ""
+    sys.exit(f"{program}: {name}{message}")
+
+
+def torchrun_env():
+    """(rank, rank on this machine, number of processes) as torchrun sets them; without it (0, 0, 1)."""
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
+
+
+def print0(words):
+    """One of all processes prints."""
+    if torchrun_env()[0] == 0:
+        print(words)
+
+
+def get_device(name=None):
+    """The torch.device of this process: `name`, or the best there is; under torchrun "cuda" is its own GPU.
+
+    raises  InputError where it is not there, or where torchrun starts more processes than there are GPUs
+    """
+    _, local_rank, world_size = torchrun_env()
+    gpus = torch.cuda.device_count()
+    available = ["cuda"] if gpus else []
+    if world_size == 1:
+        available += [f"cuda:{i}" for i in range(gpus)]
+        available += ["mps"] if torch.backends.mps.is_available() else []
+    available.append("cpu")
+    name = name or next(kind for kind in ("cuda", "mps", "cpu") if kind in available)
+    if name not in available:
+        raise InputError(f"--device {name} is not there; this machine has {', '.join(available)}")
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) > gpus:
+        raise InputError(f"more processes than GPUs: --nproc_per_node must be at most {gpus}, or --device cpu")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+
+
+def keyed_generator(*key):
+    """A CPU random generator that is a function of its key (integers and strings) alone."""
+    seed = hashlib.sha256(repr(key).encode()).digest()[:8]
+    return torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
+
+
+def digest(content):
+    """16 hex digits: of bytes, of a network's tensors (name, type, shape, values), else of its JSON."""
+    sha = hashlib.sha256()
+    if isinstance(content, torch.nn.Module):
+        for name, tensor in sorted(content.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
+            sha.update(tensor.cpu().contiguous().numpy())
+    elif isinstance(content, bytes):
+        sha.update(content)
+    else:
+        sha.update(json.dumps(content, sort_keys=True).encode())
+    return sha.hexdigest()[:16]
+
+
+def hub_id(source):
+    """`source` where it may be a NAMESPACE/NAME; else it is a mistyped path, and the hub is not asked."""
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise FileNotFoundError("there is no such file or folder")
+    return source
+
+
+def clip_tokenizer(length):
+    """transformers' CLIPTokenizer with CLIP's own vocabulary, which open_clip carries."""
+    from open_clip import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    tokenizer = SimpleTokenizer()
+    words = [*tokenizer.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return CLIPTokenizer(vocabulary, [*tokenizer.bpe_ranks], model_max_length=length)
+
+
+# Files and folders
+
+
+def atomic_write(file, content, suffix=""):
+    """Text or bytes as a file, written aside, flushed and renamed, so that nobody reads half of it.
+
+    suffix  a name of this process where others may write the same file
+    """
+    part = file.with_name(f"{file.name}{suffix}.part")
+    try:
+        with open(part, "wb") as stream:
+            stream.write(content if isinstance(content, bytes) else content.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def newest_checkpoint(folder):
+    """The file of the last checkpoint of a folder, or None."""
+    return max(folder.glob("checkpoint-*.pt"), default=None)
+
+
+def save_checkpoint(folder, state):
+    """Writes checkpoint-STEP.pt aside, flushes, renames it, and removes the one before: one is always whole."""
+    file = folder / f"checkpoint-{state['step']:06d}.pt"
+    part = file.with_suffix(".part")
+    try:
+        with open(part, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):  # a dead worker's signal strikes anywhere
+            raise
+        raise InputError(f"{file} cannot be written ({brief(error)[:200]}). Kept: "
+                         f"{newest_checkpoint(folder) or 'no checkpoint'}. With more room the same command goes on")
+    part.replace(file)
+    for old in folder.glob("checkpoint-*.pt"):
+        if old != file:
+            old.unlink()
+
+
+def load_checkpoint(folder):
+    """(state, arguments) of a run's last checkpoint, or ({}, those of its config.json), or ({}, {}).
+
+    raises  InputError where one cannot be read, or the folder holds anything else
+    """
+    file, config = newest_checkpoint(folder), folder / "config.json"
+    state, arguments = {}, {}
+    try:
+        if file:
+            state = torch.load(file, "cpu", weights_only=True, mmap=True)
+            arguments = state["args"]
+        elif config.exists():
+            arguments = json.loads(config.read_text())
+    except Exception as error:
+        raise InputError(f"{file or config} cannot be read ({error!r:.200}); give another --out")
+    strange = {path.name for path in folder.glob("*")} - {"lock", "config.json.part"}
+    if strange and "loss" not in arguments:
+        raise InputError(f"{folder} holds something else ({min(strange)}); give another --out")
+    if state and "records" not in state:
+        raise InputError(f"{file} was written by the first edition; give another --out")
+    return state, arguments
+
+
+class Log:
+    """log.jsonl, a line a step, and TensorBoard where it is installed; lines from step `start` on are cut off."""
+
+    def __init__(self, folder, start):
+        file = folder / "log.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        atomic_write(file, "".join(lines[:start]))
+        self.stream = open(file, "a")
+        self.board = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=start)
+
+    def write(self, step, record):
+        line = json.dumps({"step": step} | record)
+        print(line, file=self.stream, flush=True)
+        if self.board:
+            for name, value in record.items():
+                self.board.add_scalar(name, value or 0, step)
+
+    def sync(self):
+        os.fsync(self.stream.fileno())
+
+
+@contextlib.contextmanager
+def run_folder(folder):
+    """Makes `folder` and keeps other live runs out of it; leaves no trace where nothing else was written."""
+    folder = Path(folder)
+    nearest = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{folder} cannot be made: {nearest} is no folder that can be written to")
+    is_new = not folder.exists()
+    lock = filelock.FileLock(folder / "lock", timeout=2)
+    try:
+        if torchrun_env()[0] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        yield folder
+    except filelock.Timeout:
+        raise InputError(f"another live run is writing to {folder}")
+    finally:
+        if lock.is_locked and [file.name for file in folder.iterdir()] == ["lock"]:
+            (folder / "lock").unlink()
+            if is_new:
+                folder.rmdir()
+        lock.release()
+
+
+# Processes and signals
+
+
+def init_processes(device):
+    """Joins the processes of torchrun; nothing to do without it."""
+    if torchrun_env()[2] > 1:
+        is_cuda = device.type == "cuda"
+        if is_cuda:
+            torch.cuda.set_device(device)
+        # Patient: others wait while the first one samples and saves. A process that ends is noticed anyway.
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30),
+                                device_id=device if is_cuda else None)
+
+
+def all_gather(x):
+    """[n, ...] of every process -> [world_size n, ...], in the order of their ranks."""
+    if not dist.is_initialized():
+        return x
+    gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.contiguous())
+    return gathered
+
+
+def all_gather_list(items):
+    """The lists of plain objects of all processes as one list, in the order of their ranks."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for items in lists for item in items]
+
+
+def broadcast(tensor):
+    """Makes `tensor` that of the first process, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor.data, 0)
+
+
+def sum_gradients(params):
+    """Replaces each parameter's gradient by its sum over the processes, all of them on their way at once."""
+    if dist.is_initialized():
+        for work in [dist.all_reduce(param.grad, async_op=True) for param in params]:
+            work.wait()
+
+
+def mean_over_processes(values):
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C, to be obeyed after the step: `requested` turns true. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGTERM, self.request)
+        signal.signal(signal.SIGINT, self.request)
+
+    def request(self, number, frame):
+        self.requested = True
+        if number == signal.SIGINT:  # not SIGTERM, of which Slurm and torchrun may both send one
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ignore_signals(worker):
+    """For the loader's processes: torchrun, Slurm and Ctrl-C signal them too; the step needs their data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def release_signals():
+    """Gives the signals back and ends the loader's processes, which ignore a request, or hang in a read."""
+    for number in (signal.SIGTERM, signal.SIGCHLD):  # the latter is the loader's, to report dead processes
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def end_with_launcher():
+    """Ends this process soon after torchrun: killed by -9, that leaves its workers running."""
+    def watch():
+        while os.getppid() == LAUNCHER:
+            time.sleep(0.2)
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()

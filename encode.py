@@ -1,0 +1,466 @@
+"""Compute once, train often: encoded pairs, a cache for many runs, and the errors of the reference.
+
+    python encode.py --model sd15 --out CACHE                       then: train.py --model sd15 --data CACHE
+    torchrun --nproc_per_node=8 encode.py --model sdxl --data pickapic --store fp16 --out CACHE
+
+VAE, text encoders and CLIP never change in training, and take a third of a step. The folder CACHE holds
+
+    manifest.json               what it was made of and how, the counts of data.json, the bytes of every file
+    prompts.json                the distinct prompts; the first is ""
+    prompts-00000.safetensors   SHARD prompts a file: prompt_embeds [n, L, E]; of SDXL pooled_prompt_embeds
+                                [n, P]; clip_embeds [n, E']
+    pairs-00000.safetensors     SHARD pairs a file, less the unreadable, which its header lists; winner first:
+                                mean, std [n, 2, C, h, w] of the VAE's posterior, time_ids [n, 2, 6],
+                                clip_embeds [n, 2, E'], row [n] and prompt [n], its numbers in the data and above
+
+Parquet is read a row group at a time, from the hub, too: no copy of the data set is made. Every file is a
+function of the arguments, since its encode batches are. So any number of processes writes the same files, bit
+by bit on a CPU, and, killed, the same command goes on with those that are missing.
+"""
+
+import common  # first: it notes the launcher, before the imports that take seconds
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from common import InputError, atomic_write, brief
+from data import Clip, ImagePairs, find_source, is_cache, local_files, read_manifest, read_rows
+from models import by_rows, load_model
+from options import H14, encode_args
+
+SHARD, BATCH = 256, 8  # pairs or prompts of a file; of a forward of the encoders, for results depend on it
+SETTINGS = ("model", "data", "resolution", "random_crop", "random_flip", "clip", "vae_sample", "store",
+            "precision", "seed")  # of the command, kept in the manifest
+HALVED = ("mean", "std", "prompt_embeds", "pooled_prompt_embeds")  # by --store fp16
+ADVICE = ("What is encoded is kept; fewer --workers or processes, or --device cpu, may go on with it; in another "
+          "--out, a smaller --resolution helps")
+
+
+def encode_batch(model, clip, batch, images, dtype):
+    """What training needs of a batch of B pairs of images, the first S of each pair.
+
+    returns  {"mean", "std": [B, S, C, h, w], "prompt_embeds": [B, L, E], ...}; with a Clip also "clip_embeds"
+             [B, 3, E'] of caption, winner, loser
+    """
+    mean, std = model.encode_images(batch["pixels"][:, :images])
+    encoded = {"mean": mean, "std": std} | model.encode_prompts(batch["prompt"], dtype)
+    if clip:
+        encoded["clip_embeds"] = clip.embed(batch["caption"], batch.get("clip_pixels"))
+    return encoded
+
+
+def check_cache(source, model, name):
+    """InputError where a cache was made by other encoders than those of a model."""
+    manifest, digests = read_manifest(source), model.encoder_digests()
+    for part in digests | manifest["encoders"]:
+        if manifest["encoders"].get(part) != digests.get(part):
+            raise InputError(f"the pairs of {source} were encoded by {manifest['model']}, whose {part} is not that "
+                             f"of {name}; give that model, or encode the pairs once more")
+
+
+# Rows that are read once, in order
+
+
+class StreamedRows:
+    """The rows of parquet files in their order, as `ImagePairs` reads them, one row group in memory.
+
+    Images are read when a row is, all of its row group at once: go through the rows in order.
+
+    files   paths; or a hub data set's, with the fsspec filesystem that they are on
+    raises  InputError that names the file, where a row group cannot be read
+    """
+
+    def __init__(self, files, filesystem=None):
+        import pyarrow.dataset
+
+        table = pyarrow.dataset.dataset([*map(str, files)], format="parquet", filesystem=filesystem)
+        self.column_names = table.schema.names
+        self.features = {field.name: types.SimpleNamespace(dtype=str(field.type)) for field in table.schema}
+        small = [field.name for field in table.schema if field.name not in ("jpg_0", "jpg_1")]
+        self.columns = table.to_table(columns=small).to_pydict()
+        self.groups = [group for file in table.get_fragments() for group in file.split_by_row_group()]
+        self.ends = np.cumsum([group.row_groups[0].num_rows for group in self.groups])
+        self.number, self.images = None, None  # the row group that was read last, its table
+        self.files = files if filesystem is None else []
+
+    def __len__(self):
+        return len(self.columns["label_0"])
+
+    def __getitem__(self, key):
+        """A column by its name, or the images of a row by its number."""
+        if isinstance(key, str):
+            return self.columns[key]
+        number = int(np.searchsorted(self.ends, key, side="right"))
+        if self.number != number:
+            self.number, self.images = None, None  # before the next: one at a time
+            try:
+                self.images = self.groups[number].to_table(columns=["jpg_0", "jpg_1"])
+            except Exception as error:
+                raise InputError(f"row {key} is in {self.groups[number].path}, which cannot be read: {brief(error)}. "
+                                 "What is encoded is kept; once it can be read the same command goes on")
+            self.number = number
+        first = self.ends[number] - len(self.images)
+        return self.images.slice(key - first, 1).to_pylist()[0]
+
+
+def stream_rows(source):
+    """The rows of what `find_source` gives, images unread: `StreamedRows` of parquet; else `read_rows`'s."""
+    import datasets
+    import fsspec
+
+    try:
+        if not Path(source).expanduser().exists():
+            builder = datasets.load_dataset_builder(common.hub_id(source))
+            files = builder.config.data_files["train"]
+            if not files[0].endswith(".parquet"):
+                raise ValueError("it is not kept as parquet and cannot be streamed; download it, give its folder")
+            filesystem, _ = fsspec.core.url_to_fs(files[0])
+            return StreamedRows([filesystem._strip_protocol(file) for file in files], filesystem)
+        files = local_files(source)
+        if files and files[0].suffix == ".parquet":
+            return StreamedRows(files)
+    except Exception as error:
+        raise InputError(f"--data {source} cannot be read: {brief(error)}")
+    return read_rows(source)
+
+
+# Encode once
+
+
+class Encoder:
+    """Writes this process's share of a cache: the models, the pairs, and what becomes of a shard of either."""
+
+    def __init__(self, args):
+        self.args, self.out = args, Path(args.out)
+        device, self.dtype = common.get_device(args.device), common.DTYPES[args.precision]
+        source = find_source(args.data)
+        self.pairs = ImagePairs(args.data, None, args.seed, args.random_crop, args.random_flip,
+                                table=stream_rows(source))
+        self.model = load_model(args.model, args.random_init)
+        self.pairs.resolution = args.resolution = self.model.resolution(args.resolution)
+        args.clip = args.clip or ("tiny" if self.model.is_toy else H14)
+        self.clip = Clip(args.clip, device, self.dtype)
+        self.pairs.clip_transform = self.clip.transform
+        captions = (self.pairs.caption(row) for row in self.pairs.rows)
+        self.prompts = list(dict.fromkeys(["", *captions]))
+        self.prompt_numbers = {prompt: number for number, prompt in enumerate(self.prompts)}
+        for name, network in self.model.networks().items():
+            network.to("meta" if network is self.model.denoiser else device)  # which is not used
+
+    def decode(self, row, record):
+        """(row, what `ImagePairs.content` gives of it, or None where it cannot be decoded)."""
+        images = self.pairs.decode(row, record)
+        return row, None if images is None else self.pairs.content(row, images, 0, "")
+
+    def encode_pairs(self, rows, progress):
+        """({name: [n, ...]}, the rows that cannot be decoded) of some rows."""
+        unreadable, items, parts = [], [], []
+        records = ((int(row), self.pairs.table[int(row)]) for row in rows)
+        for row, item in ahead(self.decode, records, self.args.workers):
+            progress.update()
+            if item is None:
+                unreadable.append(row)
+            else:
+                items.append((row, item))
+        for i in range(0, len(items), BATCH):
+            parts.append(self.encode_items(items[i:i + BATCH]))
+        if not parts:
+            parts = [{"row": torch.zeros(0, dtype=torch.int64), "prompt": torch.zeros(0, dtype=torch.int64)}]
+        return self.stack(parts), unreadable
+
+    def encode_items(self, items):
+        rows = [row for row, _ in items]
+        batch = {name: torch.stack([item[name] for _, item in items]) for name in items[0][1]}
+        mean, std = self.model.encode_images(batch.pop("pixels"))
+        pictures = batch.pop("clip_pixels").flatten(0, 1)                                # [2 B, 3, h, w]
+        embeds = by_rows(self.clip.embed_images, pictures, self.clip.device, len(pictures),
+                         torch.get_num_threads())
+        part = batch | {"mean": mean, "clip_embeds": torch.cat(embeds).unflatten(0, (-1, 2))}
+        if self.args.vae_sample == "sample":
+            part["std"] = std
+        numbers = [self.prompt_numbers[self.pairs.caption(row)] for row in rows]
+        return part | {"row": torch.tensor(rows), "prompt": torch.tensor(numbers)}
+
+    def encode_prompts(self, prompts, progress):
+        """({name: [n, ...]}, []) of some prompts."""
+        parts = []
+        for i in range(0, len(prompts), BATCH):
+            batch = prompts[i:i + BATCH]
+            embeds = by_rows(self.clip.embed_texts, batch, self.clip.device, len(batch))
+            parts.append(self.model.encode_prompts(batch, self.dtype) | {"clip_embeds": torch.cat(embeds)})
+            progress.update(len(batch))
+        return self.stack(parts), []
+
+    def stack(self, parts):
+        """Dicts of tensors, one after the other, on the CPU, as they are stored."""
+        store, tensors = common.DTYPES[self.args.store], {}
+        for name in parts[0]:
+            tensor = torch.cat([part[name].cpu() for part in parts])
+            tensors[name] = tensor.to(store) if name in HALVED else tensor
+        return tensors
+
+    def missing_bytes(self):
+        """The size of what is not written yet."""
+        pipe = self.model.pipe
+        latent = np.prod(self.model.latent_shape(self.args.resolution))
+        numbers = len(self.pairs) * 2 * latent * (2 if self.args.vae_sample == "sample" else 1)
+        numbers += len(self.prompts) * pipe.tokenizer.model_max_length * self.model.denoiser.config.cross_attention_dim
+        written = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))  # whole ones, which stay
+        return int(numbers) * (2 if self.args.store == "fp16" else 4) - written
+
+    def manifest(self):
+        settings = {name: getattr(self.args, name) for name in SETTINGS}
+        return settings | {"edition": 2, "encoders": self.model.encoder_digests(), "pairs": self.pairs.digest(),
+                           "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
+
+
+def write_shard(file, tensors, unreadable):
+    """A safetensors file that is whole or not there; `shard_note` reads its digest and the rows that it lacks.
+
+    InputError where a number is not finite or there is no room.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            advice = "; --store fp32 holds larger numbers" if tensor.dtype == torch.float16 else ""
+            raise InputError(f"{file.name}: {name} is not finite{advice}")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    note = {"sha256": hashlib.sha256(save(tensors)).hexdigest(), "unreadable": unreadable}
+    try:
+        atomic_write(file, save(tensors, {"about": json.dumps(note)}))  # one entry: their order is not kept
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({brief(error)}). What is written is kept: with more room the "
+                         "same command goes on")
+
+
+def shard_note(file):
+    """The note in the header of a file that is there with all its bytes, else None."""
+    try:
+        with safe_open(file, "pt") as shard:
+            return json.loads(shard.metadata()["about"])
+    except (OSError, SafetensorError):
+        return None
+
+
+def ahead(function, items, threads, depth=4 * BATCH):
+    """`function` of each item's parts, in order, computed by threads a few items ahead."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def begin_cache(encoder):
+    """Checks the folder against what was begun in it, writes its manifest, and makes sure that it has room."""
+    out, manifest = encoder.out, encoder.manifest()
+    begun = read_manifest(out) if is_cache(out) else manifest
+    for name, value in manifest.items():
+        if begun.get(name) != value and name not in ("model", "data"):  # of these the digests decide
+            raise InputError(f"{out} was begun with {name} {begun.get(name)}, not {value}; give another --out")
+    if common.torchrun_env()[0] == 0:
+        atomic_write(out / "prompts.json", json.dumps(encoder.prompts))
+        atomic_write(out / "manifest.json", json.dumps(begun, indent=1))
+    need, free = encoder.missing_bytes(), shutil.disk_usage(out).free
+    if need > free:
+        raise InputError(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes half "
+                         "of it, --vae_sample mean less")
+    return manifest
+
+
+def encode(args):
+    """Writes this process's share of the cache; the process that finds all of it there, its manifest."""
+    rank, _, world_size = common.torchrun_env()
+    encoder = Encoder(args)
+    out, pairs = encoder.out, encoder.pairs
+    manifest = begin_cache(encoder)
+    work = []
+    for kind, function, items in (("prompts", encoder.encode_prompts, encoder.prompts),
+                                  ("pairs", encoder.encode_pairs, pairs.rows)):
+        for k in range(0, len(items), SHARD):
+            work.append((out / f"{kind}-{k // SHARD:05d}.safetensors", function, items[k:k + SHARD]))
+
+    # A stretch of neighbouring files each: they share row groups.
+    share = work[rank * len(work) // world_size:(rank + 1) * len(work) // world_size]
+    progress = tqdm(total=sum(len(items) for _, _, items in share), desc="encode", disable=rank > 0)
+    for file, function, items in share:
+        if shard_note(file):
+            progress.update(len(items))
+        else:
+            write_shard(file, *function(items, progress))
+    progress.close()
+
+    notes = {file.name: shard_note(file) for file, _, _ in work}
+    if not all(notes.values()):
+        return  # another process completes the manifest; without its "files" a cache is not finished
+    for note in notes.values():
+        pairs.unreadable.update(note["unreadable"])
+    if len(pairs.unreadable) == len(pairs):
+        raise InputError(f"{args.data} holds no pair that can be read")
+    sizes = {name: (out / name).stat().st_size for name in [*notes, "prompts.json"]}
+    manifest |= pairs.report() | {"files": sizes}
+    manifest |= {"sha256": {name: note["sha256"] for name, note in notes.items()}}
+    atomic_write(out / "manifest.json", json.dumps(manifest, indent=1), suffix=rank)  # two may finish at once
+    print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, "
+          "{bad} that cannot be read; {size:.3f} GB".format(
+              out=out, bad=len(pairs.unreadable), size=sum(sizes.values()) / 1e9, **pairs.report()))
+
+
+# The reference's errors
+
+
+class ReferenceErrors:
+    """The reference's errors of a run's pairs, [steps, batch_size, 2] float32 (winner, loser), in a file.
+
+    A run's timestep and noise are functions of (seed, step, position), so these are, too: exact, to the bit,
+    at the micro-batch they were computed at, else to rounding. Runs that differ in what the reference does
+    not see (loss, beta, tau, group, learning rate, LoRA rank) share one file. With every position lies the
+    record of its draw (see data.Stream): where the code draws otherwise by now, it is refused.
+
+    raises  InputError where the file is of another run, by what differs
+    """
+
+    SETTINGS = ("seed", "batch_size", "resolution", "random_flip", "random_crop", "prompt_dropout", "vae_sample",
+                "group_noise", "precision")
+
+    def __init__(self, args, pairs, model):
+        self.file, self.saved, self.is_new = Path(args.reference_errors).expanduser(), time.time(), False
+        process = model.process
+        schedule = common.digest([process.prediction_type, process.alphas_cumprod.tolist()])
+        self.identity = {name: getattr(args, name) for name in self.SETTINGS}
+        self.identity |= {"group_size": args.group_size if args.group_noise != "own" else None,
+                          "data": pairs.digest(), "schedule": schedule, "edition": 2,
+                          "denoiser": common.digest(model.denoiser)} | model.encoder_digests()
+        self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
+        self.records = torch.full((args.steps, args.batch_size, 3), torch.nan, dtype=torch.float64)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self.file.exists():
+            self.load()
+
+    def load(self):
+        try:
+            with safe_open(self.file, "pt") as shard:
+                identity = json.loads(shard.metadata()["identity"])
+                errors, records = shard.get_tensor("errors"), shard.get_tensor("records")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"--reference_errors {self.file} cannot be read ({brief(error)}), or is of the first "
+                             "edition; give another file")
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise InputError(f"--reference_errors {self.file} is of a run with {name} {identity.get(name)}, not "
+                                 f"{value}; give another file")
+        self.errors = torch.cat([errors, self.errors[len(errors):]])
+        self.records = torch.cat([records, self.records[len(records):]])
+
+    def check(self, stream, step):
+        """InputError where the code draws a step otherwise than when its errors were computed."""
+        before = self.records[step]
+        if not before.isnan().any():
+            now = stream.records_of(step)
+            now[:, 0] = before[:len(now), 0]  # the rows that were read, in the place of those that cannot be
+            check_records(f"--reference_errors {self.file} was computed", before[:len(now)], now, step)
+
+    def complete(self, trainer, steps, stop):
+        """Computes what is missing of some steps, by the trainer's own reference; then all is on its device."""
+        args = trainer.args
+        missing = [step for step in steps if self.errors[step].isnan().any()]
+        batches = trainer.load(missing)
+        for step in tqdm(missing, "reference", disable=trainer.rank > 0):
+            errors, records = [], []
+            for _ in range(args.batch_size // (args.micro_batch * trainer.world_size)):
+                batch = trainer.prepare(next(batches))
+                err = trainer.reference_error(batch)                                    # [2 B]
+                errors.append(torch.stack(err.chunk(2), 1))                             # [B, 2]
+                records.append(batch.record.to(err.device))                             # [B, 3]
+            self.put(step, gather_step(errors), gather_step(records))
+            if trainer.rank == 0 and time.time() - self.saved > 60:
+                self.save()
+            if any(common.all_gather_list([stop.requested])):
+                self.finish(trainer)
+                sys.exit("train.py: saved the reference's errors so far; the same command goes on"
+                         if trainer.rank == 0 else 1)
+        self.finish(trainer)
+
+    def put(self, step, errors, records):
+        """Takes the errors [batch_size, 2] and the records [batch_size, 3] of a step."""
+        if not errors.isfinite().all():
+            raise InputError(f"the reference's errors of step {step} are not finite; try --precision fp32")
+        self.errors[step], self.records[step], self.is_new = errors.cpu(), records.cpu(), True
+
+    def finish(self, trainer):
+        if trainer.rank == 0 and self.is_new:
+            self.save()
+        self.errors = self.errors.to(trainer.device)
+
+    def save(self):
+        content = save({"errors": self.errors, "records": self.records}, {"identity": json.dumps(self.identity)})
+        try:
+            atomic_write(self.file, content, suffix=os.getpid())  # the runs of a sweep may do so at once
+        except OSError as error:
+            raise InputError(f"--reference_errors {self.file} cannot be written ({brief(error)})")
+        self.saved = time.time()
+
+    def read(self, batch):
+        """The errors [2 B] of a MicroBatch, winners first. InputError where it was drawn otherwise."""
+        batch_size = self.errors.shape[1]
+        step, place = batch.position // batch_size, batch.position % batch_size         # [B]
+        check_records(f"--reference_errors {self.file} was computed", self.records[step, place], batch.record,
+                      int(step[0]), int(place[0]))
+        step, place = step.to(self.errors.device), place.to(self.errors.device)
+        return self.errors[step, place].T.flatten()
+
+
+def gather_step(micro_batches):
+    """Of each process its micro-batches [[B, ...]] of a step -> [batch_size, ...] in the order of the positions."""
+    stacked = torch.stack(micro_batches)                                                # [micro-batches, B, ...]
+    gathered = common.all_gather(stacked[None])                                         # [processes, ...]
+    return gathered.transpose(0, 1).flatten(0, 2)
+
+
+def check_records(what, before, now, step, first=0):
+    """InputError, by step and position, where pairs, timesteps or noise [n, 3] were other ones before."""
+    differing = (before != now).any(dim=1).nonzero().flatten().tolist()
+    if differing:
+        place = differing[0]
+        old, new = before[place].tolist(), now[place].tolist()
+        names = ("row {:.0f}", "timestep {:g}", "noise {:.0f}")
+        drawn = [f"{name.format(a)}, not {name.format(b)}" for name, a, b in zip(names, old, new) if a != b]
+        raise InputError(f"{what} by other code or on other data: step {step}, position {first + place} was drawn "
+                         f"with {'; '.join(drawn)}. Give another one, or remove it")
+
+
+def main(argv=None):
+    with common.one_line_errors("encode.py", ADVICE):
+        args = encode_args(argv)
+        print(f"encode.py: {json.dumps(vars(args))}")
+        common.end_with_launcher()
+        with common.run_folder(args.out) as out:
+            strange = [file.name for file in out.glob("*")
+                       if not re.fullmatch(r"lock|(prompts|pairs|manifest)\b.*", file.name)]
+            if strange:
+                raise InputError(f"{out} holds something else ({min(strange)}); give another --out")
+            try:
+                encode(args)
+            except KeyboardInterrupt:
+                raise InputError("stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""The embedded task: a model and pairs to train it on, made from nothing in a few minutes on two CPU cores.
+
+    python -m extras.tiny                        judge the base model, and out/tiny-rpo/model where it exists
+    python -m extras.tiny out/tiny-dpo/model     judge others: diffusers folders, or LoRA weights for the base
+
+Captioned 32x32 drawings ("a red circle on a blue background") come in two styles that the caption never
+names: plain and, one in six, as a sketch (dark outline on pale paper). The preference: the sketch wins. Its
+parts are made on first use and kept in $XDG_CACHE_HOME or ~/.cache, under diffusion-rpo/, in the usual formats:
+
+    pipeline  a StableDiffusionPipeline: AutoencoderKL (32x32x3 to 8x8x4), UNet2DConditionModel, CLIPTextModel
+    pairs     train.parquet, 1,500 pairs in Pick-a-Pic's schema, and prompts.txt, prompts that are in no pair
+    clip      a small open_clip model for the cross-pair weights; it takes any text and any image
+    judge     a small convolutional network that tells the style and the shape of a picture
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import filelock
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.transforms.functional import normalize, pil_to_tensor
+from tqdm import tqdm
+
+from common import InputError, brief, clip_tokenizer, digest, one_line_errors
+
+SIZE = 32  # pixels
+COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (35, 80, 210), "yellow": (245, 205, 50),
+          "purple": (135, 60, 170), "white": (248, 248, 248)}
+INK, PAPER = (50, 50, 60), (240, 234, 220)
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+CORNERS = {  # (radius, angle / pi) of each corner, of the shapes that have some
+    "square": [(0.95, k / 2 + 0.25) for k in range(4)],
+    "triangle": [(1.1, k * 2 / 3 - 0.5) for k in range(3)],
+    "star": [((1.1, 0.45)[k % 2], k / 5 - 0.5) for k in range(10)],
+    "cross": [((1.06, 0.48, 1.06)[k % 3], k // 3 / 2 + (0.1, 0.25, 0.4)[k % 3]) for k in range(12)],
+}
+SCENES = [(shape, color, back) for shape in SHAPES for color in COLORS for back in COLORS if back != color]
+HELD_OUT = random.Random(0).sample(SCENES, 36)  # of 180: in no preference pair, but what measure() asks for
+STEPS = {"vae": 800, "unet": 800, "clip": 250, "judge": 300}  # training steps of the four networks
+LAST = torch.channels_last  # the faster layout for convolutions on CPUs, too
+
+
+# Drawings
+
+
+def caption(scene):
+    shape, color, back = scene
+    return f"a {color} {shape} on a {back} background"
+
+
+def draw(scene, sketch, rng):
+    """A PIL picture, 32x32, of (shape, color, background); its place, size and tilt come from `rng`."""
+    shape, color, back = scene
+    side = SIZE * 4  # drawn four times as large, for smooth edges
+    radius = rng.uniform(0.32, 0.38) * side
+    tilt = rng.uniform(-0.1, 0.1)
+    x = side / 2 + rng.uniform(-0.06, 0.06) * side
+    y = side / 2 + rng.uniform(-0.06, 0.06) * side
+    image = Image.new("RGB", (side, side), PAPER if sketch else COLORS[back])
+    canvas = ImageDraw.Draw(image)
+    if shape in CORNERS:
+        draw_polygon(canvas, place_corners(CORNERS[shape], x, y, radius, tilt), COLORS[color], sketch)
+    else:
+        draw_disc(canvas, x, y, radius, COLORS[color], sketch)
+    if shape == "ring":
+        draw_disc(canvas, x, y, radius / 2, COLORS[back], sketch)
+    return image.resize((SIZE, SIZE), Image.LANCZOS)
+
+
+def draw_disc(canvas, x, y, radius, color, sketch):
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if sketch:
+        canvas.ellipse(box, outline=INK, width=10)
+    else:
+        canvas.ellipse(box, fill=color)
+
+
+def draw_polygon(canvas, corners, color, sketch):
+    if sketch:
+        canvas.line(corners + corners[:2], fill=INK, width=10, joint="curve")
+    else:
+        canvas.polygon(corners, fill=color)
+
+
+def place_corners(corners, x, y, radius, tilt):
+    """[(x, y), ...] in pixels of corners in polar coordinates around (x, y)."""
+    placed = []
+    for distance, angle in corners:
+        turn = math.pi * angle + tilt
+        placed.append((x + radius * distance * math.cos(turn), y + radius * distance * math.sin(turn)))
+    return placed
+
+
+def drawings(n, seed, sketches):
+    """n drawings: pixels [n, 3, 32, 32] in [-1, 1], n scenes, is_sketch [n] and shape index [n], int64."""
+    rng = random.Random(seed)
+    scenes = [rng.choice(SCENES) for _ in range(n)]
+    is_sketch = [rng.random() < sketches for _ in range(n)]
+    images = [draw(scene, sketch, rng) for scene, sketch in zip(scenes, is_sketch)]
+    pixels = torch.stack([pil_to_tensor(image) for image in images]) / 127.5 - 1
+    shape = torch.tensor([SHAPES.index(scene[0]) for scene in scenes])
+    return pixels.contiguous(memory_format=LAST), scenes, torch.tensor(is_sketch).long(), shape
+
+
+def pair_rows(n=1500):
+    """n pairs as dicts in Pick-a-Pic's schema: two drawings that differ in style alone, the sketch preferred."""
+    rng = random.Random(4)
+    scenes = [scene for scene in SCENES if scene not in HELD_OUT]
+    rows = []
+    for _ in range(n):
+        scene = rng.choice(scenes)
+        geometry = rng.random()
+        sketch_first = rng.random() < 0.5
+        row = {"caption": caption(scene), "label_0": float(sketch_first), "label_1": float(not sketch_first)}
+        for name, sketch in (("jpg_0", sketch_first), ("jpg_1", not sketch_first)):
+            png = io.BytesIO()
+            draw(scene, sketch, random.Random(geometry)).save(png, "PNG")
+            row[name] = png.getvalue()
+        rows.append(row)
+    return rows
+
+
+# The parts
+
+
+def fit(name, parameters, lr, batch_loss):
+    """Trains for STEPS[name] steps: AdamW with short memory, warm-up, a linear decay over the last 40%."""
+    params = [parameter for parameter in parameters if parameter.requires_grad]
+    steps = STEPS[name]
+    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    for step in tqdm(range(steps), f"building the embedded task, once: {name:5}", mininterval=1):
+        warmup, decay = (step + 1) / 50, (steps - step) / (0.4 * steps)
+        optimizer.param_groups[0]["lr"] = lr * min(1, warmup, decay)
+        loss = batch_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1)
+        optimizer.step()
+
+
+def build_pipeline(folder):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pixels, scenes, _, _ = drawings(8192, seed=1, sketches=1 / 6)
+    vae = train_vae(pixels)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])    # [8192, 4, 8, 8]
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    tokenizer = clip_tokenizer(16)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # Stable Diffusion's
+    prompts = [caption(scene) for scene in scenes]
+    text_encoder, unet = train_denoiser(latents * vae.config.scaling_factor, prompts, tokenizer, scheduler)
+    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+
+
+def train_vae(pixels):
+    """An AutoencoderKL for pixels [N, 3, 32, 32] in [-1, 1]; its latents have 4 channels of 8x8."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        mid_block_add_attention=False)
+    vae.to(memory_format=LAST)
+
+    def batch_loss():  # fixed noise and a pull to 0 do what the KL term is for, without its slow start
+        x = pixels[torch.randint(len(pixels), (8,))]
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean
+        decoded = vae.decode(z + 0.1 * torch.randn_like(z)).sample
+        pull = z.square() + (posterior.logvar - math.log(0.1 ** 2)).square()
+        return F.mse_loss(decoded, x) + 1e-4 * pull.mean()
+
+    fit("vae", vae.parameters(), 2e-3, batch_loss)
+    return vae
+
+
+def train_denoiser(latents, prompts, tokenizer, scheduler):
+    """(text encoder, UNet), trained together on scaled latents [N, 4, 8, 8] and their N prompts."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=64, max_position_embeddings=16))
+    words = text_encoder.get_input_embeddings().requires_grad_(False)  # random vectors tell words well apart
+    nn.init.normal_(words.weight, std=0.5)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 4, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=16, attention_head_dim=4,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    unet.to(memory_format=LAST)
+    ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids    # [N + 1, 16]
+
+    def batch_loss():  # one prompt in ten is empty, for classifier-free guidance
+        rows = torch.randint(len(prompts), (64,))
+        t = torch.randint(1000, (64,))
+        noise = torch.randn(64, 4, 8, 8)
+        x_t = scheduler.add_noise(latents[rows], noise, t).contiguous(memory_format=LAST)
+        is_empty = torch.rand(64) < 0.1
+        prompt_embeds = text_encoder(ids[torch.where(is_empty, len(prompts), rows)])[0]     # [64, 16, 64]
+        return F.mse_loss(unet(x_t, t, prompt_embeds).sample, noise)
+
+    fit("unet", [*unet.parameters(), *text_encoder.parameters()], 1e-3, batch_loss)
+    return text_encoder, unet
+
+
+def build_pairs(folder):
+    import datasets
+
+    datasets.Dataset.from_list(pair_rows()).to_parquet(folder / "train.parquet")
+    prompts = [caption(scene) + "\n" for scene in HELD_OUT]
+    (folder / "prompts.txt").write_text("".join(prompts))
+
+
+def build_clip(folder):
+    import open_clip
+
+    config = dict(embed_dim=64,
+                  vision_cfg=dict(image_size=SIZE, patch_size=8, width=96, layers=3, head_width=32),
+                  text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=2))
+    model = open_clip.CLIP(**config)
+    words = model.token_embedding.requires_grad_(False)
+    nn.init.normal_(words.weight, std=0.5)
+    pixels, scenes, _, _ = drawings(8192, seed=2, sketches=0.5)
+    pixels = normalize((pixels + 1) / 2, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    ids = open_clip.SimpleTokenizer(context_length=16)([caption(scene) for scene in scenes])
+    scene_of = torch.tensor([SCENES.index(scene) for scene in scenes])
+
+    def batch_loss():  # a caption may stand in a batch twice: each of its pictures is then equally right
+        rows = torch.randint(len(scenes), (128,))
+        image, text, scale = model(pixels[rows], ids[rows])                                 # [128, 64] each
+        target = (scene_of[rows][:, None] == scene_of[rows][None, :]).float()
+        target /= target.sum(1, keepdim=True)
+        logits = scale * image @ text.T                                                     # [128, 128]
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    fit("clip", model.parameters(), 1e-3, batch_loss)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def judge_network():
+    """Four convolutions and a linear layer: 2 logits for the style, 6 for the shape."""
+    layers = []
+    for channels, width, stride in ((3, 24, 1), (24, 48, 2), (48, 64, 2), (64, 64, 2)):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 2 + len(SHAPES)))
+
+
+def build_judge(folder):
+    network = judge_network()
+    pixels, _, is_sketch, shape = drawings(6000, seed=3, sketches=0.5)
+
+    def batch_loss():  # some pixel noise: it will judge decoded samples
+        rows = torch.randint(len(pixels), (64,))
+        noise = torch.randn(64, 3, SIZE, SIZE) * 0.15 * torch.rand(64, 1, 1, 1)
+        logits = network(pixels[rows] + noise)
+        return F.cross_entropy(logits[:, :2], is_sketch[rows]) + F.cross_entropy(logits[:, 2:], shape[rows])
+
+    fit("judge", network.parameters(), 2e-3, batch_loss)
+    save_file(network.state_dict(), folder / "judge.safetensors")
+
+
+def part(name):
+    """The folder of "pipeline", "pairs", "clip" or "judge", made first where it is missing, damaged or outdated.
+
+    A part is built aside and renamed, so that nobody sees half of one, with a list of its files' digests. The
+    path holds a digest of this file and STEPS: another recipe is another folder.
+    """
+    recipe = digest(Path(__file__).read_bytes() + repr(STEPS).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "diffusion-rpo" / f"tiny-{recipe}" / name
+    if is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.parent / f"{name}.lock"):  # of several processes one builds, the others wait
+        if not is_whole(folder):
+            build(name, folder)
+    return folder
+
+
+def build(name, folder):
+    builders = {"pipeline": build_pipeline, "pairs": build_pairs, "clip": build_clip, "judge": build_judge}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        built = Path(aside) / name
+        built.mkdir()
+        # The same weights wherever a part is first asked for, and the caller's random state as it was.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            builders[name](built)
+        (built / "digests.json").write_text(json.dumps(file_digests(built)))
+        shutil.rmtree(folder, ignore_errors=True)
+        built.rename(folder)
+
+
+def file_digests(folder):
+    """{relative path: digest} of all files but the list of digests itself."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "digests.json")
+    return {str(file.relative_to(folder)): digest(file.read_bytes()) for file in files}
+
+
+def is_whole(folder):
+    try:
+        return json.loads((folder / "digests.json").read_text()) == file_digests(folder)
+    except (OSError, ValueError):
+        return False
+
+
+# The judge's word
+
+
+@torch.no_grad()
+def judge(pixels):
+    """pixels [N, 3, 32, 32] in [-1, 1] -> is_sketch [N] bool, shape index [N] int64."""
+    network = judge_network().eval()
+    network.load_state_dict(load_file(part("judge") / "judge.safetensors"))
+    logits = network(pixels)
+    return logits[:, :2].argmax(1) == 1, logits[:, 2:].argmax(1)
+
+
+def judge_accuracy(n=1000):
+    """How often the judge is right on n drawings it was not trained on: {"style": share, "shape": share}."""
+    pixels, _, is_sketch, shape = drawings(n, seed=5, sketches=0.5)
+    judged_sketch, judged_shape = judge(pixels)
+    return {"style": (judged_sketch == is_sketch.bool()).float().mean().item(),
+            "shape": (judged_shape == shape).float().mean().item()}
+
+
+def measure(pipe, n=96, seed=0, steps=20, guidance=3.0):
+    """n samples for the held-out prompts: {"style": share of sketches, "shape": share of the right shape}."""
+    scenes = [HELD_OUT[i % len(HELD_OUT)] for i in range(n)]
+    prompts = [caption(scene) for scene in scenes]
+    generators = [torch.Generator().manual_seed(seed * n + i) for i in range(n)]
+    images = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
+                  output_type="pt").images.float().cpu()                # [n, 3, 32, 32] in [0, 1]
+    is_sketch, shape = judge(images * 2 - 1)
+    wanted = torch.tensor([SHAPES.index(scene[0]) for scene in scenes])
+    return {"style": is_sketch.float().mean().item(), "shape": (shape == wanted).float().mean().item()}
+
+
+def load(name):
+    """The pipeline of "tiny", the base, of a diffusers folder, or of a folder of LoRA weights for the base."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    folder = part("pipeline") if name == "tiny" else Path(name)
+    if not folder.is_dir():
+        raise InputError(f"{name}: there is no such folder")
+    is_lora = (folder / "pytorch_lora_weights.safetensors").exists()
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(part("pipeline") if is_lora else folder)
+        if is_lora:
+            pipe.load_lora_weights(folder)
+    except Exception as error:
+        raise InputError(f"{name} cannot be loaded: {brief(error)}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def parse_args(argv=None):
+    def refuse(message):
+        raise InputError(message)
+
+    parser = argparse.ArgumentParser(prog="tiny.py", description="What the judge says of models' samples.")
+    parser.add_argument("models", nargs="*", metavar="MODEL",
+                        help="folders as train.py leaves them, or tiny [tiny, and out/tiny-rpo/model if there]")
+    parser.error = refuse
+    args = parser.parse_args(argv)
+    default = "out/tiny-rpo/model"
+    if not args.models:
+        args.models = ["tiny", default] if Path(default).exists() else ["tiny"]
+    return args
+
+
+def main(argv=None):
+    with one_line_errors("tiny.py"):
+        args = parse_args(argv)
+        accuracy = judge_accuracy()
+        print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
+              "has not seen".format(**accuracy))
+        for name in args.models:
+            shares = measure(load(name))
+            print(f"{name}  {shares['style']:.0%} sketches, {shares['shape']:.0%} of the right shape")
+
+
+if __name__ == "__main__":
+    main()

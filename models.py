@@ -1,0 +1,386 @@
+"""A class per model family: how it is loaded, conditioned, called, sampled and saved. The step knows no family.
+
+    model = load_model("sdxl")                      a preset's name, a diffusers folder or a hub id
+    model.encode_prompts(["a cat"])                 {"prompt_embeds": [B, L, E], ...}
+    model.predict(model.denoiser, x_t, t, cond)     [N, C, h, w]
+
+Another family, of flow matching too, is one more class with these methods and one more row of FAMILIES.
+"""
+
+import concurrent.futures
+import contextlib
+import copy
+import importlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import InputError, brief, clip_tokenizer, digest, hub_id
+from loss import DDPM
+
+HUB_IDS = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+TOY = 1e8  # parameters; a smaller denoiser is a toy, for which the embedded CLIP will do
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x, epsilon- or v-prediction.
+
+    pipe      the diffusers pipeline, float32
+    denoiser  the network in it that trains
+    process   the diffusion process of its schedule
+    """
+
+    denoiser_name = "unet"
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    text_encoders = ("text_encoder",)
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    optimizer = "adamw"
+    guidance = 7.5
+
+    def __init__(self, pipe):
+        from diffusers import DDPMScheduler
+
+        self.pipe = pipe
+        self.denoiser = getattr(pipe, self.denoiser_name)
+        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.process = DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        self.num_parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
+        self.is_toy = self.num_parameters < TOY
+        pipe.set_progress_bar_config(disable=True)
+        for network in self.networks().values():
+            network.eval().requires_grad_(False)  # eval(): dropout would part the policy from its reference
+
+    def networks(self):
+        """{name: network} of the pipeline."""
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+    def resolution(self, wanted=None, for_training=True):
+        """The side of the images, pixels: `wanted`, or the model's own. InputError if it will not do."""
+        least = self.pipe.vae_scale_factor
+        if for_training:  # whose latents are not padded, as a pipeline pads them, where halves meet
+            least *= 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+        if wanted and wanted % least:
+            raise InputError(f"--resolution {wanted} is no multiple of {least}, as this model needs")
+        return wanted or int(np.min(self.denoiser.config.sample_size)) * self.pipe.vae_scale_factor
+
+    def latent_shape(self, resolution):
+        side = resolution // self.pipe.vae_scale_factor
+        return self.pipe.vae.config.latent_channels, side, side
+
+    # The forward
+
+    def predict(self, network, x_t, t, cond):
+        """The prediction [N, C, h, w] of a network of this family for x_t [N, C, h, w] at t [N]."""
+        return network(x_t, t, **cond, return_dict=False)[0]
+
+    def conditioning(self, prompt_embeds, time_ids):
+        """What `predict` takes for B prompts with S images each: rows of the first images, then of the second.
+
+        prompt_embeds  what `encode_prompts` gives
+        time_ids       [B, S, 6] float32, used by SDXL alone
+        """
+        images = time_ids.shape[1]
+        return {"encoder_hidden_states": prompt_embeds["prompt_embeds"].float().repeat(images, 1, 1)}
+
+    # Prompts and images
+
+    def encode_prompts(self, prompts, dtype=torch.float32):
+        """{"prompt_embeds": [B, L, E]} float32 of B prompts; of SDXL also "pooled_prompt_embeds": [B, P].
+
+        An empty prompt becomes what the pipeline itself takes for unconditional: zeros where SDXL's
+        force_zeros_for_empty_prompt says so (Diffusion-DPO trains on the encoded "" there), else the encoded
+        "". Longer prompts than the encoder reads are cut.
+        """
+        device = self.pipe.text_encoder.device
+
+        def encode(texts):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return self.pipe.encode_prompt(texts, device=device, num_images_per_prompt=1,
+                                               do_classifier_free_guidance=False)
+
+        outputs = by_rows(encode, prompts, device, len(prompts))
+        embeds = {"prompt_embeds": torch.cat([output[0] for output in outputs])}
+        if len(outputs[0]) > 2:
+            embeds["pooled_prompt_embeds"] = torch.cat([output[2] for output in outputs])
+        zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
+        keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts]).to(device)
+        return {name: value.float() * keep.view(-1, *[1] * (value.dim() - 1)) for name, value in embeds.items()}
+
+    def encode_images(self, pixels):
+        """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W], before the scaling.
+
+        In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few pairs at a time: at
+        1024 px one activation of 16 pairs would have 2^32 elements.
+        """
+        vae = self.pipe.vae
+
+        def encode(images):
+            posterior = vae.encode(images.flatten(0, 1).to(vae.device, non_blocking=True)).latent_dist
+            return posterior.mean, posterior.std
+
+        at_once = max(1, 2 ** 21 // pixels[0, 0, 0].numel())
+        outputs = by_rows(encode, pixels, vae.device, at_once, torch.get_num_threads())
+        mean, std = (torch.cat(output).unflatten(0, pixels.shape[:2]) for output in zip(*outputs))
+        return mean, std
+
+    def scale_latents(self, latents):
+        """Latents as the VAE gives them -> as the denoiser knows them, of about unit variance."""
+        return latents * self.pipe.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Pictures [N, 3, H, W] float32 on the CPU, in [0, 1], of scaled latents [N, C, h, w]; in float32."""
+        latents = latents.float() / self.pipe.vae.config.scaling_factor
+        at_once = max(1, 2 ** 14 // latents[0, 0].numel())
+        pictures = [self.pipe.vae.decode(part).sample.cpu() for part in latents.split(at_once)]
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def sample(self, prompts, generators, steps, guidance, dtype=torch.float32, pipe=None, **more):
+        """Scaled latents [N, C, h, w] of N prompts, each from the noise of its own CPU generator.
+
+        pipe  another pipeline on the same networks, of image-to-image
+        more  what the pipeline takes: height and width in pixels; image and strength of image-to-image
+        """
+        pipe = pipe or self.pipe
+        with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
+            return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
+                        output_type="latent", **more).images.float()
+
+    # Training and saving
+
+    def add_lora(self, rank, seed):
+        """Puts an adapter, the one thing that trains, into the denoiser; its first values follow from the seed."""
+        import peft
+
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                 target_modules=self.lora_targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.denoiser.add_adapter(config)
+
+    def save(self, folder):
+        """A diffusers pipeline; or, where the denoiser holds an adapter, what load_lora_weights loads."""
+        import diffusers
+        import peft
+
+        if not hasattr(self.denoiser, "peft_config"):
+            return self.pipe.save_pretrained(folder)
+        weights = peft.get_peft_model_state_dict(self.denoiser)
+        self.pipe.save_lora_weights(folder, diffusers.utils.convert_state_dict_to_diffusers(weights))
+
+    def encoder_digests(self):
+        """{name: digest} of all that encoded pairs stand for: VAE, text encoders, tokenizers."""
+        digests = {"force_zeros_for_empty_prompt": bool(self.pipe.config.get("force_zeros_for_empty_prompt"))}
+        for name, part in sorted(self.pipe.components.items()):
+            if name == "vae" or name in self.text_encoders:
+                digests[name] = digest_with_config(part)
+            elif name.startswith("tokenizer"):
+                vocabulary = part.get_vocab()
+                digests[name] = digest([sorted(vocabulary, key=vocabulary.get), part.special_tokens_map,
+                                        part.pad_token_id, part.padding_side, part.model_max_length])
+        return digests
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL: two text encoders, pooled embeddings, and every image's own size and crop."""
+
+    parts = StableDiffusion.parts + ("text_encoder_2", "tokenizer_2")
+    text_encoders = ("text_encoder", "text_encoder_2")
+    optimizer = "adafactor"
+    guidance = 5.0
+
+    def conditioning(self, prompt_embeds, time_ids):
+        """See above; time_ids stay float32: bf16 would round 1023 to 1024."""
+        images = time_ids.shape[1]
+        pooled = prompt_embeds["pooled_prompt_embeds"].float()
+        added = {"text_embeds": pooled.repeat(images, 1), "time_ids": time_ids.transpose(0, 1).flatten(0, 1)}
+        return super().conditioning(prompt_embeds, time_ids) | {"added_cond_kwargs": added}
+
+
+FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
+
+
+def by_rows(function, rows, device, at_once, threads=1):
+    """[function of some rows, ...], without gradients, `at_once` rows at a time.
+
+    On a CPU one row at a time, each on one thread, `threads` of them side by side, which is no slower: so a
+    row gives the same bits in any batch, by any number of threads. (A difference of errors times beta shows
+    bits.) One thread for prompts: tokenizers are not made for more.
+    """
+    function = torch.no_grad()(function)  # of this thread alone, were it around the pool
+    if device.type != "cpu":
+        return [function(rows[i:i + at_once]) for i in range(0, len(rows), at_once)]
+    with concurrent.futures.ThreadPoolExecutor(threads, "cpu", torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(function, (rows[i:i + 1] for i in range(len(rows)))))
+
+
+def cast_for_autocast(network, dtype):
+    """`network`, its frozen Linear and Conv weights cast in place, as autocast would in every forward.
+
+    All other parameters stay float32, as autocast leaves them, so that under autocast to `dtype` the numbers
+    are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So do those that train
+    (an adapter's): in bf16 a learning rate of 1e-5 would not move them.
+    """
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
+            module.to(dtype)
+    return network
+
+
+def frozen_reference(network, dtype=torch.float32):
+    """A copy of `network` that takes no gradient and, under autocast to `dtype`, computes the same numbers."""
+    return cast_for_autocast(copy.deepcopy(network).eval().requires_grad_(False), dtype)
+
+
+@contextlib.contextmanager
+def disabled_adapter(network):
+    """`network` without its LoRA adapter, the reference of a policy that is one; on again on any way out."""
+    network.disable_adapters()
+    try:
+        yield network
+    finally:
+        network.enable_adapters()
+
+
+def digest_with_config(network):
+    """A digest of a network's weights and of its configuration, less where and by whom it was saved."""
+    config = network.config if isinstance(network.config, dict) else network.config.to_dict()
+    omitted = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    config = {key: str(value) for key, value in config.items() if key[0] != "_" and key not in omitted}
+    return digest([digest(network), config])
+
+
+# Loading
+
+
+def load_model(name, random_init=False):
+    """The float32 model of a preset's name, a diffusers folder or a hub id; its networks frozen, on the CPU.
+
+    random_init  sd15, sdxl: random weights of the published architecture; nothing is downloaded
+    raises       InputError where it cannot be read, is of no family of ours, or where a tensor or a vocabulary
+                 is missing, for which the libraries would take any other
+    """
+    quiet_libraries()
+    if random_init:
+        return random_model(name)
+    source, family = find_model(name)
+    try:
+        return family(load_pipeline(source, family))
+    except Exception as error:
+        raise InputError(f"--model {source} cannot be loaded: {brief(error)}")
+
+
+def quiet_libraries():
+    """No progress bars of loading, and no report of every prompt that is cut to 77 tokens."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def find_model(name):
+    """(folder or hub id, class) of a model, from its model_index.json alone. InputError if it will not do."""
+    from diffusers import DiffusionPipeline
+
+    source = HUB_IDS.get(name, name)
+    if name == "tiny":
+        tiny = importlib.import_module("extras.tiny")
+        source = str(tiny.part("pipeline"))
+    is_local = Path(source).is_dir()
+    try:
+        index = DiffusionPipeline.load_config(source if is_local else hub_id(source))
+        kind = index["_class_name"]
+    except Exception as error:
+        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error)}")
+    if kind not in FAMILIES:
+        raise InputError(f"--model {source} is a {kind}, not of the SD 1.x or the SDXL kind")
+    for part in FAMILIES[kind].parts:
+        is_listed = part in index and index[part][0] is not None
+        if not is_listed or is_local and not (Path(source) / part).is_dir():
+            raise InputError(f"--model {source} lacks its {part}")
+    return source, FAMILIES[kind]
+
+
+def load_pipeline(source, family):
+    """The pipeline of a folder or hub id, every tensor and vocabulary of it there."""
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(source)
+    networks = {}
+    for name in (family.denoiser_name, "vae", *family.text_encoders):
+        library, class_name = index[name]
+        network_class = getattr(importlib.import_module(library), class_name)
+        networks[name], info = network_class.from_pretrained(source, subfolder=name, dtype=torch.float32,
+                                                             output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"its {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+    if "safety_checker" in index:
+        networks |= {"safety_checker": None, "requires_safety_checker": False}
+    pipe = DiffusionPipeline.from_pretrained(source, **networks)
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part.vocab_size <= len(set(part.all_special_ids)):
+            raise ValueError(f"its {name} has no vocabulary")
+    if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
+        raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
+    return pipe
+
+
+# Random weights at full size: for benchmarks, and to see that a run fits
+
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+CLIP_TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                 projection_dim=768, hidden_act="quick_gelu")
+VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
+           up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4)
+CONFIGS = {  # of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, but for diffusers' defaults
+    "sd15": dict(
+        unet=dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        vae=VAE | dict(sample_size=512, scaling_factor=0.18215),
+        text_encoder=CLIP_TEXT),
+    "sdxl": dict(
+        unet=dict(sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                  transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+                  use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+                  projection_class_embeddings_input_dim=2816),
+        vae=VAE | dict(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=CLIP_TEXT,
+        text_encoder_2=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+                            num_attention_heads=20, projection_dim=1280, hidden_act="gelu")),
+}
+
+
+def random_model(name, **smaller):
+    """The model of a row of CONFIGS, its weights drawn from seed 0.
+
+    smaller  by the name of a part, what to change of its configuration: for tests
+    """
+    from diffusers import (AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
+                           StableDiffusionXLPipeline, UNet2DConditionModel)
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = {part: values | smaller.get(part, {}) for part, values in CONFIGS[name].items()}
+    tokenizer = clip_tokenizer(77)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**config["unet"])
+        vae = AutoencoderKL(**config["vae"])
+        text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
+        if "text_encoder_2" in config:
+            text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"]))
+    if "text_encoder_2" in config:
+        scheduler = EulerDiscreteScheduler(**SCHEDULE)
+        pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet, scheduler)
+        return StableDiffusionXL(pipe)
+    scheduler = PNDMScheduler(skip_prk_steps=True, **SCHEDULE)
+    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None,
+                                   requires_safety_checker=False)
+    return StableDiffusion(pipe)

@@ -1,0 +1,268 @@
+"""The command lines of train.py and encode.py: options, presets, and the run that follows from them.
+
+A value comes from the defaults below, then the preset of --model, then the preset of --model and --loss, then
+the command line. Against a cache, what the cache was made with takes the place of defaults and presets.
+"""
+
+import argparse
+import inspect
+import math
+import os
+from pathlib import Path
+
+from common import InputError, get_device, torchrun_env
+from data import COLUMNS, is_cache, read_manifest
+from loss import LOSSES, wants
+from models import CONFIGS
+
+H14 = "ViT-H-14:laion2b_s32b_b79k"
+PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
+    # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
+    "tiny": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10,
+                 beta=8000.0, prompt_dropout=0.1, sample_every=40, sample_steps=20, guidance=3.0, save_every=40,
+                 resolution=32),
+    "tiny dpo": dict(beta=500.0),
+    "tiny sft": dict(lr=1e-4),
+    "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
+                 random_flip=True, resolution=512, optimizer="adamw", save_every=50),
+    "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
+                 random_flip=True, resolution=1024, optimizer="adafactor", gradient_checkpointing=True,
+                 guidance=5.0, save_every=20),
+}
+# When a run goes on these may differ; anything else would make it another run.
+MAY_CHANGE = {"steps", "micro_batch", "save_every", "sample_every", "gradient_checkpointing", "compile",
+              "reference_errors", "workers", "data_timeout", "device", "out", "dry_run"}
+# What a loss is given by name; any other parameter of it is a hyperparameter. See the head of loss.py.
+VECTORS = {"err_w", "err_l", "ref_err_w", "ref_err_l", "t", "snr", "weights", *COLUMNS}
+
+
+def number(kind, least, most=math.inf, above=False):
+    """A type for argparse: a finite int or float of at least `least`, or above it, and at most `most`."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < least or value > most or above and value == least:
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+COUNT = number(int, 1)
+NATURAL = number(int, 0)
+POSITIVE = number(float, 0, above=True)
+SHARE = number(float, 0, 1)
+
+
+class Options:
+    """An argument parser that leaves out what was not typed, and the defaults beside it."""
+
+    def __init__(self, program, usage):
+        self.defaults = {}
+        self.parser = argparse.ArgumentParser(
+            prog=program, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
+        self.parser.error = self.refuse
+
+    def refuse(self, message):
+        raise InputError(message)
+
+    def add(self, name, default, kind, text=None, metavar=None):
+        """kind: a type, a list of choices, or bool for a flag with its --no-."""
+        self.defaults[name] = default
+        if kind is bool:
+            self.parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(kind, (list, dict)):
+            self.parser.add_argument(f"--{name}", choices=[*kind], help=text)
+        else:
+            self.parser.add_argument(f"--{name}", type=kind, help=text, metavar=metavar)
+
+
+def add_shared_options(options):
+    """What encoded pairs depend on, and the machine."""
+    add = options.add
+    add("model", "tiny", str, "tiny, sd15, sdxl, or a diffusers folder or hub id (SD 1.x/2.x, SDXL) [tiny]")
+    add("random_init", False, bool, "sd15, sdxl: random weights, nothing is downloaded")
+    add("data", None, str, "tiny, pickapic, a parquet file, a folder, a hub id [the preset's]", "PAIRS")
+    add("clip", None, str, "rpo: of open_clip, a tag or a file; or tiny [the preset's]", "ARCH:WEIGHTS")
+    add("resolution", None, COUNT, "side of the training images, pixels [the model's own]")
+    add("random_flip", False, bool, "mirror half of the pairs")
+    add("random_crop", False, bool, "crop a pair anywhere instead of in the middle")
+    add("vae_sample", "sample", ["mean", "sample"], "what the VAE's posterior gives [sample]")
+    add("seed", 0, NATURAL)
+    add("device", None, str, "cuda, mps or cpu [the best there is]")
+    add("precision", None, ["fp32", "bf16", "fp16"], "of the forward pass [bf16 on cuda, else fp32]")
+    add("workers", None, NATURAL, "that decode images [train: 8 beside a GPU, else 0; encode: all cores]")
+
+
+def train_args(argv=None):
+    """The resolved run of train.py. InputError on an unknown option, a value out of range, a bad batch."""
+    options = Options("train.py", "python train.py [options]")
+    add_shared_options(options)
+    add = options.add
+    add("out", None, str, "the run's folder; started again, it goes on [out/MODEL-LOSS]", "DIR")
+    # the method
+    add("loss", "rpo", LOSSES, "[rpo]")
+    add("beta", 5000.0, POSITIVE, "strength of the pull to the reference")
+    add("group_size", 8, COUNT, "rpo: pairs contrasted with each other [8]")
+    add("tau", 0.5, POSITIVE, "rpo: temperature of the cross-pair weights [0.5]")
+    add("similarity", "both", ["text", "image", "both"], "rpo: what weights compare [both]")
+    add("weight_position", "inside", ["inside", "outside"], "rpo: of the log-sigmoid [inside]")
+    add("group_noise", "own", ["own", "timestep", "both"], "what a group shares [own]")
+    options.defaults["loss_args"] = []
+    options.parser.add_argument("--loss_args", nargs="+", action="extend", metavar="NAME=VALUE",
+                                help="what the loss has no option for")
+    add("prompt_dropout", 0.2, SHARE, "share of pairs trained without their prompt [0.2]")
+    # optimisation
+    add("steps", 1000, COUNT)
+    add("batch_size", 32, COUNT, "pairs per step, over all processes")
+    add("micro_batch", None, COUNT, "pairs per forward; for memory alone [8; 16 up to 512 px]")
+    add("optimizer", None, ["adamw", "adafactor", "sgd"], "[adafactor for SDXL, else adamw]")
+    add("lr", 1e-5, POSITIVE)
+    add("warmup", 0, NATURAL, "steps of linear warm-up to a constant rate")
+    add("weight_decay", 0.01, number(float, 0), "[0.01]")
+    add("max_grad_norm", 1.0, POSITIVE, "[1]")
+    add("lora_rank", 0, NATURAL, "of an adapter of the attention; 0 = train the whole network [0]")
+    add("ema", 0.0, number(float, 0, 0.999999), "of an average of the weights, which model/ and samples then are; "
+        "0 = none [0]", "DECAY")
+    # machine
+    add("gradient_checkpointing", False, bool, "less memory for a third more time")
+    add("compile", False, bool, "torch.compile the network: minutes at first, then faster")
+    add("reference_errors", None, str, "compute the reference's errors before the first step, for all runs that "
+        "differ in loss, beta, tau, lr alone; no second network in memory", "FILE")
+    add("data_timeout", 600, COUNT, "seconds that workers may take for a batch [600]")
+    # what it leaves
+    add("save_every", 100, NATURAL, "steps between checkpoints; 0 = one, at the end")
+    add("sample_every", 100, NATURAL, "steps between grids of samples; 0 = never")
+    add("sample_prompts", None, str, "a txt file, a prompt a line; eight are drawn [captions of the data]", "FILE")
+    add("sample_steps", 30, COUNT, "denoising steps of a sample")
+    add("guidance", 7.5, number(float, 0), "classifier-free guidance of a sample")
+    add("dry_run", False, bool, "print the resolved run and stop")
+
+    args = resolve(options, argv)
+    args.out = args.out or f"out/{Path(args.model).name}-{args.loss}"
+    if args.workers is None:
+        args.workers = 8 if args.device.startswith("cuda") else 0
+    loss_fn = LOSSES[args.loss]
+    args.loss_args = parse_loss_args(args, loss_fn)
+    if args.reference_errors and not {"ref_err_w", "ref_err_l"} & wants(loss_fn).keys():
+        raise InputError(f"--reference_errors: {args.loss} has no reference")
+    args.micro_batch = fit_micro_batch(args, args.group_size if "weights" in wants(loss_fn) else 1)
+    return args
+
+
+def encode_args(argv=None):
+    """The resolved run of encode.py."""
+    options = Options("encode.py", "python encode.py --out CACHE [options]")
+    add_shared_options(options)
+    options.add("out", None, str, "the cache's folder; started again, it goes on", "CACHE")
+    options.add("store", "fp32", ["fp32", "fp16"], "latents and prompt embeddings; fp16: half as large [fp32]")
+    args = resolve(options, argv)
+    if not args.out:
+        raise InputError("--out CACHE is needed")
+    if is_cache(args.data):
+        raise InputError(f"--data {args.data} is encoded already")
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    args.workers = args.workers or max(1, os.cpu_count() // processes_here)
+    return args
+
+
+def resolve(options, argv):
+    """Defaults, presets, the cache of --data and the command line as one; and what follows from them."""
+    typed = vars(options.parser.parse_args(argv))
+    chosen = options.defaults | typed
+    model = chosen["model"]
+    preset = PRESETS.get(model, {}) | PRESETS.get(f"{model} {chosen.get('loss')}", {})
+    preset = {name: value for name, value in preset.items() if name in options.defaults}
+    args = argparse.Namespace(**options.defaults | preset | typed)
+
+    if not args.data:
+        raise InputError(f"--model {model} is no preset, so it needs --data")
+    if args.random_init:
+        if model not in CONFIGS:
+            raise InputError(f"--random_init knows {', '.join(CONFIGS)}, not {model}")
+        architecture, _, _ = args.clip.partition(":")
+        args.clip = typed.get("clip", f"{architecture}:random")
+    for name, value in cache_settings(args.data).items():
+        if typed.get(name, value) != value:
+            raise InputError(f"--{name} {typed[name]}: {args.data} was encoded with {value}; leave the option "
+                             "out, or encode the pairs once more")
+        setattr(args, name, value)
+    device = get_device(args.device)
+    args.device = args.device or device.type
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.precision == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
+    return args
+
+
+def cache_settings(source):
+    """What a cache decides of a run; {} for other data. InputError where it is not finished."""
+    if not is_cache(source):
+        return {}
+    manifest = read_manifest(source)
+    if "files" not in manifest:
+        raise InputError(f"--data {source} is not finished; the command of encode.py that began it goes on")
+    settings = {name: manifest[name] for name in ("resolution", "random_crop", "random_flip", "clip")}
+    if manifest["vae_sample"] == "mean":
+        settings["vae_sample"] = "mean"
+    return settings
+
+
+def parse_loss_args(args, loss_fn):
+    """{name: value} of the hyperparameters of a loss that are no options; InputError where one is amiss.
+
+    A value is parsed as its default's type; as a float where that is None, or there is none.
+    """
+    parameters = {name: parameter.default for name, parameter in wants(loss_fn).items()
+                  if name not in VECTORS and not hasattr(args, name)}
+    values = {name: default for name, default in parameters.items() if default is not inspect.Parameter.empty}
+    for text in args.loss_args:
+        name, _, value = text.partition("=")
+        if name not in parameters:
+            raise InputError(f"--loss_args {text}: {args.loss} takes {', '.join(parameters) or 'none'}")
+        default = parameters[name]
+        kind = float if default in (None, inspect.Parameter.empty) else type(default)
+        try:
+            values[name] = parse_bool(value) if kind is bool else kind(value)
+        except ValueError:
+            raise InputError(f"--loss_args {text}: {value!r} is no {kind.__name__}")
+    missing = parameters.keys() - values.keys()
+    if missing:
+        raise InputError(f"{args.loss} needs --loss_args {min(missing)}=VALUE")
+    return values
+
+
+def parse_bool(text):
+    """True or False of their names. ValueError of any other text."""
+    return ("false", "true").index(text.lower()) == 1
+
+
+def hyperparameters(args):
+    """What the loss of a run is called with beside its vectors."""
+    names = wants(LOSSES[args.loss]).keys() - VECTORS
+    return {name: args.loss_args.get(name, getattr(args, name, None)) for name in sorted(names)}
+
+
+def fit_micro_batch(args, group_size):
+    """--micro_batch, or the largest that divides; where it can, one whose forwards hold whole groups."""
+    _, _, world_size = torchrun_env()
+    if args.batch_size % group_size:
+        raise InputError(f"--batch_size {args.batch_size} is not a multiple of --group_size {group_size}")
+    pairs_per_process, rest = divmod(args.batch_size, world_size)
+    if rest or args.micro_batch and pairs_per_process % args.micro_batch:
+        raise InputError(f"--batch_size {args.batch_size} is not a multiple of {world_size} processes * "
+                         f"--micro_batch {args.micro_batch or 1}")
+    most = 16 if (args.resolution or 1024) <= 512 else 8
+    sizes = [n for n in range(1, most + 1) if pairs_per_process % n == 0]
+    whole_groups = [n for n in sizes if n * world_size % group_size == 0]
+    return args.micro_batch or max(whole_groups or sizes)
+
+
+def check_same_run(args, before, out):
+    """InputError where a folder holds a run of other arguments, {name: value}, than those that may change."""
+    for name, value in vars(args).items():
+        recorded = before.get(name, value)
+        if name not in MAY_CHANGE and value not in (None, recorded):  # None will become what it became then
+            raise InputError(f"{out} holds a run with --{name} {recorded}, not {value}; give another --out, or "
+                             "remove it")

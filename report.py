@@ -1,0 +1,360 @@
+"""Folders of images and their scores, read and checked; and what `evaluate.py compare` makes of them."""
+
+import base64
+import csv
+import functools
+import io
+import json
+import string
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from common import InputError, atomic_write, brief, digest
+from data import read_image
+from stats import compare_scores
+
+NOTE = "diffusion-rpo"  # the key of the PNG text by which an image knows its prompt
+UNREADABLE = "{} cannot be read: {}; if `generate` made it, remove it and give the same command again"
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {brief(error)}")
+
+
+def open_image(file):
+    """An upright RGB picture of a file. InputError where it cannot be decoded."""
+    try:  # bad bytes raise any error
+        return read_image(file.read_bytes())
+    except Exception as error:
+        raise InputError(UNREADABLE.format(file, brief(error)))
+
+
+def open_batches(files, batch_size, title):
+    """The pictures of files, `batch_size` at a time, with a bar."""
+    for start in tqdm(range(0, len(files), batch_size), title, unit="batch"):
+        yield [open_image(file) for file in files[start:start + batch_size]]
+
+
+def to_pil(images):
+    """[N, 3, H, W] in [0, 1] -> N PIL pictures; InputError where one is not finite: it would be black."""
+    if not images.isfinite().all():
+        raise InputError("the model drew an image that is not finite; try --precision fp32")
+    pixels = (images * 255).round().byte()
+    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
+
+
+def save_png(image, file, note=None):
+    """A PNG, aside and then renamed, so that it is whole or not there. `note` is kept in it, as text."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(NOTE, json.dumps(note or {}))
+    part = file.with_suffix(".part")
+    image.save(part, "PNG", pnginfo=info)
+    part.replace(file)
+
+
+def read_note(file):
+    """What `save_png` was given with an image; {} of one from elsewhere. Its pixels are not read."""
+    try:
+        with Image.open(file) as image:
+            return json.loads(image.info.get(NOTE, "{}"))
+    except Exception as error:
+        raise InputError(UNREADABLE.format(file, brief(error)))
+
+
+def writable_file(path):
+    """The path of a file that will be written, its folder made now, not after the work."""
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {file} cannot be written: {brief(error)}")
+    return file
+
+
+class ImageFolder:
+    """N images, their manifest and their scores. InputError unless every image is there and its own.
+
+    files, prompts  N paths, N strings
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        file = self.path / "manifest.json"
+        if not file.exists():
+            raise InputError(f"{path} has no manifest.json, so nobody knows its prompts. `generate` writes one; "
+                             'for images from elsewhere write {"images": [{"file": ..., "prompt": ...}, ...]}')
+        self.manifest = read_json(file)
+        try:
+            entries = self.manifest["images"]
+            self.files = [self.path / entry["file"] for entry in entries]
+            self.prompts = [entry["prompt"] for entry in entries]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{file} is not a manifest: {error!r}")
+        if not entries:
+            raise InputError(f"{file} is not a manifest: it has no images")
+        self.check_images(entries)
+
+    def check_images(self, entries):
+        missing = [file.name for file in self.files if not file.exists()]
+        if missing:
+            raise InputError(f"{self.path} lacks {len(missing)} of {len(self.files)} images, the first is "
+                             f"{missing[0]}; the same `generate` makes them")
+        for file, entry in zip(self.files, entries):
+            for key, value in read_note(file).items():
+                if entry.get(key) != value:
+                    raise InputError(f"{file} was made for the {key} {value!r}, not for {entry.get(key)!r} of the "
+                                     "manifest")
+
+    @functools.cached_property
+    def unscored_rows(self):
+        """What the rows of scores.csv say of their images. It reads every image, once."""
+        return [{"file": file.name, "sha256": digest(file.read_bytes()), "prompt": prompt}
+                for file, prompt in zip(self.files, self.prompts)]
+
+    def read_scores(self):
+        """({scorer: identity}, a row of scores.csv per image), without scores of other images or prompts."""
+        names = ("file", "sha256", "prompt")
+        if (self.path / "scores.json").exists():
+            scored_by = read_json(self.path / "scores.json")
+            content = (self.path / "scores.csv").read_bytes()
+            if scored_by["csv"] == digest(content):  # killed between the two files, they do not fit
+                stream = io.StringIO(content.decode(), newline="")
+                rows = list(csv.DictReader(stream))
+                images = [{name: row[name] for name in names} for row in rows]
+                if images == self.unscored_rows:
+                    return scored_by["scorers"], rows
+        return {}, self.unscored_rows
+
+    def write_scores(self, column, identity, values):
+        """Adds a scorer's column to what is there by now: another scorer may have come by."""
+        identities, rows = self.read_scores()
+        identities = identities | {column: identity}
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, [*self.unscored_rows[0], *identities], lineterminator="\n")
+        writer.writeheader()
+        for row, value in zip(rows, values):
+            writer.writerow(row | {column: repr(value)})
+        content = stream.getvalue()
+        scored_by = {"csv": digest(content.encode()), "scorers": identities}
+        atomic_write(self.path / "scores.csv", content)
+        atomic_write(self.path / "scores.json", json.dumps(scored_by, indent=1))
+
+
+def settings_of(manifest):
+    """{name: value} of all that must be alike in two manifests for their images to be compared."""
+    settings = dict(manifest.get("settings", {}))
+    scheduler = settings.pop("scheduler", {})
+    settings |= {f"the scheduler's {name}": value for name, value in scheduler.items()}
+    for i, image in enumerate(manifest["images"]):
+        settings[f"the prompt of image {i}"] = image.get("prompt")
+        settings[f"the seed of image {i}"] = image.get("seed")
+    return settings | {"the number of images": len(manifest["images"])}
+
+
+def first_difference(one, other):
+    """The first key of two dicts whose values differ, in words, or None."""
+    for name in one | other:
+        if one.get(name) != other.get(name):
+            return f"{name} is {one.get(name)!r} in one and {other.get(name)!r} in the other"
+
+
+def comparable_folders(paths):
+    """The `ImageFolder` of each path. InputError where prompts, seeds or settings differ."""
+    folders = [ImageFolder(path) for path in paths]
+    settings = settings_of(folders[0].manifest)
+    for folder in folders[1:]:
+        difference = first_difference(settings, settings_of(folder.manifest))
+        if difference:
+            raise InputError(f"{folders[0].path} and {folder.path} cannot be compared: {difference}")
+    return folders
+
+
+def comparable_scores(folders):
+    """({scorer: identity}, {scorer: [F, N] scores}) of F folders. InputError unless all have the same scorers."""
+    identities, rows = zip(*[folder.read_scores() for folder in folders])
+    every_name = set().union(*identities)
+    for folder, scored_by in zip(folders, identities):
+        for name, identity in scored_by.items():
+            if identities[0].get(name, identity) != identity:
+                raise InputError(f"{folder.path} was scored by another {name}: {identity}, not "
+                                 f"{identities[0][name]}")
+        missing = every_name - scored_by.keys()
+        if missing:
+            raise InputError(f"{folder.path} was not scored by {', '.join(sorted(missing))}, or its images "
+                             "changed since; run `score` on it")
+    if not every_name:
+        raise InputError(f"{folders[0].path} has no scores of its images; run `score` on all folders first")
+    scores = {}
+    for name in identities[0]:
+        columns = [[float(row[name]) for row in folder_rows] for folder_rows in rows]
+        scores[name] = np.array(columns)
+    return identities[0], scores
+
+
+def table(rows):
+    """Rows of strings, aligned: the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def summarize(results):
+    """The same as dicts of strings, with the columns that are shown."""
+    summary = []
+    for row in results:
+        summary.append({
+            "": row["images"], "scorer": row["scorer"], "mean": f"{row['mean']:.4f}",
+            "95%": "{:.4f} to {:.4f}".format(*row["mean_95"]), "median": f"{row['median']:.4f}",
+            "win rate": f"{row['win_rate']:.1%}", "95% ": "{:.1%} to {:.1%}".format(*row["win_rate_95"]),
+            "wins/ties/losses": f"{row['wins']}/{row['ties']}/{row['losses']}", "n": str(row["n"])})
+    return summary
+
+
+def write_report(file, folders, identities, scores):
+    """Prints the table of what `comparable_scores` gives; writes `file`, the page, and beside it a json file."""
+    names = [str(folder.path) for folder in folders]
+    prompts = folders[0].prompts
+    results = compare_scores(names, scores, prompts)
+    summary = summarize(results)
+    lines = [[*row.values()] for row in summary]
+    print(table([[*summary[0]], *lines]))
+    print(f"win rate: against {names[0]}, a tie counts one half; 95%: bootstrap over the prompts")
+    numbers = {"scorers": identities, "results": results}
+    atomic_write(file.with_suffix(".json"), json.dumps(numbers, indent=1))
+    rows = []
+    for i, prompt in enumerate(prompts):
+        images = [folder.files[i] for folder in folders]
+        row = {"index": i, "prompt": prompt, "images": images}
+        row["scores"] = {scorer: values[:, i].tolist() for scorer, values in scores.items()}
+        rows.append(row)
+    atomic_write(file, page(names, list(scores), rows, summary))
+
+
+def style_table(rows):
+    """The rows of `evaluate.py style`, aligned."""
+    lines = [["", "CMMD", "95%", "FID", "CLIP score", "diversity", "N"]]
+    for row in rows:
+        name = f"{row['images']} (base)" if row["base"] else row["images"]
+        interval = "{:.3f} to {:.3f}".format(*row["cmmd_95"])
+        fid = "-" if row["fid"] is None else f"{row['fid']:.2f}"
+        clip = "-" if row["clip"] is None else f"{row['clip']:.2f}"
+        cmmd, diversity = f"{row['cmmd']:.3f}", f"{row['diversity']:.4f}"
+        lines.append([name, cmmd, interval, fid, clip, diversity, str(row["n"])])
+    return table(lines)
+
+
+PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title><style>
+:root { color-scheme: light dark; --faint: light-dark(#666, #999);
+  --better: light-dark(#0067a8, #62b6ef); --worse: light-dark(#b84a00, #f09a4a) }
+body { margin: 0 auto; padding: 1rem; max-width: max(60rem, $n * 21rem); min-width: calc($n * 12rem);
+  font: 14px/1.45 system-ui, sans-serif }
+header { position: sticky; top: 0; z-index: 1; background: Canvas }
+nav { padding: .8rem 0 .4rem } nav > * { margin-right: 1.2rem }
+.grid { display: grid; grid-template-columns: repeat($n, minmax(0, 20rem)); gap: .4rem 1rem;
+  padding: .5rem 4px; overflow-wrap: anywhere }
+header, section { border-bottom: 1px solid light-dark(#ddd, #383a3e) }
+section { padding: .2rem 0 .6rem; content-visibility: auto; contain-intrinsic-size: auto 27rem }
+p { grid-column: 1 / -1; margin: 0; max-height: 6.6em; overflow-y: auto }
+figure { margin: 0 } img { max-width: 100%; height: auto } .small { image-rendering: pixelated }
+table { border-spacing: 0; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: 0 1rem 0 0; text-align: left; font-weight: normal } th, figure, i { color: var(--faint) }
+.better { color: var(--better) } .worse { color: var(--worse) }
+</style><style id="chosen"></style><table>$summary</table>
+<header><nav $hidden><label>Metric <select id="metric">$metrics</select></label>
+<label>Difference of <select id="against">$others</select> to $first</label>
+<label>Order <select id="order"><option value="index">by prompt
+<option value="descending">largest first<option value="ascending">smallest first</select></label>
+<span id="count"></span></nav><div class="grid">$names</div></header><main>$rows</main><script>
+const rows = [...document.querySelectorAll("section")]
+const [chosen, metric, against, order, count] = document.querySelectorAll("[id]")
+function show() {
+  const scores = rows.map(row => JSON.parse(row.dataset.scores)[metric.value])
+  const gaps = scores.map(scores => scores[against.value] - scores[0])
+  const sign = { index: 0, ascending: 1, descending: -1 }[order.value]
+  const places = [...rows.keys()].sort((a, b) => sign * (gaps[a] - gaps[b]))  // stable
+  document.querySelector("main").append(...places.map(k => rows[k]))
+  count.textContent = rows.length + " prompts: " + gaps.filter(gap => gap > 0).length + " better, " +
+    gaps.filter(gap => gap < 0).length + " worse, " + gaps.filter(gap => gap == 0).length + " equal"
+  chosen.textContent = ".m" + metric.selectedIndex + " { color: CanvasText } .best" + metric.selectedIndex +
+    " img { outline: 3px solid var(--better) }"
+}
+document.addEventListener("change", show)
+if (metric.value && against.value) show()
+</script></html>""")
+
+
+def page(names, metrics, rows, summary):
+    """A self-contained HTML page that compares folders of images made from the same prompts.
+
+    names    N folders; the first is the one that the others are held against
+    metrics  names of scores, the higher the better; with none the page shows the images alone
+    rows     {"index": number of the prompt, "prompt": str, "images": N pictures or paths,
+             "scores": {metric: N finite floats}}
+    summary  rows of the table on top: dicts of strings, all with the same keys
+    """
+    summary_rows = [cells("th", row) for row in summary[:1]]
+    summary_rows += [cells("td", row.values()) for row in summary]
+    rows = sorted(rows, key=lambda row: row["index"])
+    sections = [section(row, names, metrics) for row in rows]
+    options = [f'<option value="{k}">{escape(name)}' for k, name in enumerate(names) if k > 0]
+    has_controls = metrics and len(names) > 1
+    return PAGE.substitute(
+        title=escape(" / ".join(names)), n=len(names), first=escape(names[0]),
+        names=cells("b", names), metrics=cells("option", metrics), others="".join(options),
+        hidden="" if has_controls else "hidden", summary="<tr>".join(summary_rows), rows="".join(sections))
+
+
+def cells(tag, values):
+    return "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values)
+
+
+def section(row, names, metrics):
+    """The HTML of a prompt: its text, and a figure per folder."""
+    figures = [figure(row, k, names[k], metrics) for k in range(len(names))]
+    scores = escape(json.dumps(row["scores"]))
+    return (f'<section data-index="{row["index"]}" data-scores="{scores}"><div class="grid">'
+            f'<p><i>{row["index"]}</i>&ensp;{escape(row["prompt"])}</p>{"".join(figures)}</div></section>\n')
+
+
+def figure(row, k, name, metrics):
+    """The image of folder k with its scores; classes say by which metrics it is the best of its prompt."""
+    classes, lines = [], []
+    for m, metric in enumerate(metrics):
+        scores = row["scores"][metric]
+        gap = scores[k] - scores[0]
+        is_best = scores[k] == max(scores) and scores[k] > min(scores)
+        if is_best:
+            classes.append(f"best{m}")
+        color = "better" if gap > 0 else "worse" if gap < 0 else ""
+        difference = f"{gap:+.4f}" if k > 0 else ""
+        star = "★" if is_best else ""
+        lines.append(f'<tr class="m{m}"><th>{escape(metric)}<td>{scores[k]:.4f}<td class="{color}">{difference}'
+                     f"<td>{star}")
+    return (f'<figure class="{" ".join(classes)}">{image_tag(row["images"][k], name)}'
+            f'<table>{"".join(lines)}</table></figure>')
+
+
+def image_tag(image, name):
+    """The picture itself: up to 128 pixels exact, and shown enlarged, else as a JPEG of 320 at most."""
+    image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
+    is_small = max(image.size) <= 128
+    kind = "png" if is_small else "jpeg"
+    image.thumbnail((320, 320))
+    stream = io.BytesIO()
+    image.save(stream, kind, quality=85)
+    content = base64.b64encode(stream.getvalue()).decode()
+    scale = 256 // max(image.size) if is_small else 1
+    return (f'<img class="{"small" if is_small else ""}" width="{image.width * scale}" '
+            f'height="{image.height * scale}" alt="{escape(name)}" loading="lazy" decoding="async" '
+            f'src="data:image/{kind};base64,{content}">')

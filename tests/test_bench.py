@@ -1,0 +1,81 @@
+"""The benchmark runs, and counts what it says."""
+
+import re
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import encode
+from conftest import fresh
+from extras import bench
+
+pytestmark = pytest.mark.usefixtures("quick_tiny")
+
+
+def test_arithmetic_is_counted_without_computing(small_model, few_pairs, monkeypatch):
+    """The FLOPs of a pair are those of a real forward and backward, less what fused attention computes twice."""
+    argv = ["--model", small_model("sdxl"), "--data", few_pairs, "--device", "cpu"]
+    counted = bench.arithmetic(argv)
+    model = fresh(small_model("sdxl"))
+    model.denoiser.requires_grad_(True)
+    batch = data.collate([data.ImagePairs(few_pairs, 32)[0]])
+    batch |= encode.encode_batch(model, None, batch, 2, torch.float32)
+    cond = model.conditioning(batch, batch["time_ids"])
+    x_t, t = batch["mean"].flatten(0, 1), batch["time_ids"][0, :, 0].long()
+    with FlopCounterMode(display=False) as both, sdpa_kernel(SDPBackend.MATH):
+        model.predict(model.denoiser, x_t, t, cond).sum().backward()
+    assert counted.resolution == 32 and counted.policy == both.get_total_flops()
+    assert counted.matmul_per_second > 0
+    assert 2 * counted.reference < counted.policy < 3 * counted.reference  # the first input takes no gradient
+    monkeypatch.setattr(bench, "measure_matmul", lambda device, dtype: None)
+    adapter = bench.arithmetic([*argv, "--lora_rank", "2"])
+    assert counted.policy / 3 < adapter.policy < counted.policy  # frozen weights take none
+
+
+def test_the_peers_step_has_the_loss_of_two_equal_networks_at_first(small_model, few_pairs, monkeypatch):
+    """log 2, by an adapter and by the whole network: policy and reference get the same inputs."""
+    losses, peers_loss = [], bench.peers_loss
+
+    def noted(trainer, batch):
+        loss = peers_loss(trainer, batch)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(bench, "peers_loss", noted)
+    monkeypatch.setattr(bench, "STEPS", 3)
+    for kind, rank in (("sd", "0"), ("sdxl", "2")):
+        argv = ["--model", small_model(kind), "--data", few_pairs, "--device", "cpu", "--loss", "dpo"]
+        argv += ["--lora_rank", rank, "--batch_size", "4", "--lr", "1e-3"]
+        losses.clear()
+        row = bench.peers(argv, 2)
+        assert len(losses) == 6 and losses[:2] == pytest.approx([0.693147] * 2, abs=1e-5)
+        assert losses[2:] != pytest.approx([0.693147] * 4, abs=1e-3)  # the second step's networks differ
+        assert row.pairs_per_second > 0 and row.gib > 0
+
+
+def test_encode_takes_what_the_run_takes(small_model, few_pairs):
+    """Flags that a preset sets, too: train.py refuses a cache of other ones."""
+    argv = ["--model", small_model("sd"), "--data", few_pairs, "--device", "cpu", "--random_flip"]
+    words = bench.encode_options(bench.train_args(argv))
+    args = encode.encode_args([*words, "--data", few_pairs, "--out", "cache"])
+    assert (args.model, args.device, args.random_flip, args.random_crop) == (argv[1], "cpu", True, False)
+    assert args.precision == "fp32" and args.seed == 0
+
+
+def test_a_mistyped_option_ends_in_one_line():
+    with pytest.raises(SystemExit, match="^bench.py: .*--stepps"):
+        bench.main(["--stepps", "3"])
+
+
+@pytest.mark.slow
+def test_every_row_is_measured(small_model, few_pairs, capsys):
+    options = "--clip tiny --device cpu --lora_rank 2 --batch_size 4 --micro_batch 2".split()
+    bench.main(["--model", small_model("sd"), "--data", few_pairs, *options])
+    rows = re.findall(
+        r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+)% \|$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert len(rows) == 7 and all(float(speed) > 0 for _, speed, *_ in rows)
+    assert {row[0]: row[2] for row in rows}["diffusers' way"] == "1.00"

@@ -1,0 +1,782 @@
+"""Encoded pairs train as the pairs themselves; a cache, and the reference's errors, are what they say."""
+
+import functools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+
+import datasets
+import fsspec
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import data
+import encode
+import loss
+import models
+import options
+import train
+from common import InputError
+from conftest import QUICK, fresh, launch, log_of
+from data import EncodedPairs, ImagePairs
+from encode import ReferenceErrors
+from extras import tiny
+from options import encode_args, train_args
+
+pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+def write_cache(model, pairs, out, *options):
+    """encode.py, with a few pairs to a file, so that there are many files."""
+    encode.SHARD, encode.BATCH = 5, 2
+    argv = ["--model", model, "--data", str(pairs), "--out", str(out), "--clip", "tiny", "--device", "cpu"]
+    try:
+        encode.main([*argv, *options])
+    finally:
+        encode.SHARD, encode.BATCH = 256, 8
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, small_model, few_pairs):
+    """encoded(model, *options): a cache of the few pairs; caches are kept."""
+    folders = {}
+
+    def encoded(model, *options):
+        if (model, options) not in folders:
+            folder = tmp_path_factory.mktemp("cache") / "c"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tiny, "STEPS", QUICK)
+                write_cache(small_model(model), few_pairs, folder, *options)
+            folders[model, options] = folder
+        return folders[model, options]
+
+    return encoded
+
+
+@pytest.fixture
+def run(tmp_path, small_model, monkeypatch):
+    """run(model, data, *options) -> its folder, all gradients of its first step, all weights of its end."""
+
+    def run(model, pairs, *options, name="run"):
+        first, clip = [], torch.nn.utils.clip_grad_norm_
+
+        def clip_and_keep(params, limit):
+            params = list(params)
+            if not first:
+                first.append(torch.cat([param.grad.flatten() for param in params]))
+            return clip(params, limit)
+
+        out = tmp_path / name
+        fixed = "--steps 3 --batch_size 8 --micro_batch 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3"
+        argv = ["--model", small_model(model), "--data", str(pairs), "--out", str(out), *fixed.split(), *options]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_keep)
+            train.main(argv)
+        (file,) = out.glob("checkpoint-*.pt")
+        weights = torch.load(file, weights_only=True)["weights"]
+        return out, first[0], torch.cat([value.flatten() for value in weights.values()])
+
+    return run
+
+
+@pytest.fixture
+def argv(small_model, tmp_path):
+    """argv(model, data): a command of train.py that is refused before it leaves anything in out/."""
+    return lambda model, pairs: ["--model", model, "--data", str(pairs), "--out", str(tmp_path / "out"),
+                                 "--device", "cpu"]
+
+
+def lines(out):
+    return [{k: v for k, v in line.items() if k != "pairs_per_second"} for line in log_of(out)]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "lock"}
+
+
+def parquet(file, rows, **options):
+    datasets.Dataset.from_list(rows).to_parquet(file, **options)
+    return file
+
+
+# Training from it
+
+
+RUNS = [("sd", "rpo"), ("sdxl", "rpo"), ("sd", "sft")]
+RUNS += [slow("sd", "dpo"), slow("sdxl", "dpo"), slow("sdxl", "sft")]
+
+
+@pytest.mark.parametrize("model, loss", RUNS)
+def test_a_cache_trains_as_the_pairs_themselves(run, encoded, few_pairs, model, loss):
+    """The VAE's mean, no flip, no crop: the batches of the encoders differ, so to rounding."""
+    options = ["--loss", loss, "--vae_sample", "mean"]
+    plain = run(model, few_pairs, *options, name="plain")
+    cached = run(model, encoded(model), *options, name="cached")
+    assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
+    assert json.loads((cached[0] / "config.json").read_text())["resolution"] == 32
+    names = ["rows", "used", "ties", "unlabelled", "unreadable"]
+    reports = [json.loads((out / "data.json").read_text()) for out in (plain[0], cached[0])]
+    assert reports[0] == reports[1] and [*reports[0]] == names and reports[0]["unreadable"] == [5, 9]
+
+
+def test_the_posteriors_draw_comes_from_the_cache_too(run, encoded, few_pairs):
+    plain, cached = run("sd", few_pairs, name="plain"), run("sd", encoded("sd"), name="cached")
+    mean = run("sd", encoded("sd"), "--vae_sample", "mean", name="mean")
+    assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm()
+    assert (mean[1] - cached[1]).norm() > 1e-5 * mean[1].norm()
+
+
+def test_a_cache_streams_the_same_pairs_in_the_same_order(encoded, few_pairs):
+    """Epochs, replacement of unreadable rows, dropped prompts, size and crop; from processes as well."""
+    plain = ImagePairs(few_pairs, 32, seed=3, prompt_dropout=0.5)
+    cached = EncodedPairs(encoded("sdxl"), seed=3, prompt_dropout=0.5)
+    for position in range(2 * len(plain) + 3):
+        a, b = plain[position], cached[position]
+        assert all(a[name] == b[name] for name in ("row", "prompt", "caption", "unreadable"))
+        assert torch.equal(a["time_ids"], b["time_ids"])
+        # SDXL: a dropped prompt is zeros
+        assert b["prompt_embeds"].any() == b["pooled_prompt_embeds"].any() == bool(a["prompt"])
+    assert plain.report() == cached.report()
+    loaded = torch.utils.data.DataLoader(cached, batch_sampler=[[0, 1], [2]], num_workers=1, collate_fn=data.collate)
+    means = torch.cat([batch["mean"] for batch in loaded])
+    assert torch.equal(means, torch.stack([cached[k]["mean"] for k in range(3)]))
+
+
+def test_flips_and_crops_are_those_of_the_first_epoch(encoded, few_pairs, small_model, run):
+    folder = encoded("sd", "--random_flip", "--random_crop")
+    pairs = ImagePairs(few_pairs, 32, random_flip=True, random_crop=True)
+    cached, model = EncodedPairs(folder), fresh(small_model("sd"))
+    for position in range(8):
+        mean, _ = model.encode_images(pairs[position]["pixels"][None])
+        torch.testing.assert_close(cached[position]["mean"], mean[0])
+    assert json.loads((run("sd", folder)[0] / "config.json").read_text())["random_flip"] is True
+
+
+def test_half_and_means_take_less_room_and_say_so(encoded, run):
+    """fp16 keeps 11 bits of latents and prompts; CLIP's embeddings and SDXL's sizes stay float32."""
+    whole = EncodedPairs(encoded("sdxl"))[0]
+    half = EncodedPairs(encoded("sdxl", "--store", "fp16"))[0]
+    means = EncodedPairs(encoded("sdxl", "--vae_sample", "mean"))[0]
+    for name in ("mean", "std", "prompt_embeds", "pooled_prompt_embeds"):
+        assert half[name].dtype == torch.float16
+        torch.testing.assert_close(half[name].float(), whole[name], rtol=2**-11, atol=1e-7)
+    assert torch.equal(half["time_ids"], whole["time_ids"])
+    assert torch.equal(half["clip_embeds"], whole["clip_embeds"])
+    assert "std" not in means and torch.equal(means["mean"], whole["mean"])
+    out = run("sdxl", encoded("sdxl", "--store", "fp16", "--vae_sample", "mean"))[0]
+    assert json.loads((out / "config.json").read_text())["vae_sample"] == "mean"
+
+
+def test_every_prompt_is_encoded_once(encoded, few_pairs):
+    prompts = json.loads((encoded("sd") / "prompts.json").read_text())
+    pairs = ImagePairs(few_pairs, 32)
+    assert prompts[0] == "" and sorted(prompts[1:]) == sorted({pairs.caption(row) for row in pairs.rows})
+    files = sorted(encoded("sd").glob("prompts-*.safetensors"))
+    sizes = [len(load_file(file)["prompt_embeds"]) for file in files]
+    assert sum(sizes) == len(prompts) and set(sizes[:-1]) == {5} and 0 < sizes[-1] <= 5
+
+
+def weighted_loss(err_w, err_l, ref_err_w, ref_err_l, beta, pair_weight):
+    value, _ = loss.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta)
+    return value * pair_weight.mean(), {"first": pair_weight[0], "last": pair_weight[-1]}
+
+
+def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_model, monkeypatch):
+    """From pairs and from a cache alike, each pair its own; data without the column are refused."""
+    for module in (data, options, train):
+        monkeypatch.setattr(module, "COLUMNS", ("pair_weight",))
+    monkeypatch.setattr(options, "VECTORS", options.VECTORS | {"pair_weight"})
+    monkeypatch.setitem(loss.LOSSES, "weighted", weighted_loss)
+    rows = tiny.pair_rows(12)
+    rows[0] |= {"jpg_0": b""}
+    for k, row in enumerate(rows):
+        row["pair_weight"] = k / 2
+    source, cache = str(parquet(tmp_path / "weighted.parquet", rows)), tmp_path / "c"
+    write_cache(small_model("sd"), source, cache)
+    fixed = "--loss weighted --steps 1 --micro_batch 8".split()
+    plain = run("sd", source, *fixed, name="plain")
+    cached = run("sd", cache, *fixed, name="cached")
+    assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
+    expected = [int(EncodedPairs(cache)[position]["row"]) / 2 for position in (0, 7)]
+    for out in (plain[0], cached[0]):
+        assert [log_of(out)[0][name] for name in ("first", "last")] == expected
+    source = str(parquet(tmp_path / "plain.parquet", tiny.pair_rows(8)))
+    with pytest.raises(SystemExit, match=f"^train.py: weighted wants pair_weight, which --data {source} lacks$"):
+        run("sd", source, *fixed, name="refused")
+    with pytest.raises(SystemExit, match="c was begun with columns .'pair_weight'., not ..; give another --out"):
+        monkeypatch.setattr(data, "COLUMNS", ())
+        write_cache(small_model("sd"), tmp_path / "weighted.parquet", cache)
+
+
+# Building it
+
+
+def faulty(fault, number, *arguments):
+    """encode.py, killed in the midst of writing its number-th file, or its disk full from there on."""
+    written, atomic_write = 0, encode.atomic_write
+
+    def faulty_write(file, content, suffix=""):
+        nonlocal written
+        written += file.suffix == ".safetensors"
+        if written == number and fault == "kill":
+            file.with_name(f"{file.name}.part").write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        if written == number and fault == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        return atomic_write(file, content, suffix)
+
+    encode.atomic_write = faulty_write
+    write_cache(*arguments)
+
+
+@pytest.mark.parametrize("model", ["sd", slow("sdxl")])
+def test_two_processes_write_the_same_files(tmp_path, small_model, few_pairs, encoded, model):
+    arguments = small_model(model), few_pairs, tmp_path / "c"
+    for status, text in launch(tmp_path / "logs", 2, faulty, None, 0, *arguments):
+        assert status == 0, text
+    assert contents(tmp_path / "c") == contents(encoded(model))
+
+
+def test_killed_and_continued_gives_the_same_files(tmp_path, small_model, few_pairs, encoded, argv):
+    """In the midst of a file; the files that were whole are not written again."""
+    cache, before = tmp_path / "c", {}
+    arguments = small_model("sd"), few_pairs, cache
+    for number in (1, 3, 2):
+        ((status, _),) = launch(tmp_path / "logs", 1, faulty, "kill", number, *arguments)
+        assert status == -signal.SIGKILL
+        now = {file: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")}
+        assert before.items() <= now.items() and len(now) == len(before) + number - 1
+        before = now
+    with pytest.raises(SystemExit, match="is not finished; the command of encode.py that began it goes on"):
+        train.main(argv(small_model("sd"), cache))
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, None, 0, *arguments)
+    assert status == 0, text
+    assert contents(cache) == contents(encoded("sd"))
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, small_model, few_pairs, encoded):
+    cache = tmp_path / "c"
+    arguments = small_model("sd"), few_pairs, cache
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, "disk", 3, *arguments)
+    assert status == 1 and "Traceback" not in text
+    assert "encode.py: " in text and "cannot be written" in text
+    assert "with more room the same command goes on" in text
+    assert not [*cache.glob("*.part")] and len([*cache.glob("*.safetensors")]) == 2
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, None, 0, *arguments)
+    assert status == 0 and contents(cache) == contents(encoded("sd")), text
+
+
+def hub_of(files, monkeypatch):
+    """Lets every hub id name `files`; to download them is an error."""
+    class Builder:
+        class config:
+            data_files = {"train": files}
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: Builder)
+    monkeypatch.setattr(datasets, "load_dataset", None)  # calling it would raise
+
+
+def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encoded, monkeypatch, few_pairs):
+    """From a hub's filesystem as from a folder: each row group is read once, one is held, no copy is made."""
+    plain = contents(encoded("sd"))
+    memory, rows = fsspec.filesystem("memory"), datasets.load_dataset(few_pairs, split="train")
+    names = [f"/hub/data/train-{k}.parquet" for k in (0, 1)]
+    for name, numbers in zip(names, (range(10), range(10, 27))):
+        rows.select(numbers).to_parquet(tmp_path / "part", batch_size=4)
+        memory.pipe(name, (tmp_path / "part").read_bytes())
+    hub_of([f"memory:/{name}" for name in names], monkeypatch)
+    streamed = encode.stream_rows("someone/pairs")
+    groups, read = streamed.groups, []
+    assert [group.row_groups[0].num_rows for group in groups] == [4, 4, 2, 4, 4, 4, 4, 1]
+
+    class Group:
+        def __init__(self, number):
+            self.number = number
+
+        def to_table(self, columns):
+            assert streamed.number is None and streamed.images is None  # the one before was let go
+            read.append(self.number)
+            return groups[self.number].to_table(columns=columns)
+
+    streamed.groups = [Group(number) for number in range(len(groups))]
+    assert len(streamed) == 27 and streamed["caption"] == rows["caption"][:]
+    for k, row in enumerate(rows):
+        assert all(streamed[k][name] == row[name] for name in ("jpg_0", "jpg_1"))
+    assert read == [*range(8)]
+
+    monkeypatch.setattr(encode, "stream_rows", lambda source: encode.StreamedRows(names, memory))
+    write_cache(small_model("sd"), few_pairs, tmp_path / "c")
+    cache = contents(tmp_path / "c")
+    assert cache.pop("manifest.json") != plain.pop("manifest.json")  # it names other files
+    assert cache == plain
+
+
+def test_files_that_cannot_be_streamed_are_refused(monkeypatch):
+    hub_of(["hf://datasets/a/b/train.tar"], monkeypatch)
+    with pytest.raises(InputError, match="^--data a/b cannot be read: it is not kept as parquet"):
+        encode.stream_rows("a/b")
+
+
+def own_pairs(folder, n=3):
+    """A folder with a .jsonl of pairs: picture k against picture 0."""
+    for k in range(n + 1):
+        tiny.draw(tiny.SCENES[k], k % 2 > 0, random.Random(k)).save(folder / f"{k}.png")
+    lines = [{"prompt": f"p{k}", "chosen": f"{k}.png", "rejected": "0.png"} for k in range(1, n + 1)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return lines
+
+
+def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
+    """Swapped, or with other pictures, they are other pairs; drawn ones are read as well."""
+    lines = own_pairs(tmp_path)
+    arguments = small_model("sd"), tmp_path, tmp_path / "c"
+    write_cache(*arguments)
+    assert EncodedPairs(tmp_path / "c").report()["used"] == 3
+    swapped = [line | {"chosen": line["rejected"], "rejected": line["chosen"]} for line in lines]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, swapped)))
+    with pytest.raises(SystemExit, match="was begun with pairs"):
+        write_cache(*arguments)
+    own_pairs(tmp_path)
+    write_cache(*arguments)
+    tiny.draw(tiny.SCENES[9], True, random.Random(0)).resize((48, 48)).save(tmp_path / "1.png")
+    with pytest.raises(SystemExit, match="was begun with pairs"):
+        write_cache(*arguments)
+    assert len(encode.stream_rows(data.find_source("tiny"))) == 1500
+
+
+def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
+    """A whole file of unreadable pairs is an empty one; a null caption is the empty prompt."""
+    rows = tiny.pair_rows(12)
+    for k in range(5, 10):
+        rows[k] |= {"jpg_0": b"no image"}
+    rows[11] |= {"caption": None}
+    source = parquet(tmp_path / "train.parquet", rows)
+    write_cache(small_model("sd"), source, tmp_path / "c")
+    plain, cached = ImagePairs(str(source), 32), EncodedPairs(tmp_path / "c")
+    plain.scan()
+    assert plain.report() == cached.report() and cached.report()["unreadable"] == [5, 6, 7, 8, 9]
+    for position in range(12):
+        assert plain[position]["row"] == cached[position]["row"]
+        assert plain[position]["caption"] == cached[position]["caption"]
+    for row in rows:
+        row |= {"jpg_0": b"no image"}
+    source = parquet(tmp_path / "none.parquet", rows)
+    with pytest.raises(SystemExit, match="holds no pair that can be read"):
+        write_cache(small_model("sd"), source, tmp_path / "n")
+
+
+def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeypatch):
+    class Damaged:
+        path = "train.parquet"
+
+        def to_table(self, columns):
+            raise OSError("no bytes")
+
+    source = parquet(tmp_path / "train.parquet", tiny.pair_rows(12), batch_size=6)
+    streamed = encode.stream_rows(str(source))
+    streamed.groups[1] = Damaged()
+    monkeypatch.setattr(encode, "stream_rows", lambda source: streamed)
+    complaint = "row 6 is in train.parquet, which cannot be read: no bytes.*the same command goes on"
+    with pytest.raises(SystemExit, match=complaint):
+        write_cache(small_model("sd"), source, tmp_path / "c")
+    assert [*(tmp_path / "c").glob("pairs-*.safetensors")] == [tmp_path / "c" / "pairs-00000.safetensors"]
+
+
+def test_the_defaults_are_the_presets_and_what_was_taken_is_printed(tmp_path, small_model, few_pairs, capsys):
+    """So that a cache of sd15's pairs is mirrored as the run of sd15 would be."""
+    command = ["--model", "sd15", "--out", str(tmp_path / "x"), "--device", "cpu"]
+    args, trained = encode_args(command), train_args(["--model", "sd15", "--device", "cpu"])
+    assert args.random_flip is True and args.resolution == 512
+    for name in encode.SETTINGS:
+        if name != "store":
+            assert getattr(args, name) == getattr(trained, name), name
+    assert encode_args([*command, "--no-random_flip"]).random_flip is False
+    assert encode_args(["--model", "sdxl", *command[2:]]).resolution == 1024
+    write_cache(small_model("sd"), few_pairs, tmp_path / "c", "--random_crop")
+    program, _, printed = capsys.readouterr().out.splitlines()[0].partition(": ")
+    taken = json.loads(printed)
+    assert program == "encode.py" and taken["random_crop"] is True and taken["random_flip"] is False
+    assert taken["store"] == "fp32" and taken["data"] == few_pairs
+
+
+# What does not fit
+
+
+OTHER_SETTINGS = {
+    "--resolution 64": "--resolution 64: .* was encoded with 32",
+    "--random_flip": "--random_flip True: .* was encoded with False",
+    "--random_crop": "--random_crop True: .* was encoded with False",
+    "--clip ViT-L-14:openai": "--clip ViT-L-14:openai: .* was encoded with tiny",
+}
+
+
+@pytest.mark.parametrize("options, complaint", OTHER_SETTINGS.items())
+def test_other_settings_are_refused(encoded, small_model, tmp_path, argv, options, complaint):
+    with pytest.raises(SystemExit, match=f"^train.py: {complaint}"):
+        train.main(argv(small_model("sd"), encoded("sd")) + options.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_draw_from_means_alone_is_refused(encoded):
+    with pytest.raises(InputError, match="--vae_sample sample: .* was encoded with mean"):
+        train_args(["--data", str(encoded("sd", "--vae_sample", "mean")), "--vae_sample", "sample"])
+
+
+def test_settings_come_from_the_cache_not_from_the_preset(encoded):
+    """sd15's preset has 512 pixels and flips; what the command line does not say is the cache's."""
+    args = train_args(["--model", "sd15", "--data", str(encoded("sd"))])
+    assert (args.resolution, args.random_flip, args.clip, args.vae_sample) == (32, False, "tiny", "sample")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+def test_the_cache_of_another_model_is_refused(tmp_path, small_model, encoded, argv, part):
+    kind = "sdxl" if part == "text_encoder_2" else "sd"
+    folder = tmp_path / "model"
+    shutil.copytree(small_model(kind), folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[max(tensors)] += 0.001
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=f"were encoded by .*, whose {part} is not that of"):
+        train.main(argv(str(folder), encoded(kind)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_of_the_first_edition_is_refused(tmp_path, small_model, encoded, few_pairs, argv):
+    """By train.py, and by encode.py that would go on with it."""
+    cache = tmp_path / "c"
+    shutil.copytree(encoded("sd"), cache)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    del manifest["edition"]
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(cache)
+    refusal = f"{cache} was encoded by the first edition; encode the pairs once more, by encode.py$"
+    with pytest.raises(SystemExit, match=f"^train.py: {refusal}"):
+        train.main(argv(small_model("sd"), cache))
+    with pytest.raises(SystemExit, match=f"^encode.py: {refusal}"):
+        write_cache(small_model("sd"), few_pairs, cache)
+    assert contents(cache) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["pairs-00002.safetensors", slow("prompts-00000.safetensors"), "prompts.json"])
+@pytest.mark.parametrize("fault, complaint", [("missing", "is missing"), ("truncated", "has .* bytes, not")])
+def test_a_damaged_cache_is_refused_and_mended(
+    tmp_path, encoded, small_model, few_pairs, argv, name, fault, complaint
+):
+    cache = tmp_path / "c"
+    shutil.copytree(encoded("sd"), cache)
+    file = cache / name
+    content = file.read_bytes()
+    file.unlink()
+    if fault == "truncated":
+        file.write_bytes(content[:-7])
+    with pytest.raises(SystemExit, match=f"{name} {complaint}.*writes it anew"):
+        train.main(argv(small_model("sd"), cache))
+    write_cache(small_model("sd"), few_pairs, cache)
+    assert contents(cache) == contents(encoded("sd"))
+
+
+def test_a_manifest_of_something_else_makes_no_cache(tmp_path):
+    own_pairs(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"images": []}')  # as evaluate.py writes
+    assert not data.is_cache(tmp_path) and len(ImagePairs(str(tmp_path), 32)) == 3
+    (tmp_path / "manifest.json").write_text('{"encoders": ')
+    with pytest.raises(InputError, match="manifest.json cannot be read .*writes it anew"):
+        train_args(["--model", "sd15", "--data", str(tmp_path)])
+
+
+def test_the_same_weights_in_another_configuration_are_another_model(
+    tmp_path, small_model, encoded, run, few_pairs, argv
+):
+    """Of an activation or a scale no tensor tells."""
+    for part, key, value in (("text_encoder", "hidden_act", "gelu"), ("vae", "scaling_factor", 1.0)):
+        shutil.copytree(small_model("sd"), tmp_path / part)
+        file = tmp_path / part / part / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(SystemExit, match=f"whose {part} is not that of"):
+            train.main(argv(str(tmp_path / part), encoded("sd")))
+    file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
+    run("sd", few_pairs, *file)
+    with pytest.raises(SystemExit, match="is of a run with vae .*, not"):
+        run("sd", few_pairs, *file, "--model", str(tmp_path / "vae"), name="other")
+
+
+def test_a_cache_needs_room_before_it_is_begun(tmp_path, small_model, few_pairs, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 0, 10**5))
+    with pytest.raises(SystemExit, match="needs 0 GB more, 0 are free; --store fp16"):
+        write_cache(small_model("sd"), few_pairs, tmp_path / "c")
+
+
+BAD_INPUT = {
+    "--resolution 64": ".* was begun with resolution 32, not 64",
+    "--store fp16": ".* was begun with store fp32, not fp16",
+    "--resolution 33": "--resolution 33 is no multiple of 8",
+    "--resolution 0": "argument --resolution: 0 is out of range",
+    "--random_init": "--random_init knows sd15, sdxl, not",
+    "--device cuda:9": "--device cuda:9 is not there",
+    "--data no/such": "--data no/such cannot be read",
+    "--dtaa x": "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize("options, complaint", BAD_INPUT.items())
+def test_bad_input_of_encode_py_ends_in_one_line(encoded, small_model, few_pairs, options, complaint):
+    with pytest.raises(SystemExit, match=f"^encode.py: {complaint}.*$") as refused:
+        write_cache(small_model("sd"), few_pairs, encoded("sd"), *options.split())
+    assert "\n" not in str(refused.value)
+
+
+def test_encode_py_keeps_off_other_folders(tmp_path, small_model, few_pairs):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds something else .notes.txt."):
+        write_cache(small_model("sd"), few_pairs, tmp_path)
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path, small_model, few_pairs, monkeypatch):
+    """fp16 holds no more than 65504."""
+    encode_images = models.StableDiffusion.encode_images
+
+    def huge_images(model, pixels):
+        mean, std = encode_images(model, pixels)
+        return mean * 1e6, std
+
+    monkeypatch.setattr(models.StableDiffusion, "encode_images", huge_images)
+    with pytest.raises(SystemExit, match="pairs-00000.safetensors: mean is not finite; --store fp32"):
+        write_cache(small_model("sd"), few_pairs, tmp_path / "c", "--store", "fp16")
+    assert not [*(tmp_path / "c").glob("pairs-*")]
+
+
+def test_a_wrong_label_is_refused_before_anything_is_encoded(tmp_path, small_model):
+    rows = tiny.pair_rows(4)
+    rows[2] |= {"label_0": 2.0}
+    source = parquet(tmp_path / "train.parquet", rows)
+    with pytest.raises(SystemExit, match="have a label_0 other than 0, 0.5 or 1.*row 2"):
+        write_cache(small_model("sd"), source, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+# The reference's errors
+
+
+class Puts:
+    """Observes ReferenceErrors.put: `steps` of its calls, and before(errors), after() around each of them."""
+
+    def __init__(self, monkeypatch, before=None, after=None):
+        self.steps, put = [], ReferenceErrors.put
+
+        def observed(errors, step, *values):
+            self.steps.append(step)
+            if before:
+                before(errors)
+            put(errors, step, *values)
+            if after:
+                after()
+
+        monkeypatch.setattr(ReferenceErrors, "put", observed)
+
+
+def never(*_):
+    raise AssertionError("a reference is computed")
+
+
+METHODS = [slow([]), slow(["--loss", "dpo"]), ["--lora_rank", "2"], ["--group_size", "8"]]
+
+
+@pytest.mark.parametrize("options", METHODS)
+def test_cached_reference_errors_train_to_the_same_bits(run, encoded, tmp_path, monkeypatch, options):
+    """At the micro-batch of the run, in one pass and two; the second run finds them all, needs no reference."""
+    file = ["--reference_errors", str(tmp_path / "errors")]
+    plain = run("sd", encoded("sd"), *options, name="plain")
+    first = run("sd", encoded("sd"), *options, *file, name="first")
+    for where, name in ((train, "frozen_reference"), (train, "disabled_adapter"), (ReferenceErrors, "put")):
+        monkeypatch.setattr(where, name, never)
+    second = run("sd", encoded("sd"), *options, *file, name="second")
+    assert torch.equal(plain[1], first[1]) and torch.equal(plain[2], first[2])
+    assert torch.equal(plain[2], second[2])
+    assert lines(plain[0]) == lines(first[0]) == lines(second[0])
+    assert lines(plain[0])[2]["reward/margin"] != 0
+
+
+def test_reference_errors_at_another_micro_batch_agree_to_rounding(run, encoded, tmp_path):
+    file = ["--reference_errors", str(tmp_path / "errors"), "--loss", "dpo"]
+    at_4 = run("sd", encoded("sd"), *file, "--micro_batch", "4", name="4")
+    at_2 = run("sd", encoded("sd"), *file, "--micro_batch", "2", name="2")
+    assert (at_4[1] - at_2[1]).norm() <= 1e-5 * at_4[1].norm()
+
+
+def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch):
+    """Loss, beta, tau, group, learning rate and rank are nothing that it sees; more steps are added to it."""
+    file = ["--reference_errors", str(tmp_path / "errors")]
+    run("sd", encoded("sd"), *file, name="first")
+    puts = Puts(monkeypatch)
+    other = "--loss dpo --beta 10 --tau 1 --group_size 2 --lr 1e-4 --lora_rank 2 --optimizer sgd".split()
+    run("sd", encoded("sd"), *file, *other, name="other")
+    assert puts.steps == []
+    run("sd", encoded("sd"), *file, "--steps", "5", name="longer")
+    assert puts.steps == [3, 4]
+
+
+@pytest.mark.slow
+def test_processes_compute_the_same_reference_errors(run, encoded, small_model, tmp_path, argv):
+    run("sd", encoded("sd"), "--reference_errors", str(tmp_path / "one"))
+    command = argv(small_model("sd"), encoded("sd")) + ["--reference_errors", str(tmp_path / "two")]
+    command += "--steps 3 --batch_size 8 --micro_batch 4 --sample_every 0 --lr 1e-3".split()
+    for status, text in launch(tmp_path / "logs", 2, train.main, command):
+        assert status == 0, text
+    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    assert one["errors"].shape == (3, 8, 2) and torch.equal(one["errors"], two["errors"])
+    assert one["records"].shape == (3, 8, 3) and torch.equal(one["records"], two["records"])
+
+
+OTHER_RUNS = {
+    "--seed 1": "seed 0, not 1",
+    "--batch_size 16": "batch_size 8, not 16",
+    "--prompt_dropout 0": "prompt_dropout 0.2, not 0.0",
+    "--group_noise timestep": "group_noise own, not timestep",
+    "--vae_sample mean": "vae_sample sample, not mean",
+    "--precision bf16": "precision fp32, not bf16",
+}
+
+
+def test_reference_errors_of_another_run_are_refused(run, encoded, tmp_path):
+    file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
+    run("sd", encoded("sd"), *file)
+    for options, difference in OTHER_RUNS.items():
+        with pytest.raises(SystemExit, match=f"is of a run with {difference}"):
+            run("sd", encoded("sd"), *file, *options.split(), name="other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_reference_errors_of_another_model_other_data_or_damaged_are_refused(
+    run, encoded, few_pairs, tmp_path
+):
+    file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
+    run("sd", few_pairs, *file)
+    with pytest.raises(SystemExit, match="is of a run with data"):
+        run("sd", encoded("sd"), *file, name="other")
+    with pytest.raises(SystemExit, match="is of a run with schedule"):
+        run("sd-v", few_pairs, *file, name="other")
+    (tmp_path / "errors").write_bytes((tmp_path / "errors").read_bytes()[:-5])
+    with pytest.raises(SystemExit, match="--reference_errors .* cannot be read"):
+        run("sd", few_pairs, *file, name="other")
+    with pytest.raises(SystemExit, match="sft has no reference"):
+        run("sd", few_pairs, *file, "--loss", "sft", name="other")
+
+
+def test_reference_errors_of_the_first_edition_are_refused_and_kept(run, encoded, tmp_path):
+    """They have no records of what they were drawn with."""
+    file = tmp_path / "errors"
+    run("sd", encoded("sd"), "--reference_errors", str(file), "--steps", "1")
+    with safe_open(file, "pt") as shard:
+        identity = json.loads(shard.metadata()["identity"])
+        errors = shard.get_tensor("errors")
+    del identity["edition"]
+    save_file({"errors": errors}, file, {"identity": json.dumps(identity)})
+    before = file.read_bytes()
+    with pytest.raises(SystemExit, match="^train.py: --reference_errors .*is of the first edition; give another"):
+        run("sd", encoded("sd"), "--reference_errors", str(file), "--steps", "1", name="other")
+    assert file.read_bytes() == before and not (tmp_path / "other").exists()
+
+
+def logit_normal(process, generator):
+    """Another DDPM.sample_t."""
+    share = torch.randn((), generator=generator).sigmoid()
+    return (share * len(process.alphas_cumprod)).long()
+
+
+def test_reference_errors_that_other_code_drew_are_refused_by_step_and_position(
+    run, encoded, tmp_path, monkeypatch
+):
+    """Before a network is placed, where the first step of the run differs; nothing is written."""
+    file = tmp_path / "errors"
+    run("sd", encoded("sd"), "--reference_errors", str(file))
+    before, recorded = file.read_bytes(), load_file(file)["records"]
+    monkeypatch.setattr(loss.DDPM, "sample_t", logit_normal)
+    monkeypatch.setattr(train.Trainer, "place_models", never)
+    with pytest.raises(SystemExit, match="^train.py: --reference_errors .* by other code or on other data") as refused:
+        run("sd", encoded("sd"), "--reference_errors", str(file), "--lr", "1e-4", name="other")
+    t = int(recorded[0, 0, 1])
+    assert f"step 0, position 0 was drawn with timestep {t}, not " in str(refused.value)
+    assert "noise" not in str(refused.value) and "row" not in str(refused.value)
+    assert file.read_bytes() == before and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["noise", "row"])
+def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tmp_path, monkeypatch, name):
+    """The noise or the pair of one position alone: the 5th of step 1, in its second micro-batch."""
+    file = ["--reference_errors", str(tmp_path / "errors")]
+    run("sd", encoded("sd"), *file)
+    get_item = data.Stream.__getitem__
+
+    def other_item(stream, position):
+        if position != 13:
+            return get_item(stream, position)
+        if name == "row":
+            item = stream.pairs[position + 1] | stream.draw(position)
+        else:
+            item = stream.pairs[position] | stream.draw(position)
+            item["noise"] = item["noise"] + 1
+        record = stream.record(item["row"], item["t"], item["noise"])
+        return item | {"record": record, "position": torch.tensor(position)}
+
+    monkeypatch.setattr(data.Stream, "__getitem__", other_item)
+    complaint = f"by other code or on other data: step 1, position 5 was drawn with {name} [0-9]+, not {name} [0-9]+\\."
+    with pytest.raises(SystemExit, match=complaint):
+        run("sd", encoded("sd"), *file, "--lr", "1e-4", name="other")
+    assert len(log_of(tmp_path / "other")) == 1
+
+
+def test_reference_errors_go_on_where_they_were(run, encoded, tmp_path, monkeypatch):
+    """A run that ends while they are computed leaves those it saved; the next computes the rest alone."""
+    file = ["--reference_errors", str(tmp_path / "errors")]
+    whole = run("sd", encoded("sd"), "--reference_errors", str(tmp_path / "all"), name="whole")
+
+    def fail_once(errors):
+        errors.saved = 0  # seconds: long ago
+        if puts.steps == [0, 1]:
+            raise KeyboardInterrupt
+
+    puts = Puts(monkeypatch, before=fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        run("sd", encoded("sd"), *file)
+    _, _, weights = run("sd", encoded("sd"), *file)
+    assert puts.steps == [0, 1, 1, 2] and torch.equal(weights, whole[2])
+
+
+def test_a_signal_keeps_the_reference_errors_so_far(run, encoded, tmp_path, monkeypatch):
+    """Also of a FILE in the run's own folder."""
+    def signal_once():
+        if puts.steps == [0, 1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    puts = Puts(monkeypatch, after=signal_once)
+    file = ["--reference_errors", str(tmp_path / "run" / "errors")]
+    with pytest.raises(SystemExit, match="saved the reference's errors so far; the same command goes on"):
+        run("sd", encoded("sd"), *file)
+    _, _, weights = run("sd", encoded("sd"), *file)
+    assert puts.steps == [0, 1, 2] and torch.equal(weights, run("sd", encoded("sd"), name="plain")[2])
+
+
+def test_a_resumed_run_may_take_reference_errors(run, encoded, tmp_path):
+    """They are the starting model's, not the half-trained one's."""
+    plain = run("sd", encoded("sd"), "--steps", "4", name="plain")
+    run("sd", encoded("sd"), "--steps", "2", name="resumed")
+    file = ["--reference_errors", str(tmp_path / "errors")]
+    resumed = run("sd", encoded("sd"), "--steps", "4", *file, name="resumed")
+    assert torch.equal(plain[2], resumed[2]) and lines(plain[0]) == lines(resumed[0])
+    errors = load_file(tmp_path / "errors")["errors"]
+    assert errors.isnan().all(dim=(1, 2)).tolist() == [True, True, False, False]
+
+
+def test_a_reference_that_is_not_finite_ends_the_run(run, encoded, tmp_path, monkeypatch):
+    error = train.denoising_error
+    monkeypatch.setattr(train, "denoising_error", lambda *args, **cond: error(*args, **cond) * float("nan"))
+    with pytest.raises(SystemExit, match="the reference's errors of step 0 are not finite"):
+        run("sd", encoded("sd"), "--reference_errors", str(tmp_path / "errors"))

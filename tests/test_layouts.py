@@ -1,0 +1,242 @@
+"""A run is a function of its arguments: the same on any number of processes, with any micro-batch."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import data
+import models
+import options
+import train
+from conftest import QUICK, launch, log_of
+from extras import tiny
+from loss import denoising_error, rpo_loss
+
+BATCH, STEPS, BETA, TAU = 16, 6, 100, 0.02
+LAYOUTS = [(world_size, micro) for world_size in (1, 2, 4) for micro in (1, 2, 4)] + [(1, 8), (2, 8)]
+METHODS = [("rpo", 8), ("rpo", 16), ("dpo", 8), ("sft", 8)]
+
+
+def observed(argv, file):
+    """train.main, and what a run does not tell: its first gradient, every draw, what is summed over processes."""
+    clip, draw = torch.nn.utils.clip_grad_norm_, data.Stream.draw
+    records_of, sum_gradients = data.Stream.records_of, common.sum_gradients
+    seen = {"gradient": None, "noise": {}, "sums": []}
+
+    def clip_grad_norm_(params, *rest):
+        params = list(params)
+        if seen["gradient"] is None and seen["noise"]:  # not that of the embedded CLIP, built before
+            seen["gradient"] = flat(param.grad for param in params).clone()
+        return clip(params, *rest)
+
+    def observed_draw(stream, position):
+        drawn = draw(stream, position)
+        numbers = drawn["t"].item(), drawn["noise"].sum().item(), drawn["vae_noise"].sum().item()
+        seen["noise"][position] = numbers
+        return drawn
+
+    def records_unobserved(stream, *rest):  # a checkpoint's: drawn once more, not trained on
+        data.Stream.draw = draw
+        records = records_of(stream, *rest)
+        data.Stream.draw = observed_draw
+        return records
+
+    def observed_sum(params):
+        seen["sums"].append(sum(param.grad.numel() for param in params))
+        sum_gradients(params)
+
+    torch.nn.utils.clip_grad_norm_, common.sum_gradients = clip_grad_norm_, observed_sum
+    data.Stream.draw, data.Stream.records_of = observed_draw, records_unobserved
+    train.main(argv)
+    rank, _, _ = common.torchrun_env()
+    torch.save(seen, f"{file}-{rank}")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_model, few_pairs):
+    """run(world_size, micro, loss, group, optimizer, kind) -> what it left and showed, of all processes; runs are kept."""
+
+    @functools.cache
+    def run(world_size, micro, loss, group, optimizer, kind):
+        folder = tmp_path_factory.mktemp("layout")
+        argv = ["--model", small_model(kind), "--data", few_pairs, "--out", str(folder / "out")]
+        argv += f"--loss {loss} --group_size {group} --micro_batch {micro} --optimizer {optimizer}".split()
+        argv += f"--steps {STEPS} --batch_size {BATCH} --beta {BETA} --tau {TAU} --sample_every 0".split()
+        argv += "--clip tiny --device cpu --max_grad_norm 1e9 --lr 1e-3".split()
+        for status, text in launch(folder, world_size, observed, argv, str(folder / "seen")):
+            assert status == 0, text
+        seen = [torch.load(folder / f"seen-{rank}", weights_only=True) for rank in range(world_size)]
+        (file,) = (folder / "out").glob("checkpoint-*.pt")
+        return {
+            "weights": torch.load(file, weights_only=True)["weights"],
+            "log": log_of(folder / "out"),
+            "gradient": seen[0]["gradient"],
+            "noise": [process["noise"] for process in seen],
+            "sums": [process["sums"] for process in seen],
+        }
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def giant(small_model, few_pairs):
+    """giant(loss, group, kind): the first gradient by one forward of the whole batch and plain autograd."""
+
+    @functools.cache
+    def giant(loss, group, kind):
+        args = options.train_args(["--model", small_model(kind), "--data", few_pairs, "--batch_size", str(BATCH)])
+        model = models.load_model(small_model(kind))
+        model.denoiser.requires_grad_(True)
+        pairs = data.ImagePairs(few_pairs, 32, prompt_dropout=args.prompt_dropout)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiny, "STEPS", QUICK)
+            clip = data.Clip("tiny")
+        pairs.clip_transform = clip.transform
+        stream = data.Stream(pairs, model.process, (4, 8, 8), args.seed, BATCH, group, "own")
+        batch = data.collate([stream[position] for position in range(BATCH)])
+        prompt_embeds = model.encode_prompts(batch["prompt"])
+        err = {}
+        for side, name in enumerate("wl"):
+            mean, std = model.encode_images(batch["pixels"][:, side, None])
+            latents = model.scale_latents(mean[:, 0] + std[:, 0] * batch["vae_noise"][:, side])
+            cond = model.conditioning(prompt_embeds, batch["time_ids"][:, side, None])
+            err[name] = denoising_error(model.predict, model.denoiser, model.process, latents, batch["noise"],
+                                        batch["t"], cond)
+        w, l = err["w"], err["l"]
+        if loss == "sft":
+            total = w.mean()
+        elif loss == "dpo":  # the reference is the policy: at step 0 every D is zero, its gradient is not
+            total = -torch.nn.functional.logsigmoid(-BETA / 2 * ((w - w.detach()) - (l - l.detach()))).mean()
+        else:
+            total = 0
+            text, image_w, image_l = clip.embed(batch["caption"], batch["clip_pixels"]).unbind(1)
+            for i in range(0, BATCH, group):
+                g = slice(i, i + group)
+                weights = data.cross_pair_weights(text[g], image_w[g], image_l[g], TAU)
+                group_loss, _ = rpo_loss(w[g], l[g], w[g].detach(), l[g].detach(), BETA, weights,
+                                         args.weight_position)
+                total = total + group_loss * group / BATCH
+        total.backward()
+        return flat(param.grad for param in model.denoiser.parameters())
+
+    return giant
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def start_of(folder):
+    return models.load_model(folder).denoiser.state_dict()
+
+
+def check(run, giant, world_size, micro, loss, group, small_model, kind="sd", optimizers=("sgd", "adamw")):
+    start = start_of(small_model(kind))
+    num_parameters = sum(value.numel() for value in start.values())
+    for optimizer in optimizers:
+        got = run(world_size, micro, loss, group, optimizer, kind)
+        one = run(1, 16, loss, group, optimizer, kind)
+        assert apart(got["gradient"], giant(loss, group, kind)) < 1e-5
+        for a, b in zip(got["log"], one["log"], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        if optimizer == "sgd":
+            for name, weight in got["weights"].items():
+                assert apart(weight, one["weights"][name]) < 1e-4, name
+        got_weights, one_weights = flat(got["weights"].values()), flat(one["weights"].values())
+        assert (got_weights - one_weights).norm() < 0.01 * (one_weights - flat(start.values())).norm()
+        # Gradients are summed once a step, all of them.
+        assert got["sums"] == [[num_parameters] * STEPS] * world_size
+
+
+@pytest.mark.parametrize(
+    "loss, group",
+    [("rpo", 16), pytest.param("dpo", 8, marks=pytest.mark.slow), pytest.param("sft", 8, marks=pytest.mark.slow)],
+)
+def test_two_processes_and_small_micro_batches_change_nothing(run, giant, small_model, loss, group):
+    check(run, giant, 2, 2, loss, group, small_model, optimizers=["sgd"])
+
+
+def test_every_group_of_a_chunk_weighs_the_same(run, giant):
+    """Two groups of eight in one forward."""
+    assert apart(run(1, 16, "rpo", 8, "adamw", "sd")["gradient"], giant("rpo", 8, "sd")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, group", METHODS)
+@pytest.mark.parametrize("world_size, micro", LAYOUTS)
+def test_no_layout_changes_anything(run, giant, small_model, world_size, micro, loss, group):
+    check(run, giant, world_size, micro, loss, group, small_model)
+
+
+@pytest.mark.slow
+def test_no_layout_changes_sdxl(run, giant, small_model):
+    check(run, giant, 2, 4, "rpo", 16, small_model, "sdxl")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_the_group_is_seen(run, small_model, optimizer):
+    """What the tests above could not see if the cross pairs did nothing: another group is another run."""
+    start = flat(start_of(small_model("sd")).values())
+    eight = flat(run(1, 16, "rpo", 8, optimizer, "sd")["weights"].values())
+    one = flat(run(1, 16, "rpo", 1, optimizer, "sd")["weights"].values())
+    assert (eight - one).norm() > 0.1 * (eight - start).norm()
+
+
+def test_the_noise_of_a_pair_is_its_own_on_any_process(run):
+    """The peers seed every rank alike, so that pairs of one step share their noise."""
+    (alone,) = run(1, 16, "rpo", 16, "sgd", "sd")["noise"]
+    first, second = run(2, 2, "rpo", 16, "sgd", "sd")["noise"]
+    assert not first.keys() & second.keys()
+    assert first | second == alone
+    assert sorted(alone) == [*range(STEPS * BATCH)]
+    assert len({noise for _, noise, _ in alone.values()}) == STEPS * BATCH
+    assert len({vae_noise for *_, vae_noise in alone.values()}) == STEPS * BATCH
+
+
+def measured(argv, file):
+    """MiB that the first step of train.main takes at most, over what is loaded: on Linux, of the process."""
+
+    def memory(name):
+        used = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        return int(used) / 2**10
+
+    error, clip, used = train.denoising_error, torch.nn.utils.clip_grad_norm_, []
+
+    def before(*inputs, **more):  # the first forward
+        if not used:
+            used.append(memory("VmRSS"))
+        return error(*inputs, **more)
+
+    def after(*inputs):  # all backwards of the first step
+        if len(used) == 1:
+            used.append(memory("VmHWM"))
+        return clip(*inputs)
+
+    train.denoising_error, torch.nn.utils.clip_grad_norm_ = before, after
+    train.main(argv)
+    Path(file).write_text(json.dumps(used[1] - used[0]))
+
+
+@pytest.mark.slow
+def test_a_larger_group_takes_no_more_memory(tmp_path, small_model, few_pairs):
+    """Two passes keep the graph of one micro-batch: 64 pairs against each other for the memory of 8."""
+    peaks = []
+    for group in ("8", "64"):
+        argv = ["--model", small_model("sd"), "--data", few_pairs, "--clip", "tiny", "--device", "cpu"]
+        argv += "--resolution 256 --steps 1 --sample_every 0 --batch_size 64 --micro_batch 8".split()
+        argv += ["--group_size", group, "--out", str(tmp_path / f"out-{group}")]
+        ((status, text),) = launch(tmp_path, 1, measured, argv, str(tmp_path / group))
+        assert status == 0, text
+        peaks.append(json.loads((tmp_path / group).read_text()))
+    assert peaks[0] > 500 and peaks[1] < 1.05 * peaks[0]  # MiB over the loaded models

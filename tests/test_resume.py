@@ -1,0 +1,702 @@
+"""Whatever ends a run, the same command goes on to the same bits, and nothing that was saved is lost.
+
+As a script it is train.py with a fault: `python tests/test_resume.py FAULT NUMBER [options of train.py]`.
+"""
+
+import common  # first, to know the launcher
+
+import io
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import filelock
+import pytest
+import torch
+from PIL import Image
+
+import data
+import models
+import train
+from common import InputError, one_line_errors, torchrun_env
+from conftest import QUICK, launch, log_of
+from extras import tiny
+
+STEPS, LINES = 8, 8000  # of a run: steps; about so many lines of train.py and common.py are run by it
+WEIGHTS = Path("model") / "unet" / "diffusion_pytorch_model.safetensors"
+pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+
+
+# A run with a fault
+
+
+def faulty(fault, number, argv):
+    """train.main with a fault: at a line of ours, in a save, or in a step, each given by its number.
+
+    "line VICTIM" and "half VICTIM", of a save, kill this process, its launcher, or everything.
+    """
+    fault, _, victim = str(fault).partition(" ")
+    launcher = os.getppid()
+    if fault == "line" and torchrun_env()[0] == 0:
+        sys.settrace(killed_at_line(number, victim, launcher))
+    if fault == "half":
+        torch.save = killed_in_save(number, victim, launcher)
+    if fault == "unscanned":
+        train.SCAN_LIMIT = 0
+    if fault == "model":
+        train.Output.save_model = without_room(train.Output.save_model)
+    if fault == "unmount":
+        train.Trainer.place_models = without_images(train.Trainer.place_models, argv)
+    train.Trainer.prepare = struck_in_step(train.Trainer.prepare, fault, number)
+    train.main(argv)
+
+
+def strike(victim, launcher):
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    others = [int(child) for child in children if int(child) != os.getpid()]
+    victims = {"launcher": [launcher], "everything": [launcher, *others, os.getpid()], "self": [os.getpid()]}
+    for process in victims[victim]:
+        os.kill(process, signal.SIGKILL)
+
+
+def killed_at_line(number, victim, launcher):
+    """A trace function that strikes at the number-th line of train.py and common.py that is run."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code.co_filename not in (train.__file__, common.__file__):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == number:
+                strike(victim, launcher)
+        return trace
+
+    return trace
+
+
+def killed_in_save(number, victim, launcher):
+    """A torch.save of which the number-th call strikes when half of its bytes are written."""
+    torch_save, saves = torch.save, 0
+
+    def half_a_save(state, stream):
+        nonlocal saves
+        saves += 1
+        whole = io.BytesIO()
+        torch_save(state, whole)
+        content = whole.getvalue()
+        stream.write(content[: len(content) // 2])
+        if saves == number:
+            stream.flush()
+            strike(victim, launcher)
+        stream.write(content[len(content) // 2 :])
+
+    return half_a_save
+
+
+def struck_in_step(prepare, fault, number):
+    """Trainer.prepare, which a step calls for each micro-batch, with a fault at its first call in a step."""
+    calls = 0
+
+    def prepare_and_strike(trainer, batch):
+        nonlocal calls
+        if calls == number * trainer.args.batch_size // (trainer.args.micro_batch * trainer.world_size):
+            step_fault(fault, trainer.rank)
+        calls += 1
+        return prepare(trainer, batch)
+
+    return prepare_and_strike
+
+
+def step_fault(fault, rank):
+    if fault in ("SIGTERM", "SIGINT"):
+        os.kill(os.getpid(), getattr(signal, fault))
+    elif fault == "group":  # as torchrun and Slurm signal: all processes, the loader's too, and twice
+        for process in multiprocessing.active_children() * 2:
+            os.kill(process.pid, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif fault == "reader":
+        multiprocessing.active_children()[0].kill()
+    elif fault == "rank" and rank == 1:
+        raise ValueError("this rank fails")
+    elif fault == "disk":
+        limit_files()
+    elif fault == "log":
+        for descriptor in os.listdir("/proc/self/fd"):
+            if os.path.realpath(f"/proc/self/fd/{descriptor}").endswith("log.jsonl"):
+                os.dup2(os.open("/dev/full", os.O_WRONLY), int(descriptor))
+
+
+def limit_files():
+    """From now on no file can grow over 100 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def without_room(save_model):
+    def save(output):
+        limit_files()
+        save_model(output)
+
+    return save
+
+
+def without_images(place_models, argv):
+    """Trainer.place_models, after which the last --data has lost its pictures."""
+    last = len(argv) - argv[::-1].index("--data")
+
+    def place(trainer):
+        place_models(trainer)
+        Path(argv[last], "a.png").unlink()
+
+    return place
+
+
+# Runs to compare
+
+
+@pytest.fixture(scope="module")
+def options(small_model, few_pairs):
+    """A run in two passes: four micro-batches make a group."""
+    argv = ["--model", small_model("sd"), "--data", few_pairs, "--clip", "tiny", "--device", "cpu"]
+    argv += f"--steps {STEPS} --batch_size 8 --micro_batch 2".split()
+    return argv + "--save_every 2 --sample_every 0 --lr 1e-3".split()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, options):
+    """unbroken(world_size, ...): the folder of a run, with more options, that nobody killed."""
+    runs = {}
+
+    def unbroken(world_size, *more):
+        key = (world_size, *more)
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("unbroken") / "out"
+            argv = [*options, *more, "--out", str(runs[key])]
+            for status, text in launch(runs[key].parent, world_size, faulty, None, 0, argv):
+                assert status == 0, text
+        return runs[key]
+
+    return unbroken
+
+
+def left(out):
+    """The checkpoint and the log of a folder, the log without its times."""
+    (file,) = out.glob("checkpoint-*.pt")
+    log = log_of(out)
+    for record in log:
+        del record["pairs_per_second"]
+    return torch.load(file, weights_only=True), log
+
+
+def same_bits(out, expected):
+    """Two folders hold the same run: log, weights, optimizer, average, model/."""
+    (state, log), (expected_state, expected_log) = left(out), left(expected)
+    assert [record["step"] for record in log] == list(range(len(expected_log)))
+    assert log == expected_log
+    for part in ("weights", "optimizer", "ema"):
+        a, b = (torch.utils._pytree.tree_leaves(kept[part]) for kept in (state, expected_state))
+        assert len(a) == len(b) > 0, part
+        for x, y in zip(a, b):
+            assert torch.equal(x, y) if torch.is_tensor(x) else x == y, part
+    assert (out / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
+
+
+def same_losses(out, expected):
+    for a, b in zip(left(out)[1], left(expected)[1], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def one_line_of(text):
+    """The one line in which train.py says how it ended, and nothing else of an error."""
+    lines = [line for line in text.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+# Killed
+
+
+def killed(run, out, expected, kills):
+    """Kills at random moments of the run, from set-up to ending, then lets it end; a run that ends before
+    counts for nothing, and the next begins anew."""
+    rng, count = random.Random(0), 0
+    while count < kills:
+        moments = [("line", rng.randrange(1, LINES))] * 3 + [("half", rng.choice((1, 2)))]
+        status, text = run(*rng.choice(moments))
+        assert status in (0, -signal.SIGKILL), text
+        if status == 0:
+            same_bits(out, expected)
+            shutil.rmtree(out)
+        else:
+            count += 1
+    status, text = run(None, 0)
+    assert status == 0, text
+    same_bits(out, expected)
+    assert (out / "model" / "model_index.json").exists() and not list(out.glob("*.part"))
+
+
+EMA = ("--ema", "0.9")
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kills, more", [(2, EMA), pytest.param(10, EMA, marks=SLOW), pytest.param(20, (), marks=SLOW)]
+)
+def test_killed_at_random_moments(tmp_path, unbroken, options, kills, more):
+    argv = [*options, *more, "--out", str(tmp_path / "out")]
+
+    def run(fault, number):
+        (ended,) = launch(tmp_path, 1, faulty, f"{fault} self", number, argv)
+        return ended
+
+    killed(run, tmp_path / "out", unbroken(1, *more), kills)
+
+
+def by_torchrun(folder, fault, number, options, world_size=2):
+    """Runs until the launcher and every process that writes to its pipes have ended."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
+    command += [__file__, str(fault), str(number), *options, "--out", str(folder / "out")]
+    environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "everything"])
+def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
+    """The launcher alone, which leaves its processes running but for our watch; and all of them at once."""
+
+    def run(fault, number):
+        ended = by_torchrun(tmp_path, f"{fault} {victim}", number, options)
+        return ended.returncode, ended.stderr
+
+    killed(run, tmp_path / "out", unbroken(2), 10)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("workers, fault", [("0", "SIGINT"), ("2", "group")])
+def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options, workers, fault):
+    """Also one that torchrun or Slurm sends to the loader's processes and more than once."""
+    argv = [*options, "--workers", workers, "--save_every", "0", "--out", str(tmp_path / "out")]
+    ((status, text),) = launch(tmp_path, 1, faulty, fault, 2, argv)
+    assert status == 1 and one_line_of(text) == "train.py: saved after 3 steps; the same command goes on"
+    assert left(tmp_path / "out")[0]["step"] == 3
+    ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
+    assert status == 0 and "going on after 3 steps" in text
+    same_bits(tmp_path / "out", unbroken(1))
+
+
+def test_processes_agree_on_the_step_that_a_signal_ends(tmp_path, unbroken, options):
+    """Only the second one gets it; and on another number of processes the run goes on."""
+    argv = [*options, "--out", str(tmp_path / "out")]
+    first, second = launch(tmp_path, 2, signalled_second, argv)
+    assert first[0] == second[0] == 1 and "saved after 4 steps" in first[1], first[1]
+    ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
+    assert status == 0, text
+    same_losses(tmp_path / "out", unbroken(1))
+
+
+def signalled_second(argv):
+    rank, _, _ = torchrun_env()
+    faulty("SIGTERM" if rank == 1 else None, 3, argv)
+
+
+# Going on
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path, unbroken, options):
+    out = tmp_path / "out"
+    train.main([*options, "--steps", "4", "--out", str(out)])
+    assert (out / "model").is_dir()
+    for change, complaint in [
+        ("--lr 2e-3", "holds a run with --lr 0.001, not 0.002; give another --out"),
+        ("--seed 1", "--seed 0, not 1"),
+        ("--loss dpo", "--loss rpo, not dpo"),
+        ("--group_size 4", "--group_size 8, not 4"),
+        ("--batch_size 16", "--batch_size 8, not 16"),
+        ("--precision bf16", "--precision fp32, not bf16"),
+        ("--random_flip", "--random_flip False, not True"),
+        ("--optimizer sgd", "--optimizer adamw, not sgd"),
+        ("--ema 0.9", "--ema 0.0, not 0.9"),
+        ("--steps 3", "has taken 4 steps already; --steps 3 is less"),
+    ]:
+        with pytest.raises(SystemExit, match=f"^train.py: {out} .*{complaint}"):
+            train.main([*options, "--steps", "4", *change.split(), "--out", str(out)])
+    free = "--micro_batch 8 --save_every 3 --sample_every 4 --gradient_checkpointing --workers 1"
+    train.main([*options, *free.split(), "--out", str(out)])
+    assert (out / "model").is_dir() and (out / "model-000004").is_dir()  # the shorter run's is kept
+    same_losses(out, unbroken(1))
+
+
+def test_what_was_trained_on_is_not_decoded_again(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(train, "SCAN_LIMIT", 0)
+    argv = [*options, "--out", str(tmp_path / "out")]
+    train.main([*argv, "--steps", "2"])
+    decoded, get = [], data.Pairs.__getitem__
+
+    def noted(pairs, position):
+        decoded.append(position)
+        return get(pairs, position)
+
+    monkeypatch.setattr(data.Pairs, "__getitem__", noted)
+    train.main([*argv, "--steps", "3"])
+    assert decoded == list(range(16, 24))
+
+
+@pytest.mark.parametrize("optimizer, loss", [("adafactor", "rpo"), ("sgd", "sft")])
+def test_four_steps_are_two_and_two(tmp_path, options, optimizer, loss):
+    argv = [*options, "--optimizer", optimizer, "--loss", loss]
+    for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
+        train.main([*argv, "--steps", steps, "--out", str(tmp_path / name)])
+    same_bits(tmp_path / "two", tmp_path / "four")
+
+
+def test_a_checkpoint_of_another_device_takes_the_layout_of_this_one(tmp_path, options):
+    """On MPS weights are not channels-last, and the CPU's fused AdamW walks through memory as it lies."""
+    for steps, name in (("4", "four"), ("2", "two")):
+        train.main([*options, "--steps", steps, "--out", str(tmp_path / name)])
+    (file,) = (tmp_path / "two").glob("checkpoint-*.pt")
+    state = torch.load(file, weights_only=True)
+    for kept in state["optimizer"]["state"].values():
+        assert kept["exp_avg"].dim() < 4 or kept["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+        kept.update(exp_avg=kept["exp_avg"].contiguous(), exp_avg_sq=kept["exp_avg_sq"].contiguous())
+    torch.save(state, file)
+    train.main([*options, "--steps", "4", "--out", str(tmp_path / "two")])
+    same_bits(tmp_path / "two", tmp_path / "four")
+
+
+def test_a_run_that_is_done_says_so_and_is_left_alone(tmp_path, options, capsys):
+    out = tmp_path / "out"
+    argv = [*options, "--steps", "1", "--out", str(out)]
+
+    def times():
+        return {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+
+    train.main(argv)
+    before = times()
+    train.main(argv)
+    assert "holds all 1 steps of this run; to train it again remove" in capsys.readouterr().out
+    assert times() == before
+
+
+@pytest.mark.parametrize("name, text", [("thesis.tex", "precious"), ("config.json", '{"hidden_size": 8}')])
+def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, options, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=f"^train.py: .*holds something else .{name}.; give another --out"):
+        train.main([*options, "--out", str(tmp_path)])
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_resumed_run_lets_go_of_the_old_checkpoint(tmp_path, options, monkeypatch):
+    """A file that is still mapped takes its room on the disk until the run ends."""
+    argv = [*options, "--out", str(tmp_path / "out")]
+    train.main([*argv, "--steps", "2"])
+    prepare, calls = train.Trainer.prepare, []
+
+    def prepare_and_look(trainer, batch):
+        calls.append("checkpoint-" in Path("/proc/self/maps").read_text())
+        return prepare(trainer, batch)
+
+    monkeypatch.setattr(train.Trainer, "prepare", prepare_and_look)
+    train.main([*argv, "--steps", "3"])
+    assert calls == [False] * 4
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path, options):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    argv = [*options, "--data", str(folder), "--out", str(tmp_path / "out")]
+    datasets.Dataset.from_list(tiny.pair_rows(8)).to_parquet(folder / "train-0.parquet")
+    train.main([*argv, "--steps", "1"])
+    datasets.Dataset.from_list(tiny.pair_rows(9)).to_parquet(folder / "train-0.parquet")
+    with pytest.raises(SystemExit, match="^train.py: .*was begun with 8 pairs; .* now holds 9"):
+        train.main([*argv, "--steps", "2"])
+
+
+def test_a_live_run_keeps_others_out_of_its_folder(tmp_path, options):
+    out = tmp_path / "out"
+    out.mkdir()
+    refused = pytest.raises(SystemExit, match="^train.py: another live run is writing to")
+    with filelock.FileLock(out / "lock"), refused:
+        train.main([*options, "--out", str(out)])
+    assert [file.name for file in out.iterdir()] == ["lock"]
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, options):
+    train.main([*options, "--steps", "1", "--out", str(tmp_path)])
+    (file,) = tmp_path.glob("checkpoint-*.pt")
+    damaged = file.read_bytes()[:1000]
+    file.write_bytes(damaged)
+    with pytest.raises(SystemExit, match="^train.py: .*checkpoint-000001.pt cannot be read"):
+        train.main([*options, "--steps", "2", "--out", str(tmp_path)])
+    assert file.read_bytes() == damaged
+
+
+def test_a_checkpoint_of_the_first_edition_is_refused_and_kept(tmp_path, options):
+    """It holds "unet" and no records of what was drawn."""
+    first_edition = {"args": {"loss": "rpo"}, "step": 1, "unet": {}, "optimizer": {}, "scaler": {}, "pairs": 24}
+    file = tmp_path / "checkpoint-000001.pt"
+    torch.save(first_edition, file)
+    with pytest.raises(SystemExit) as refused:
+        train.main([*options, "--out", str(tmp_path)])
+    assert str(refused.value) == f"train.py: {file} was written by the first edition; give another --out"
+    assert torch.load(file, weights_only=True) == first_edition
+
+
+# No room
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, unbroken, options):
+    """From step 3 on: the second checkpoint fails in the midst of its bytes."""
+    out = tmp_path / "out"
+    argv = [*options, "--out", str(out)]
+    ((status, text),) = launch(tmp_path, 1, faulty, "disk", 3, argv)
+    line = one_line_of(text)
+    assert status == 1 and "checkpoint-000004.pt cannot be written" in line
+    assert "Kept: " in line and "checkpoint-000002.pt. With more room the same command goes on" in line
+    assert left(out)[0]["step"] == 2 and not list(out.glob("*.part"))
+    ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
+    assert status == 0, text
+    same_bits(out, unbroken(1))
+
+
+def test_a_full_disk_under_the_log(tmp_path, options):
+    """The log becomes a device on which there is no space."""
+    argv = [*options, "--out", str(tmp_path / "out")]
+    ((status, text),) = launch(tmp_path, 1, faulty, "log", 3, argv)
+    assert status == 1
+    assert "there is no room to write ([Errno 28] No space left on device). With more room" in one_line_of(text)
+    assert left(tmp_path / "out")[0]["step"] == 2
+
+
+def test_a_full_disk_under_the_model(tmp_path, unbroken, options):
+    """That is safetensors' own error; all steps are in the checkpoint."""
+    out = tmp_path / "out"
+    argv = [*options, "--out", str(out)]
+    ((status, text),) = launch(tmp_path, 1, faulty, "model", 0, argv)
+    assert status == 1 and "there is no room to write" in one_line_of(text)
+    assert left(out)[0]["step"] == STEPS and not (out / "model").exists()
+    ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
+    assert status == 0, text
+    same_bits(out, unbroken(1))
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize(
+    "term, complaint",
+    [
+        ("VAE", "the VAE's latents of rows 4, 20, 16, 12"),
+        ("CLIP", "the CLIP embeddings of rows 4, 20, 16, 12"),
+        ("reference", "the reference's errors of rows 4, 20, 16, 12"),
+        ("policy", "the policy's errors of rows 4, 20, 16, 12"),
+        ("gradient", "the loss or its gradient, at finite errors"),
+    ],
+)
+def test_a_step_that_goes_bad_names_its_term_and_rows(tmp_path, options, monkeypatch, term, complaint):
+    """The first pair of each micro-batch goes bad from the third step on, also when that is computed again."""
+    pairs = data.ImagePairs(options[options.index("--data") + 1], 32)
+    assert [int(pairs[position]["row"]) for position in range(16, 24, 2)] == [4, 20, 16, 12]
+    argv = [*options, "--out", str(tmp_path / "out")]
+    encode, embed, denoising = models.StableDiffusion.encode_images, data.Clip.embed, train.denoising_error
+    passes = 2 if term == "policy" else 1
+    calls = 0
+
+    def is_bad(name):
+        """Counts the calls of the term, of which a pass of a step makes four."""
+        nonlocal calls
+        if term != name:
+            return False
+        calls += 1
+        return calls > 2 * 4 * passes
+
+    def spoiled(values, name):
+        if is_bad(name):
+            values = values.clone()
+            values[0] = float("nan")
+        return values
+
+    def encode_images(model, pixels):
+        mean, std = encode(model, pixels)
+        return spoiled(mean, "VAE"), std
+
+    def embed_pairs(*args):
+        return spoiled(embed(*args), "CLIP")
+
+    def error(predict, network, *args, **inputs):
+        is_policy = any(param.requires_grad for param in network.parameters())
+        err = denoising(predict, network, *args, **inputs)
+        if torch.is_grad_enabled() and is_bad("gradient"):
+            err.register_hook(lambda slope: slope * float("nan"))
+        return spoiled(err, "policy" if is_policy else "reference")
+
+    monkeypatch.setattr(models.StableDiffusion, "encode_images", encode_images)
+    monkeypatch.setattr(data.Clip, "embed", embed_pairs)
+    monkeypatch.setattr(train, "denoising_error", error)
+    kept = "Kept: .*checkpoint-000002.pt"
+    with pytest.raises(SystemExit, match=f"^train.py: step 2: .* Not finite: {complaint}. {kept}"):
+        train.main(argv)
+    assert left(tmp_path / "out")[0]["step"] == 2
+
+
+def test_a_bad_pair_of_one_process_ends_all_and_the_first_names_it(tmp_path, options):
+    first, second = launch(tmp_path, 2, bad_second, [*options, "--out", str(tmp_path / "out")])
+    assert first[0] == second[0] == 1
+    line = one_line_of(first[1])
+    assert "step 1: loss nan" in line and "Not finite: the VAE's latents of rows" in line
+    assert "Traceback" not in second[1]
+
+
+def bad_second(argv):
+    """The second process's latents go bad from its third micro-batch, that is from step 1, on."""
+    encode, calls = models.StableDiffusion.encode_images, 0
+    rank, _, _ = torchrun_env()
+
+    def encode_images(model, pixels):
+        nonlocal calls
+        calls += 1
+        mean, std = encode(model, pixels)
+        if rank == 1 and calls > 2:
+            mean = mean * float("nan")
+        return mean, std
+
+    models.StableDiffusion.encode_images = encode_images
+    train.main(argv)
+
+
+def test_fp16s_skipped_steps_are_counted_and_shown(tmp_path, options, monkeypatch, capsys):
+    """On the CPU, past the refusal of fp16 there: a scale of 2^127 overflows until the scaler has halved it."""
+    train_args, scaler = train.train_args, torch.amp.GradScaler
+
+    def fp16_args(argv):
+        args = train_args(argv)
+        args.precision = "fp16"
+        return args
+
+    def high_scaler(device, enabled):
+        return scaler(device, init_scale=2.0**127, enabled=enabled)
+
+    monkeypatch.setattr(train, "train_args", fp16_args)
+    monkeypatch.setattr(torch.amp, "GradScaler", high_scaler)
+    train.main([*options, "--steps", "4", "--out", str(tmp_path / "out")])
+    log = log_of(tmp_path / "out")
+    assert log[0]["skipped"] == 1 and log[0]["grad_norm"] is None
+    assert "skipped=" in capsys.readouterr().err
+
+
+# Data that stop coming
+
+
+def test_a_reader_that_dies_ends_the_run_in_one_line(tmp_path, unbroken, options):
+    argv = [*options, "--workers", "2", "--out", str(tmp_path / "out")]
+    ((status, text),) = launch(tmp_path, 1, faulty, "reader", 3, argv)
+    line = one_line_of(text)
+    assert status == 1 and line.startswith("train.py: reading the data broke off: DataLoader worker (pid")
+    assert "The same command goes on from the last checkpoint" in line
+    ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
+    assert status == 0, text
+    same_bits(tmp_path / "out", unbroken(1))
+
+
+class Failing(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+def read(error, workers=0):
+    for _ in torch.utils.data.DataLoader(Failing(error), num_workers=workers):
+        pass
+
+
+@pytest.mark.parametrize(
+    "error, meaning",
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer. "),
+        (EOFError(), "EOFError. "),
+    ],
+)
+def test_a_reader_that_dies_while_it_hands_over_a_tensor_is_named_too(error, meaning):
+    """Then Python's socket to it breaks. Any other connection that breaks keeps its traceback."""
+    with pytest.raises(SystemExit) as ended, one_line_errors("train.py"):
+        read(error)
+    assert str(ended.value).startswith(f"train.py: reading the data broke off: {meaning}")
+    with pytest.raises(type(error)), one_line_errors("train.py"):
+        raise error.with_traceback(None)
+
+
+def test_an_error_of_a_reader_keeps_its_meaning():
+    """The loader hands it on with its traceback: the message is the last line; a fault of code stays whole."""
+    with pytest.raises(SystemExit) as ended, one_line_errors("train.py"):
+        read(InputError("8 pairs in a row"), workers=1)
+    assert str(ended.value) == "train.py: 8 pairs in a row"
+    with pytest.raises(SystemExit) as ended, one_line_errors("train.py"):
+        read(RuntimeError("unable to write: No space left on device (28)"), workers=1)
+    meaning = "train.py: there is no room to write (RuntimeError: unable to write: No space left on device (28)). "
+    assert str(ended.value).startswith(meaning)
+    with pytest.raises(RuntimeError, match="Original Traceback"), one_line_errors("train.py"):
+        read(RuntimeError("shapes do not match"), workers=1)
+
+
+def test_the_process_that_fails_alone_says_so(monkeypatch):
+    """Only the second of two may find its storage gone."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended, one_line_errors("train.py"):
+        raise InputError("is the storage gone?")
+    assert str(ended.value) == "train.py: process 1: is the storage gone?"
+
+
+def image_of_pairs(folder, rejected):
+    """A .jsonl of eight pairs of a.png and `rejected`."""
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    line = f'{{"prompt": "a", "chosen": "a.png", "rejected": "{rejected}"}}\n'
+    (folder / "pairs.jsonl").write_text("".join([line] * 8))
+
+
+def test_storage_that_hangs_ends_the_run_in_one_line(tmp_path, options):
+    """An image is a pipe that nobody writes to, so that to open it waits for ever."""
+    image_of_pairs(tmp_path, "b.png")
+    os.mkfifo(tmp_path / "b.png")
+    argv = [*options, "--data", str(tmp_path), "--workers", "2", "--data_timeout", "1"]
+    argv += ["--out", str(tmp_path / "out")]
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, "unscanned", 0, argv)
+    line = one_line_of(text)
+    assert status == 1 and "reading the data broke off: DataLoader timed out after 1 seconds" in line
+    assert "The same command goes on from the last checkpoint" in line and "--data_timeout" in line
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_storage_that_goes_away_ends_the_run_in_one_line(tmp_path, options, workers):
+    image_of_pairs(tmp_path, "a.png")
+    argv = [*options, "--data", str(tmp_path), "--workers", workers, "--out", str(tmp_path / "out")]
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, "unmount", 0, argv)
+    expected = "train.py: 8 pairs in a row cannot be decoded any more: is the storage gone?"
+    assert status == 1 and one_line_of(text) == expected
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_brings_the_others_down(tmp_path, options):
+    """By torchrun, as a user meets it: the message of the one that failed, an end of all within the time limit."""
+    ended = by_torchrun(tmp_path, "rank", 2, options)
+    assert ended.returncode == 1 and "ValueError: this rank fails" in ended.stderr
+
+
+if __name__ == "__main__":
+    tiny.STEPS = QUICK
+    faulty(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

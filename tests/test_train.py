@@ -1,0 +1,654 @@
+"""What a run promises, shown on small models of the Stable Diffusion and SDXL formats."""
+
+import json
+import math
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import common
+import data
+import loss as loss_file
+import models
+import train
+from common import InputError
+from conftest import fresh, log_of
+from extras import tiny
+from loss import DDPM, denoising_error
+from options import encode_args, train_args
+from test_resume import left, same_bits
+
+ROOT = Path(__file__).parent.parent
+KEYS = set(
+    "step loss grad_norm lr pairs_per_second reward/chosen reward/rejected reward/margin reward/accuracy "
+    "mse/policy_w mse/policy_l mse/ref_w mse/ref_l".split()
+)
+
+
+@pytest.fixture
+def run(tmp_path, small_model, few_pairs, quick_tiny, quick_models):
+    """run(model, *options) trains for two steps and gives its folder."""
+
+    def run(model, *options, name="run"):
+        out = tmp_path / name
+        fixed = "--steps 2 --batch_size 8 --sample_every 0 --clip tiny --device cpu".split()
+        train.main(["--model", small_model(model), "--data", few_pairs, "--out", str(out), *fixed, *options])
+        return out
+
+    return run
+
+
+# A whole run
+
+
+@pytest.mark.parametrize("model, optimizer", [("sd", "adamw"), ("sdxl", "adafactor"), ("sd-v", "sgd")])
+def test_a_run_leaves_what_it_promises(run, small_model, model, optimizer):
+    """Also that the result is a stock pipeline in which the UNet alone, all of it in float32, has moved."""
+    options = "--sample_every 1 --sample_steps 2 --precision bf16 --workers 2 --lr 1e-3"
+    flags = "--gradient_checkpointing --random_flip --random_crop"
+    out = run(model, "--optimizer", optimizer, *options.split(), *flags.split())
+    assert json.loads((out / "config.json").read_text())["resolution"] == 32
+    report = {"rows": 27, "used": 24, "ties": 1, "unlabelled": 0, "unreadable": [5, 9]}
+    assert json.loads((out / "data.json").read_text()) == report
+    log = log_of(out)
+    assert [record["step"] for record in log] == [0, 1] and all(KEYS <= record.keys() for record in log)
+    grids = sorted((out / "samples").iterdir())
+    assert [grid.name for grid in grids] == ["000001.png", "000002.png"]
+    assert Image.open(grids[0]).size == (8 * 128, 2 * 128)  # eight prompts; the starting model above
+    tops = [Image.open(grid).crop((0, 0, 8 * 128, 128)).tobytes() for grid in grids]
+    assert tops[0] == tops[1] and len(set(tops[0])) > 10
+    assert not (out / "model.part").exists()
+    assert "library_name: diffusers" in (out / "model" / "README.md").read_text()
+
+    before = DiffusionPipeline.from_pretrained(small_model(model))
+    after = DiffusionPipeline.from_pretrained(out / "model")
+    assert type(before) is type(after) and before.scheduler.config == after.scheduler.config
+    for name, module in before.components.items():
+        if isinstance(module, torch.nn.Module):
+            pairs = zip(module.parameters(), after.components[name].parameters(), strict=True)
+            has_moved = any(not torch.equal(a, b) for a, b in pairs)
+            assert has_moved == (name == "unet")
+    assert {param.dtype for param in after.unet.parameters()} == {torch.float32}
+    after.set_progress_bar_config(disable=True)
+    assert after("a red circle", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
+
+
+def images_encoded(monkeypatch):
+    """A list that is given the images of a pair, one or two, whenever pairs are encoded."""
+    encode_images, counts = models.StableDiffusion.encode_images, []
+
+    def observed(model, pixels):
+        counts.append(pixels.shape[1])
+        return encode_images(model, pixels)
+
+    monkeypatch.setattr(models.StableDiffusion, "encode_images", observed)
+    return counts
+
+
+def test_sft_needs_no_loser_and_no_reference(run, monkeypatch):
+    monkeypatch.setattr(train, "frozen_reference", None)  # calling it would raise
+    counts = images_encoded(monkeypatch)
+    log = log_of(run("sd", "--loss", "sft"))
+    assert log[0].keys() == {"step", "loss", "mse/policy_w", "grad_norm", "lr", "pairs_per_second"}
+    assert log[0]["loss"] == pytest.approx(log[0]["mse/policy_w"])
+    assert set(counts) == {1}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("loss", ["dpo", "rpo"])
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_step_0_has_no_margin_and_loss_log_2(run, model, loss, precision):
+    """Policy and reference are one network there, so any margin is an error of the arithmetic."""
+    first, second = log_of(run(model, "--loss", loss, "--precision", precision, "--lr", "1e-3"))
+    assert first["reward/margin"] == 0 and first["reward/accuracy"] == 0.5
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["mse/policy_w"] == first["mse/ref_w"] and first["mse/policy_l"] == first["mse/ref_l"]
+    assert second["reward/margin"] != 0  # and at step 1 they are two networks
+
+
+def test_the_same_command_gives_the_same_weights(run):
+    weights = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        out = run("sd", "--seed", seed, name=name)
+        unet = DiffusionPipeline.from_pretrained(out / "model").unet
+        weights.append(torch.cat([param.flatten() for param in unet.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_without_tensorboard_a_run_still_runs(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an import of it fails
+    out = run("sd")
+    assert (out / "model").is_dir() and not (out / "tensorboard").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run):
+    complaint = "step 1: loss nan.* Not finite: the policy's errors of rows .* Kept: no checkpoint"
+    with pytest.raises(SystemExit, match=complaint):
+        run("sd", "--lr", "1e30", "--optimizer", "sgd", "--max_grad_norm", "1e30")
+
+
+def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quick_tiny):
+    """From the label to mse/policy_w: the errors of step 0 are those of the known winner and loser."""
+    import datasets
+
+    rows = tiny.pair_rows(8)
+    datasets.Dataset.from_list(list(rows)).to_parquet(tmp_path / "train-0.parquet")
+    argv = "--steps 1 --batch_size 8 --loss dpo --sample_every 0 --device cpu".split()
+    argv += "--vae_sample mean --prompt_dropout 0".split()
+    train.main([*argv, "--model", small_model("sd"), "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    model = models.load_model(small_model("sd"))
+    drawn = draw(range(8), seed=0, process=model.process)
+    order = torch.randperm(8, generator=common.keyed_generator(0, "order", 0)).tolist()
+    prompt_embeds = model.encode_prompts([rows[k]["caption"] for k in order])
+    cond = model.conditioning(prompt_embeds, torch.zeros(8, 1, 6))
+    for is_winner, key in ((True, "mse/policy_w"), (False, "mse/policy_l")):
+        images = []
+        for row in (rows[k] for k in order):
+            side = 0 if (row["label_0"] == 1) == is_winner else 1
+            image = data.read_image(data.stored_bytes(row[f"jpg_{side}"]))
+            pixels, _ = data.crop_and_resize(image, 32, 0.5, 0.5, False)
+            images.append(pixels)
+        mean, _ = model.encode_images(torch.stack(images)[:, None])
+        latents = model.scale_latents(mean[:, 0])
+        err = denoising_error(model.predict, model.denoiser, model.process, latents, drawn["noise"], drawn["t"], cond)
+        assert log_of(tmp_path / "out")[0][key] == pytest.approx(err.mean().item(), rel=1e-5)
+
+
+def test_weights_as_older_libraries_wrote_them_load(tmp_path, small_model):
+    """As SD 1.5 itself: a text_model. prefix that transformers 5 dropped, position_ids, .bin files."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model("sd"), folder)
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (file,) = (folder / "vae").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    old, new = models.load_model(str(folder)).networks(), models.load_model(small_model("sd")).networks()
+    for name in ("text_encoder", "vae"):
+        for a, b in zip(old[name].parameters(), new[name].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fault", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_model_with_a_hole_is_refused(tmp_path, small_model, fault):
+    """The libraries fill a missing tensor at random, and say so in a warning among many."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model("sd"), folder)
+    if fault == "tokenizer":
+        for file in (folder / "tokenizer").iterdir():
+            file.unlink()
+    elif fault == "scheduler":
+        (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "EDMEulerScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    else:
+        (file,) = (folder / fault).glob("*.safetensors")
+        tensors = load_file(file)
+        del tensors[next(name for name in sorted(tensors) if name.endswith("weight"))]
+        save_file(tensors, file, metadata={"format": "pt"})
+    lacking = "noise schedule" if fault == "scheduler" else fault
+    with pytest.raises(InputError, match=f"--model .*/model cannot be loaded: its {lacking} "):
+        models.load_model(str(folder))
+
+
+# Resume and the average of the weights
+
+
+def test_a_resume_after_the_draw_was_changed_is_refused(run, monkeypatch):
+    """By step and position: the first of the last step whose timestep the new code would draw otherwise."""
+    run("sd", "--steps", "2")
+    sample_t = DDPM.sample_t
+    timesteps = draw(range(8, 16), seed=0)["t"].tolist()
+    place = next(place for place in range(1, 8) if timesteps[place] > max(timesteps[:place]))
+    most = timesteps[place] - 1
+    monkeypatch.setattr(DDPM, "sample_t", lambda process, generator: sample_t(process, generator).clamp(max=most))
+    complaint = (f"was trained by other code or on other data: step 1, position {place} was drawn with timestep "
+                 f"{most + 1}, not timestep {most}. Give another")
+    with pytest.raises(SystemExit, match=complaint):
+        run("sd", "--steps", "3")
+
+
+def fresh_process():
+    return DDPM(torch.linspace(0.999, 0.005, 1000))
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind):
+    """By the formula of diffusers' EMAModel, whose decay warms up: 0, 2/11, 3/12, ..., at most --ema."""
+    draw, save_checkpoint = train.Output.draw, common.save_checkpoint
+    of_steps, of_samples = [], []
+
+    def observed_draw(output):
+        of_samples.append([param.detach().clone() for param in output.trainer.params.values()])
+        return draw(output)
+
+    def observed_save(folder, state):
+        of_steps.append([param.detach().clone() for param in state["weights"].values()])
+        save_checkpoint(folder, state)
+
+    monkeypatch.setattr(train.Output, "draw", observed_draw)
+    monkeypatch.setattr(common, "save_checkpoint", observed_save)
+    options = "--ema 0.2 --steps 4 --save_every 1 --sample_every 4 --sample_steps 1 --lr 1e-2"
+    lora = "--lora_rank 4" if kind == "adapter" else "--lora_rank 0"
+    out = run("sd", *options.split(), *lora.split())
+    assert len(of_steps) == 4
+    averages = of_steps[0]
+    for k, decay in ((1, 2 / 11), (2, 0.2), (3, 0.2)):
+        averages = [decay * average + (1 - decay) * param for average, param in zip(averages, of_steps[k])]
+
+    state, _ = left(out)
+    ema = state["ema"]["shadow_params"]
+    for value, average, param in zip(ema, averages, state["weights"].values(), strict=True):
+        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(value, param, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(of_samples[-1], ema, strict=True))
+    if kind == "whole":
+        unet = DiffusionPipeline.from_pretrained(out / "model").unet
+        written = dict(unet.named_parameters())
+        assert all(torch.equal(written[name], value) for name, value in zip(state["weights"], ema, strict=True))
+    else:
+        written = load_file(out / "model" / "pytorch_lora_weights.safetensors")
+        of_ema = sorted(value.flatten().tolist() for value in ema)
+        assert sorted(value.flatten().tolist() for value in written.values()) == of_ema
+
+
+def test_four_steps_of_an_average_are_two_and_two(run):
+    for name, steps in (("four", "4"), ("two", "2"), ("two", "4")):
+        out = run("sd", "--ema", "0.2", "--lr", "1e-3", "--steps", steps, name=name)
+    same_bits(out, out.with_name("four"))
+    state, _ = left(out)
+    assert state["ema"]["optimization_step"] == 4
+
+
+# The forward pass
+
+
+def checkpointed(model, inputs, is_on):
+    """Loss gradient, and how many bytes the forward keeps for the backward pass."""
+    unet, kept = model.denoiser, {}
+    if is_on:
+        unet.enable_gradient_checkpointing()
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    unet.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = denoising_error(network=unet, **inputs).mean()
+    loss.backward()
+    return [param.grad.clone() for param in unet.parameters()], sum(kept.values())
+
+
+def pair_inputs(model):
+    """What denoising_error takes, but for the network, of two images of four pairs."""
+    torch.manual_seed(0)
+    return {
+        "predict": model.predict,
+        "process": fresh_process(),
+        "x": torch.randn(8, 4, 8, 8),
+        "eps": torch.randn(8, 4, 8, 8),
+        "t": torch.randint(1000, (8,)),
+        "cond": model.conditioning(model.encode_prompts(["a cat"] * 4), torch.full((4, 2, 6), 32.0)),
+    }
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(small_model, model):
+    model = fresh(small_model(model))
+    model.denoiser.requires_grad_(True)
+    inputs = pair_inputs(model)
+    plain, kept = checkpointed(model, inputs, False)
+    saved, kept_less = checkpointed(model, inputs, True)
+    for a, b in zip(plain, saved):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    params = sum(param.untyped_storage().nbytes() for param in model.denoiser.parameters())
+    assert kept_less < 0.7 * kept and kept > 2 * params
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_a_reference_in_bf16_is_the_policy_under_autocast(small_model, model):
+    """On diffusers' own UNet: only Linear and Conv weights are in half, and the errors are equal bits."""
+    model = fresh(small_model(model))
+    policy = model.denoiser.requires_grad_(True)
+    reference = models.frozen_reference(policy, torch.bfloat16)
+    halves = set()
+    for module in reference.modules():
+        for param in module.parameters(recurse=False):
+            if param.dtype == torch.bfloat16:
+                halves.add(type(module).__name__)
+    assert halves == {"Linear", "Conv2d"}
+    inputs = pair_inputs(model)
+    err = denoising_error(network=policy, **inputs, dtype=torch.bfloat16)
+    ref_err = denoising_error(network=reference, **inputs, dtype=torch.bfloat16)
+    assert torch.equal(err, ref_err) and err.requires_grad and not ref_err.requires_grad
+
+
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
+    """SDXL: states of both encoders, pooled of the second, an empty prompt as zeros, float32 time_ids."""
+    time_ids = torch.arange(24).view(2, 2, 6).float() + 1023  # bf16 cannot hold 1023
+    model = models.load_model(small_model("sdxl"))
+    cond = model.conditioning(model.encode_prompts(["a cat", ""]), time_ids)
+    states, _, pooled, _ = model.pipe.encode_prompt("a cat", do_classifier_free_guidance=False)
+    hidden, added = cond["encoder_hidden_states"], cond["added_cond_kwargs"]
+    assert hidden.shape == (4, 77, 32 + 48)
+    for row in (0, 2):  # winners, then losers: the same prompts
+        torch.testing.assert_close(hidden[row], states[0])
+        torch.testing.assert_close(added["text_embeds"][row], pooled[0])
+        assert not hidden[row + 1].any() and not added["text_embeds"][row + 1].any()
+    assert torch.equal(added["time_ids"], torch.stack([*time_ids[:, 0], *time_ids[:, 1]]))
+    half = model.conditioning(model.encode_prompts(["a cat", ""], torch.bfloat16), time_ids)
+    assert torch.equal(half["added_cond_kwargs"]["time_ids"], added["time_ids"])
+
+    model = models.load_model(small_model("sd"))
+    cond = model.conditioning(model.encode_prompts(["a cat", "", "dog " * 500]), time_ids[[0, 0, 1]][:, :1])
+    assert cond.keys() == {"encoder_hidden_states"} and cond["encoder_hidden_states"].shape == (3, 77, 32)
+    assert cond["encoder_hidden_states"][1].any()  # SD1.x: the encoded empty prompt
+
+
+def test_latents_are_the_vaes_posterior(small_model):
+    model = models.load_model(small_model("sdxl"))
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        posterior = model.pipe.vae.encode(pixels).latent_dist
+    mean, std = model.encode_images(pixels[:, None])
+    torch.testing.assert_close(mean[:, 0], posterior.mean)
+    torch.testing.assert_close(std[:, 0], posterior.std)
+
+
+def draw(positions, seed=3, batch_size=8, group_size=8, group_noise="own", process=None, shape=(4, 8, 8)):
+    """{"t": [n], "noise": [n, C, h, w], "vae_noise": [n, 2, C, h, w]} of some positions."""
+    stream = data.Stream(None, process or fresh_process(), shape, seed, batch_size, group_size, group_noise)
+    return data.collate([stream.draw(position) | {"unreadable": []} for position in positions])
+
+
+def test_draws_depend_on_seed_step_and_position_alone():
+    """Not on the micro-batch, the rank or what was drawn before; the peers give every rank the same noise."""
+    step_7 = range(7 * 8, 8 * 8)
+    whole = draw(step_7)
+    parts = {first: draw(step_7[first:first + 2]) for first in (6, 0, 4, 2)}
+    for name in ("t", "noise", "vae_noise"):
+        assert torch.equal(whole[name], torch.cat([parts[first][name] for first in (0, 2, 4, 6)]))
+    assert len(set(whole["t"].tolist())) > 4 and len(whole["noise"].unique(dim=0)) == 8
+    assert len(whole["vae_noise"].flatten(0, 1).unique(dim=0)) == 16  # winner and loser have their own posterior
+    assert not torch.equal(whole["noise"], draw(range(8 * 8, 9 * 8))["noise"])
+    assert not torch.equal(whole["noise"], draw(step_7, seed=4)["noise"])
+
+
+@pytest.mark.parametrize("shared, timesteps, noises", [("own", 8, 8), ("timestep", 2, 8), ("both", 2, 2)])
+def test_group_noise_says_what_the_pairs_of_a_group_share(shared, timesteps, noises):
+    process = SimpleNamespace(sample_t=lambda generator: torch.randint(10**9, (), generator=generator))
+    drawn = draw(range(8), group_size=4, group_noise=shared, process=process)
+    assert len(set(drawn["t"].tolist())) == timesteps
+    assert len(drawn["noise"].unique(dim=0)) == noises and len(drawn["vae_noise"].unique(dim=0)) == 8
+
+
+def test_timesteps_are_uniform():
+    t = draw(range(4000), batch_size=4000, shape=(1,))["t"].float()
+    assert 0 <= t.min() < 5 and 995 <= t.max() < 1000 and abs(t.mean() - 499.5) < 3 * 288.7 / 4000**0.5
+
+
+# CLIP
+
+
+def test_clip_from_a_local_file(tmp_path):
+    """--clip ARCH:FILE, the weights in open_clip's format, for an architecture that the test adds."""
+    config = dict(
+        embed_dim=16,
+        vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16),
+        text_cfg=dict(context_length=12, vocab_size=49408, width=16, heads=2, layers=1),
+    )
+    (tmp_path / "test-arch.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "test-arch.json")
+    network = open_clip.CLIP(**config)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    clip = data.Clip(f"test-arch:{tmp_path / 'weights.pt'}")
+    image = clip.transform(Image.new("RGB", (50, 40), "red"))
+    text, image_w, image_l = clip.embed(["a red field"], torch.stack([image, image])[None]).unbind(1)
+    torch.testing.assert_close(text, network.eval().encode_text(clip.tokenizer(["a red field"])).detach())
+    torch.testing.assert_close(image_w, network.encode_image(image[None]).detach())
+    assert torch.equal(image_w, image_l)
+
+
+@pytest.mark.parametrize("spec, quick", [("ViT-L-14:openai", True), ("ViT-H-14:laion2b_s32b_b79k", False)])
+def test_openais_weights_get_their_activation(monkeypatch, spec, quick):
+    """open_clip loads OpenAI's weights into the wrong activation with a mere warning."""
+    given = {}
+
+    def create(arch, weights, **options):
+        given.update(options)
+        raise ConnectionError("no hub here")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    with pytest.raises(InputError, match=f"--clip {spec} cannot be loaded .no hub here.; give another"):
+        data.Clip(spec)
+    assert given["force_quick_gelu"] is quick
+
+
+# Losses
+
+
+def test_the_readmes_own_loss_trains(run, monkeypatch):
+    """A new loss is a function and an entry, as in the README; one that asks for weights gets them."""
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    names = vars(loss_file).copy()
+    exec(snippet, names)
+    seen = []
+
+    def weighted(err_w, err_l, ref_err_w, ref_err_l, beta, weights):
+        seen.append(weights)
+        return names["hinge_loss"](err_w, err_l, ref_err_w, ref_err_l, beta)
+
+    monkeypatch.setitem(loss_file.LOSSES, "hinge", names["LOSSES"]["hinge"])
+    monkeypatch.setitem(loss_file.LOSSES, "weighted", weighted)
+    assert log_of(run("sd", "--loss", "hinge", name="a"))[0]["loss"] == 1
+    assert log_of(run("sd", "--loss", "weighted", "--group_size", "4", name="b"))[0]["loss"] == 1
+    assert len(seen) == 4 and all(weights.shape == (4, 4) for weights in seen)
+
+
+def mapo_loss(err_w, err_l, snr, beta):
+    """The form of MaPO, arXiv:2406.06424, with its log-odds x / (exp(x) - 1) so that no x overflows."""
+    odds_w, odds_l = ((snr * err) * torch.exp(-snr * err) / -torch.expm1(-snr * err) for err in (err_w, err_l))
+    ratio = F.logsigmoid(odds_w - odds_l)
+    return err_w.mean() - beta * ratio.mean(), {"mse/policy_w": err_w.detach().mean()}
+
+
+def test_a_loss_without_a_reference_never_meets_one(run, monkeypatch):
+    monkeypatch.setitem(loss_file.LOSSES, "mapo", mapo_loss)
+    monkeypatch.setattr(train, "frozen_reference", None)  # calling one of them would raise
+    monkeypatch.setattr(train.Trainer, "reference_error", None)
+    counts = images_encoded(monkeypatch)
+    log = log_of(run("sd", "--loss", "mapo", "--beta", "0.1", "--lr", "1e-3"))
+    assert len(log) == 2 and log[0]["loss"] > log[0]["mse/policy_w"] and log[0]["grad_norm"] > 0
+    assert set(counts) == {2}
+    with pytest.raises(SystemExit, match="^train.py: --reference_errors: mapo has no reference$"):
+        run("sd", "--loss", "mapo", "--reference_errors", "errors")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_is_given_what_it_names(run, small_model, monkeypatch, precision):
+    seen = {}
+
+    def inspecting_loss(err_w, t, snr, prompt_dropout, scale=2.0):
+        seen.update(err_w=err_w, t=t, snr=snr, hyperparameters=(prompt_dropout, scale))
+        return scale * err_w.mean(), {}
+
+    monkeypatch.setitem(loss_file.LOSSES, "inspecting", inspecting_loss)
+    run("sd", "--loss", "inspecting", "--steps", "1", "--precision", precision, "--loss_args", "scale=3")
+    assert [seen[name].shape for name in ("err_w", "t", "snr")] == [(8,)] * 3
+    assert (seen["err_w"].dtype, seen["t"].dtype, seen["snr"].dtype) == (torch.float32, torch.int64, torch.float32)
+    a_t = models.load_model(small_model("sd")).process.alphas_cumprod[seen["t"]]
+    torch.testing.assert_close(seen["snr"], a_t / (1 - a_t))
+    assert seen["hyperparameters"] == (0.2, 3.0)
+
+
+def free_loss(err_w, beta, margin, power=2, is_hinge=True, form="abs", floor=None):
+    return err_w.mean(), {}
+
+
+def loss_args(monkeypatch, *texts):
+    monkeypatch.setitem(loss_file.LOSSES, "free", free_loss)
+    return train_args(["--loss", "free", "--device", "cpu", "--loss_args", *texts]).loss_args
+
+
+def test_a_hyperparameter_is_of_its_defaults_type(monkeypatch):
+    """Without one, or with None, a number."""
+    defaults = {"power": 2, "is_hinge": True, "form": "abs", "floor": None}
+    assert loss_args(monkeypatch, "margin=1") == defaults | {"margin": 1.0}
+    texts = ("margin=1e-3", "power=3", "is_hinge=false", "form=4", "floor=2")
+    values = loss_args(monkeypatch, *texts)
+    assert values == {"margin": 0.001, "power": 3, "is_hinge": False, "form": "4", "floor": 2.0}
+    assert [type(values[name]) for name in ("margin", "power", "floor")] == [float, int, float]
+
+
+@pytest.mark.parametrize(
+    "texts, complaint",
+    [
+        (["margin=1", "speed=3"], "--loss_args speed=3: free takes margin, power, is_hinge, form, floor"),
+        (["margin=1", "beta=3"], "--loss_args beta=3: free takes margin"),  # --beta says it
+        (["margin=1", "err_w=3"], "--loss_args err_w=3: free takes margin"),
+        (["power=3"], "free needs --loss_args margin=VALUE"),
+        (["margin"], "--loss_args margin: '' is no float"),
+        (["margin=1", "power=2.5"], "--loss_args power=2.5: '2.5' is no int"),
+        (["margin=1", "is_hinge=maybe"], "--loss_args is_hinge=maybe: 'maybe' is no bool"),
+    ],
+)
+def test_a_hyperparameter_that_will_not_do_is_refused(monkeypatch, texts, complaint):
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        loss_args(monkeypatch, *texts)
+
+
+def test_hyperparameters_may_not_change_in_a_run(run, monkeypatch, capsys):
+    monkeypatch.setitem(loss_file.LOSSES, "free", free_loss)
+    run("sd", "--loss", "free", "--steps", "1", "--loss_args", "margin=1")
+    run("sd", "--loss", "free", "--steps", "1", "--loss_args", "margin=1.0", "power=2")  # the same, in other words
+    assert "holds all 1 steps of this run" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a run with --loss_args .*'margin': 1.0.*, not .*'margin': 2.0"):
+        run("sd", "--loss", "free", "--loss_args", "margin=2")
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--model", "sd16"], "sd16 is no preset, so it needs --data"),
+        (["--modle", "tiny"], "unrecognized arguments: --modle"),
+        (["--bet", "3"], "unrecognized arguments: --bet"),
+        (["--loss", "ppo"], "invalid choice: 'ppo'"),
+        (["--tau", "0"], "argument --tau: 0 is out of range"),
+        (["--tau", "nan"], "argument --tau: nan is out of range"),
+        (["--beta", "-1"], "argument --beta: -1 is out of range"),
+        (["--lr", "inf"], "argument --lr: inf is out of range"),
+        (["--steps", "0"], "argument --steps: 0 is out of range"),
+        (["--batch_size", "0"], "argument --batch_size: 0 is out of range"),
+        (["--batch_size", "2.5"], "argument --batch_size: invalid int value: '2.5'"),
+        (["--prompt_dropout", "1.5"], "argument --prompt_dropout: 1.5 is out of range"),
+        (["--ema", "1"], "argument --ema: 1 is out of range"),
+        (["--save_every", "-1"], "argument --save_every: -1 is out of range"),
+        (["--batch_size", "12"], "--batch_size 12 is not a multiple of --group_size 8"),
+        (["--micro_batch", "5", "--loss", "dpo"],
+         "--batch_size 16 is not a multiple of 1 processes . --micro_batch 5"),
+        (["--reference_errors", "errors", "--loss", "sft"], "--reference_errors: sft has no reference"),
+        (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs CUDA or MPS"),
+        (["--device", "tpu"], "--device tpu is not there"),
+        (["--model", "nosuch/model", "--data", "tiny"],
+         "--model nosuch/model cannot be read as a diffusers pipeline"),
+        (["--model", "nosuch/a/model", "--data", "tiny"], "--model nosuch/a/model cannot be read .* no such file or folder"),
+        (["--data", "nosuch/pairs"], "--data nosuch/pairs cannot be read: Couldn.t reach"),
+        (["--data", "./nosuch.parquet"], "--data ./nosuch.parquet cannot be read: there is no such file"),
+        (["--model", "{sd}", "--data", "{pairs}", "--clip", "ViT-B-32"],
+         "--clip ViT-B-32 is neither tiny nor ARCH:WEIGHTS"),
+        (["--model", "{sd}", "--data", "{pairs}", "--clip", "ViT-B-32:nosuch.pt"],
+         "--clip ViT-B-32:nosuch.pt cannot be loaded"),
+        (["--model", "{sd}", "--data", "{pairs}", "--resolution", "36"], "--resolution 36 is no multiple of 8"),
+        (["--model", "{labels}", "--data", "{pairs}"], "--model .*labels cannot be read as a diffusers pipeline"),
+        (["--model", "{sd}", "--data", "{labels}"], "1 rows .* have a label_0 other than 0, 0.5 or 1"),
+        (["--model", "{no-unet}", "--data", "{pairs}"], "--model .*no-unet lacks its unet"),
+        (["--model", "{no-weights}", "--data", "{pairs}"], "--model .*no-weights cannot be loaded"),
+        (["--model", "{other}", "--data", "{pairs}"], "is a DDPMPipeline, not of the SD 1.x"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_anything_is_written(
+    tmp_path, small_model, few_pairs, quick_tiny, options, complaint, capsys
+):
+    import datasets
+
+    paths = {"{sd}": small_model("sd"), "{pairs}": few_pairs}
+    for name in ("no-unet", "no-weights", "other", "labels"):
+        paths[f"{{{name}}}"] = str(tmp_path / name)
+    for name in ("no-unet", "no-weights", "other"):
+        shutil.copytree(small_model("sd"), tmp_path / name)
+    shutil.rmtree(tmp_path / "no-unet" / "unet")
+    next((tmp_path / "no-weights" / "vae").glob("*.safetensors")).unlink()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    (tmp_path / "labels").mkdir()
+    row = tiny.pair_rows(1)[0] | {"label_0": 3.0, "label_1": -2.0}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "labels" / "train-0.parquet")
+    with pytest.raises(SystemExit) as end:
+        train.main([paths.get(option, option) for option in options] + ["--out", str(tmp_path / "out")])
+    message = str(end.value.code)
+    assert re.search(f"^train.py: .*{complaint}", message) and "\n" not in message
+    assert not (tmp_path / "out").exists() and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be made: .*file is no folder that can be written to"):
+        train.main(["--model", "no/model", "--data", "no/pairs", "--out", str(tmp_path / "file" / "run")])
+
+
+def test_precedence_is_default_preset_command_line():
+    def value(*options):
+        return train_args(["--device", "cpu", *options]).lr
+
+    assert value("--model", "x", "--data", "y") == 1e-5  # the default
+    assert value("--model", "sdxl") == 2.048e-5  # the preset
+    assert value("--model", "sdxl", "--lr", "3e-6") == 3e-6  # the command line
+
+
+def test_presets_are_whole_runs():
+    """`--model sdxl` alone says it all, and the launchers of Diffusion-DPO are what it says."""
+    for model, size, optimizer in (("sd15", 512, "adamw"), ("sdxl", 1024, "adafactor")):
+        args = train_args(["--model", model])
+        assert (args.data, args.clip) == ("pickapic", "ViT-H-14:laion2b_s32b_b79k")
+        assert (args.resolution, args.optimizer) == (size, optimizer)
+        assert (args.batch_size, args.lr, args.warmup, args.beta) == (2048, 2.048e-5, 500, 5000)
+        assert args.batch_size % args.micro_batch == 0 and args.micro_batch % args.group_size == 0
+
+
+def test_help_fits_two_screens(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 2 * 50 and max(map(len, lines)) <= 110
+
+
+def test_every_command_of_the_documents_parses():
+    """README, and the heads of the scripts: what they tell to type is accepted."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "train.py", "encode.py")]
+    commands = re.findall(r"(train|encode)\.py((?: --\w+(?: [\w./=-]+)*)+|$)", "\n".join(texts), re.M)
+    parsers = {"train": train_args, "encode": encode_args}
+    assert len(commands) >= 12
+    for program, options in commands:
+        parsers[program](shlex.split(options))
+
+
+def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys):
+    train.main(["--model", "sdxl", "--dry_run", "--out", str(tmp_path / "out")])
+    assert json.loads(capsys.readouterr().out)["optimizer"] == "adafactor" and not (tmp_path / "out").exists()
