@@ -272,17 +272,20 @@ class ImagePairs(Pairs):
             if isinstance(features[name], datasets.Image):
                 self.table = self.table.cast_column(name, datasets.Image(decode=False))
         self.captions = pyarrow.array(self.table["caption"][:])  # in one piece: processes share it
-        self.columns = {name: np.array(self.table[name][:], dtype=np.float32) for name in COLUMNS
-                        if name in columns}
+        self.columns = {name: self.numbers(name).astype(np.float32) for name in COLUMNS if name in columns}
+
+    def numbers(self, name):
+        """A column as float64 [num_rows], nan where it is empty. InputError where it holds anything else."""
+        try:
+            return np.array(self.table[name][:], dtype=float)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the {name} of {self.source} are not numbers: {brief(error)}")
 
     def read_labels(self):
         """Sets rows, winner_side, ties, unlabelled. A missing label is nan here."""
         columns = self.table.column_names
-        try:
-            label = np.array(self.table["label_0"][:], dtype=float)                     # [num_rows]
-            other = np.array(self.table["label_1"][:], dtype=float) if "label_1" in columns else 1 - label
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the labels of {self.source} are not numbers: {brief(error)}")
+        label = self.numbers("label_0")                                                 # [num_rows]
+        other = self.numbers("label_1") if "label_1" in columns else 1 - label
         labelled = ~np.isnan(label)
         if "has_label" in columns:
             has_label = [flag in (None, True, 1) for flag in self.table["has_label"][:]]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 from common import InputError, keyed_generator
 from data import ImagePairs, collate, cross_pair_weights, crop_and_resize, read_image, stored_bytes
 
@@ -175,6 +176,35 @@ def test_of_own_lists_too_those_named_train_alone_are_read(tmp_path):
 def test_captions_that_are_no_strings_are_refused(tmp_path):
     with pytest.raises(InputError, match="captions of .* are of type int64, not strings"):
         ImagePairs(parquet(tmp_path, [row | {"caption": 5} for row in rows_of(1.0)]), 16)
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path):
+    rows = [row | {"label_0": "first"} for row in rows_of(1.0)]
+    with pytest.raises(InputError, match="the label_0 of .* are not numbers: "):
+        ImagePairs(parquet(tmp_path, rows), 16)
+
+
+def test_further_columns_are_read_of_parquet_and_of_ones_own_lists(tmp_path, monkeypatch):
+    """Those that COLUMNS names: a float32 for each pair, and a line that lacks one is named."""
+    monkeypatch.setattr(data, "COLUMNS", ("pair_weight",))
+    rows = rows_of(1.0, 0.5, 0.0, changes={k: {"pair_weight": k + 1} for k in range(3)})
+    (tmp_path / "a.png").write_bytes(encoded())
+    line = {"prompt": "p", "chosen": "a.png", "rejected": "a.png"}
+    lines = [json.dumps(line | {"pair_weight": weight}) for weight in (1, 2.5, 3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    (tmp_path / "table").mkdir()
+    table = ImagePairs(parquet(tmp_path / "table", rows), 16)
+    listed = ImagePairs(str(tmp_path / "pairs.jsonl"), 16)
+    for pairs, weights in ((table, {0: 1, 2: 3}), (listed, {0: 1, 1: 2.5, 2: 3})):
+        batch = collate([pairs[position] for position in range(len(pairs))])
+        assert batch["pair_weight"].dtype == torch.float32
+        assert dict(zip(batch["row"].tolist(), batch["pair_weight"].tolist())) == weights
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
+    with pytest.raises(InputError, match="lacks 'pair_weight'"):
+        ImagePairs(str(tmp_path / "pairs.jsonl"), 16)
+    rows[0]["pair_weight"] = rows[1]["pair_weight"] = rows[2]["pair_weight"] = "heavy"
+    with pytest.raises(InputError, match="the pair_weight of .* are not numbers: "):
+        ImagePairs(parquet(tmp_path / "table", rows), 16)
 
 
 # Images

@@ -59,7 +59,7 @@ def observed(argv, file):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, small_model, few_pairs):
-    """run(world_size, micro, loss, group, optimizer, kind) -> what it left and showed, of all processes; runs are kept."""
+    """run(...) -> what a run of this layout left and showed, of all processes; runs are kept."""
 
     @functools.cache
     def run(world_size, micro, loss, group, optimizer, kind):

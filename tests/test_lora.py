@@ -258,7 +258,7 @@ def names_of(out):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatch, kind):
-    """In plain SGD, where weights move by the gradients: what is fused otherwise rounds otherwise, at 1e-7 each."""
+    """In plain SGD, where weights move by the gradients: what is fused otherwise rounds otherwise, by 1e-7."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -161,7 +161,8 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
             images.append(pixels)
         mean, _ = model.encode_images(torch.stack(images)[:, None])
         latents = model.scale_latents(mean[:, 0])
-        err = denoising_error(model.predict, model.denoiser, model.process, latents, drawn["noise"], drawn["t"], cond)
+        inputs = latents, drawn["noise"], drawn["t"], cond
+        err = denoising_error(model.predict, model.denoiser, model.process, *inputs)
         assert log_of(tmp_path / "out")[0][key] == pytest.approx(err.mean().item(), rel=1e-5)
 
 
@@ -248,7 +249,7 @@ def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind
     assert len(of_steps) == 4
     averages = of_steps[0]
     for k, decay in ((1, 2 / 11), (2, 0.2), (3, 0.2)):
-        averages = [decay * average + (1 - decay) * param for average, param in zip(averages, of_steps[k])]
+        averages = [decay * average + (1 - decay) * param for average, param in zip(averages, of_steps[k], strict=True)]
 
     state, _ = left(out)
     ema = state["ema"]["shadow_params"]
@@ -314,7 +315,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(small_model, mode
     inputs = pair_inputs(model)
     plain, kept = checkpointed(model, inputs, False)
     saved, kept_less = checkpointed(model, inputs, True)
-    for a, b in zip(plain, saved):
+    for a, b in zip(plain, saved, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     params = sum(param.untyped_storage().nbytes() for param in model.denoiser.parameters())
     assert kept_less < 0.7 * kept and kept > 2 * params
@@ -569,7 +570,8 @@ def test_hyperparameters_may_not_change_in_a_run(run, monkeypatch, capsys):
         (["--device", "tpu"], "--device tpu is not there"),
         (["--model", "nosuch/model", "--data", "tiny"],
          "--model nosuch/model cannot be read as a diffusers pipeline"),
-        (["--model", "nosuch/a/model", "--data", "tiny"], "--model nosuch/a/model cannot be read .* no such file or folder"),
+        (["--model", "nosuch/a/model", "--data", "tiny"],
+         "--model nosuch/a/model cannot be read .* no such file or folder"),
         (["--data", "nosuch/pairs"], "--data nosuch/pairs cannot be read: Couldn.t reach"),
         (["--data", "./nosuch.parquet"], "--data ./nosuch.parquet cannot be read: there is no such file"),
         (["--model", "{sd}", "--data", "{pairs}", "--clip", "ViT-B-32"],
