@@ -9,10 +9,12 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
 
     prompt, caption   B strings: the prompt to train on, "" where prompt dropout struck; the same without dropout
     row               [B] int64, row numbers, counted over all files in the order of their names
+    image_ids         [B, 2] int64, 64 bits of a digest of each image's stored bytes
     time_ids          [B, 2, 6] float32, SDXL's (height, width, crop top, left, target height, width)
     unreadable        the row numbers of pairs that could not be decoded and were replaced on the way here
     COLUMNS           [B] float32 each
-    of a `Stream`     position [B] int64, record [B, 3] float64; t [B], noise [B, C, h, w], vae_noise [B, 2, C, h, w]
+    of a `Stream`     position [B] int64, record [B, 3] float64; t [B], noise [B, C, h, w],
+                      vae_noise [B, 2, C, h, w]
     of images         pixels [B, 2, 3, H, W] float32 in [-1, 1], one crop and one flip for both images of a pair;
                       clip_pixels [B, 2, 3, h, w], the images as CLIP wants them, if it was asked for
     of a cache        mean, std [B, 2, C, h, w], prompt_embeds [B, L, E], pooled_prompt_embeds [B, P] (SDXL),
@@ -24,6 +26,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 from pathlib import Path
 
@@ -125,6 +128,11 @@ def stored_bytes(source):
     if isinstance(source, dict):
         source = source["bytes"] or source["path"]
     return Path(source).read_bytes() if isinstance(source, str) else source
+
+
+def image_id(content):
+    """64 bits of a digest of encoded bytes, as a signed integer: equal for the same file alone."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 def read_image(content):
@@ -325,14 +333,15 @@ class ImagePairs(Pairs):
         return self.captions[int(row)].as_py() or ""
 
     def load(self, row):
-        """[winner, loser] of a row, or None where one cannot be decoded."""
+        """[(picture, image_id)] of a row's winner and loser, or None where one cannot be decoded."""
         return self.decode(row, self.table[int(row)])
 
     def decode(self, row, record):
         """The same of a row that was read already."""
         winner = self.winner_side[row]
         try:  # bad bytes raise any error
-            return [read_image(stored_bytes(record[f"jpg_{side}"])) for side in (winner, 1 - winner)]
+            stored = [stored_bytes(record[f"jpg_{side}"]) for side in (winner, 1 - winner)]
+            return [(read_image(content), image_id(content)) for content in stored]
         except Exception:
             return None
 
@@ -342,12 +351,13 @@ class ImagePairs(Pairs):
         if not self.random_crop:
             y = x = 0.5
         flip = self.random_flip and flip < 0.5
-        cropped = [crop_and_resize(image, self.resolution, y, x, flip) for image in pair]
+        cropped = [crop_and_resize(image, self.resolution, y, x, flip) for image, _ in pair]
         item = {"pixels": torch.stack([pixels for pixels, _ in cropped]),
-                "time_ids": torch.stack([time_ids for _, time_ids in cropped])}
+                "time_ids": torch.stack([time_ids for _, time_ids in cropped]),
+                "image_ids": torch.tensor([number for _, number in pair])}
         item |= {name: torch.tensor(column[row]) for name, column in self.columns.items()}
         if self.clip_transform:
-            squares = [self.clip_transform(middle_square(image)) for image in pair]
+            squares = [self.clip_transform(middle_square(image)) for image, _ in pair]
             item["clip_pixels"] = torch.stack(squares)
         return item
 
@@ -547,23 +557,36 @@ class Clip:
         return torch.cat([text[:, None], images], 1)
 
 
-def cross_pair_weights(text, image_w, image_l, tau, similarity="both"):
+def cross_pair_weights(text, image_w, image_l, tau, similarity="both", image_ids=None):
     """How much winner i is held against loser j: w_ij = softmax over j of ( -d_ij / tau ), arXiv:2406.06382.
 
     d_ij is the cosine distance of the two captions ("text"), of winner i's image to loser j's ("image"), or
-    the mean of these ("both"). Embeddings that are not used may be anything.
+    the mean of these ("both"). An image that wins pair i and loses pair j would be nearest to itself, a term
+    that holds no preference: there w_ij is 0 and the row renormalised; a row with nothing left takes its own
+    loser.
 
-    text, image_w, image_l  [B, E] CLIP embeddings of captions, winners, losers; normalised here, in float32
-    tau                     temperature > 0; toward 0 a winner meets the nearest losers alone, else all alike
+    text, image_w, image_l  [B, E] CLIP embeddings of captions, winners, losers; normalised here, in float32.
+                            Those that are not used may be anything
+    tau                     temperature > 0; toward 0 a winner meets the nearest losers alone; inf: all alike,
+                            without embeddings
+    image_ids               [B, 2] int64, equal for the same image, of winners and losers; None: all differ
     returns                 [B, B] float32, row i = winner i, column j = loser j, rows sum to 1
     """
     def cosine(a, b):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T        # [B, B]
 
-    if similarity == "text":
+    if math.isinf(tau):
+        distance = torch.zeros(len(image_ids), len(image_ids), device=image_ids.device)
+    elif similarity == "text":
         distance = 1 - cosine(text, text)
     elif similarity == "image":
         distance = 1 - cosine(image_w, image_l)
     else:
         distance = 1 - (cosine(text, text) + cosine(image_w, image_l)) / 2
-    return torch.softmax(-distance / tau, dim=1)
+    logits = -distance / tau                                                            # [B, B]
+    if image_ids is None:
+        return logits.softmax(dim=1)
+    is_same = image_ids[:, 0, None] == image_ids[None, :, 1]                            # [B, B]
+    weights = logits.masked_fill(is_same, -math.inf).softmax(dim=1)
+    own_loser = torch.eye(len(weights), device=weights.device)
+    return torch.where(is_same.all(dim=1, keepdim=True), own_loser, weights)

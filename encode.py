@@ -11,7 +11,8 @@ VAE, text encoders and CLIP never change in training, and take a third of a step
                                 [n, P]; clip_embeds [n, E']
     pairs-00000.safetensors     SHARD pairs a file, less the unreadable, which its header lists; winner first:
                                 mean, std [n, 2, C, h, w] of the VAE's posterior, time_ids [n, 2, 6],
-                                clip_embeds [n, 2, E'], row [n] and prompt [n], its numbers in the data and above
+                                image_ids [n, 2], clip_embeds [n, 2, E'], row [n] and prompt [n], its numbers
+                                in the data and above
 
 Parquet is read a row group at a time, from the hub, too: no copy of the data set is made. Every file is a
 function of the arguments, since its encode batches are. So any number of processes writes the same files, bit
@@ -69,8 +70,8 @@ def check_cache(source, model, name):
     manifest, digests = read_manifest(source), model.encoder_digests()
     for part in digests | manifest["encoders"]:
         if manifest["encoders"].get(part) != digests.get(part):
-            raise InputError(f"the pairs of {source} were encoded by {manifest['model']}, whose {part} is not that "
-                             f"of {name}; give that model, or encode the pairs once more")
+            raise InputError(f"the pairs of {source} were encoded by {manifest['model']}, whose {part} is not "
+                             f"that of {name}; give that model, or encode the pairs once more")
 
 
 # Rows that are read once, in order
@@ -111,8 +112,8 @@ class StreamedRows:
             try:
                 self.images = self.groups[number].to_table(columns=["jpg_0", "jpg_1"])
             except Exception as error:
-                raise InputError(f"row {key} is in {self.groups[number].path}, which cannot be read: {brief(error)}. "
-                                 "What is encoded is kept; once it can be read the same command goes on")
+                raise InputError(f"row {key} is in {self.groups[number].path}, which cannot be read: {brief(error)}"
+                                 ". What is encoded is kept; once it can be read the same command goes on")
             self.number = number
         first = self.ends[number] - len(self.images)
         return self.images.slice(key - first, 1).to_pylist()[0]
@@ -219,7 +220,8 @@ class Encoder:
         pipe = self.model.pipe
         latent = np.prod(self.model.latent_shape(self.args.resolution))
         numbers = len(self.pairs) * 2 * latent * (2 if self.args.vae_sample == "sample" else 1)
-        numbers += len(self.prompts) * pipe.tokenizer.model_max_length * self.model.denoiser.config.cross_attention_dim
+        width = self.model.denoiser.config.cross_attention_dim
+        numbers += len(self.prompts) * pipe.tokenizer.model_max_length * width
         written = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))  # whole ones, which stay
         return int(numbers) * (2 if self.args.store == "fp16" else 4) - written
 
@@ -280,8 +282,8 @@ def begin_cache(encoder):
         atomic_write(out / "manifest.json", json.dumps(begun, indent=1))
     need, free = encoder.missing_bytes(), shutil.disk_usage(out).free
     if need > free:
-        raise InputError(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes half "
-                         "of it, --vae_sample mean less")
+        raise InputError(f"{out} needs {need / 1e9:.0f} GB more, {free / 1e9:.0f} are free; --store fp16 takes "
+                         "half of it, --vae_sample mean less")
     return manifest
 
 
@@ -364,8 +366,8 @@ class ReferenceErrors:
                              "edition; give another file")
         for name, value in self.identity.items():
             if identity.get(name) != value:
-                raise InputError(f"--reference_errors {self.file} is of a run with {name} {identity.get(name)}, not "
-                                 f"{value}; give another file")
+                raise InputError(f"--reference_errors {self.file} is of a run with {name} {identity.get(name)}, "
+                                 f"not {value}; give another file")
         self.errors = torch.cat([errors, self.errors[len(errors):]])
         self.records = torch.cat([records, self.records[len(records):]])
 
@@ -428,7 +430,7 @@ class ReferenceErrors:
 
 
 def gather_step(micro_batches):
-    """Of each process its micro-batches [[B, ...]] of a step -> [batch_size, ...] in the order of the positions."""
+    """Each process's micro-batches [[B, ...]] of a step -> [batch_size, ...] in the order of the positions."""
     stacked = torch.stack(micro_batches)                                                # [micro-batches, B, ...]
     gathered = common.all_gather(stacked[None])                                         # [processes, ...]
     return gathered.transpose(0, 1).flatten(0, 2)

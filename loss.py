@@ -8,7 +8,8 @@ are noised with one timestep t_i and one noise eps_i:  x_t = sqrt(a_t) x + sqrt(
 
     SFT   L = mean_i   err_policy(x_i^w)
     DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )                     Eq. (14) of arXiv:2311.12908
-    RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        outside: arXiv:2406.06382
+    RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        outside: arXiv:2406.06382,
+                                                                                    OpenReview rH6IZIXqZG
           L = mean_ij  -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )             inside: arXiv:2402.10958
           w_ij = softmax over j of ( -d_ij / tau )                                  cross_pair_weights in data.py
 
@@ -113,8 +114,9 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
 def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position="outside"):
     """Diffusion-RPO, arXiv:2406.06382: every winner of a group of B pairs against every loser of it.
 
-    weight_position="outside"  mean_i sum_j w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )
-    weight_position="inside"   mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) ), as in arXiv:2402.10958
+    weight_position="outside"  mean_i sum_j w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) ): the paper's form
+    weight_position="inside"   mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) ): that of the authors'
+                               RPO for language models, arXiv:2402.10958
 
     Outside, beta means what it means in DPO, whatever the group. Inside, a logit's effective beta is
     beta * w_ij, about beta / B: choose beta and B together. With B = 1 both are DPO.
@@ -134,7 +136,18 @@ def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position=
         loss = -F.logsigmoid(weights * logits).mean()
     else:
         raise ValueError(f"weight_position {weight_position!r} is neither outside nor inside")
-    return loss, preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta)
+    metrics = preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta)
+    return loss, metrics | weight_metrics(weights)
+
+
+def weight_metrics(weights):
+    """How far the weights [B, B] of a group are from Diffusion-DPO, whose own losers have all the weight.
+
+    weights/own      mean w_ii: 1 where RPO is DPO
+    weights/losers   mean exp of a row's entropy: how many losers a winner is held against
+    """
+    losers = torch.special.entr(weights).sum(dim=1).exp()                   # [B]
+    return {"weights/own": weights.diagonal().mean(), "weights/losers": losers.mean()}
 
 
 @torch.no_grad()

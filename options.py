@@ -19,13 +19,12 @@ H14 = "ViT-H-14:laion2b_s32b_b79k"
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
     "tiny": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10,
-                 beta=8000.0, prompt_dropout=0.1, sample_every=40, sample_steps=20, guidance=3.0, save_every=40,
+                 beta=500.0, prompt_dropout=0.1, sample_every=40, sample_steps=20, guidance=3.0, save_every=40,
                  resolution=32),
-    "tiny dpo": dict(beta=500.0),
     "tiny sft": dict(lr=1e-4),
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
                  random_flip=True, resolution=512, optimizer="adamw", save_every=50),
-    "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
+    "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=200,
                  random_flip=True, resolution=1024, optimizer="adafactor", gradient_checkpointing=True,
                  guidance=5.0, save_every=20),
 }
@@ -36,10 +35,12 @@ MAY_CHANGE = {"steps", "micro_batch", "save_every", "sample_every", "gradient_ch
 VECTORS = {"err_w", "err_l", "ref_err_w", "ref_err_l", "t", "snr", "weights", *COLUMNS}
 
 
-def number(kind, least, most=math.inf, above=False):
+def number(kind, least, most=math.inf, above=False, may_be_inf=False):
     """A type for argparse: a finite int or float of at least `least`, or above it, and at most `most`."""
     def parse(text):
         value = kind(text)
+        if may_be_inf and value == math.inf:
+            return value
         if not math.isfinite(value) or value < least or value > most or above and value == least:
             raise argparse.ArgumentTypeError(f"{text} is out of range")
         return value
@@ -105,9 +106,10 @@ def train_args(argv=None):
     add("loss", "rpo", LOSSES, "[rpo]")
     add("beta", 5000.0, POSITIVE, "strength of the pull to the reference")
     add("group_size", 8, COUNT, "rpo: pairs contrasted with each other [8]")
-    add("tau", 0.5, POSITIVE, "rpo: temperature of the cross-pair weights [0.5]")
+    add("tau", 0.5, number(float, 0, above=True, may_be_inf=True),
+        "rpo: temperature of the cross-pair weights; inf: all alike, no CLIP [0.5]")
     add("similarity", "both", ["text", "image", "both"], "rpo: what weights compare [both]")
-    add("weight_position", "inside", ["inside", "outside"], "rpo: of the log-sigmoid [inside]")
+    add("weight_position", "outside", ["outside", "inside"], "rpo: of the log-sigmoid [outside]")
     add("group_noise", "own", ["own", "timestep", "both"], "what a group shares [own]")
     options.defaults["loss_args"] = []
     options.parser.add_argument("--loss_args", nargs="+", action="extend", metavar="NAME=VALUE",

@@ -165,7 +165,26 @@ def test_swapping_winner_and_loser_negates_the_margin(name):
 def test_the_metrics_of_rpo_are_those_of_dpo():
     """Margin and accuracy are over a pair's own two images, so that runs can be compared."""
     inputs = errors(4)
-    assert rpo_loss(*inputs, BETA, softmax_rows(4))[1] == dpo_loss(*inputs, BETA)[1]
+    rpo, dpo = rpo_loss(*inputs, BETA, softmax_rows(4))[1], dpo_loss(*inputs, BETA)[1]
+    assert {name: rpo[name] for name in dpo} == dpo
+
+
+def test_weight_metrics_of_one_hot_and_of_equal_weights():
+    """1 and 1 where each winner has its own loser alone; 1 / B and B where all count alike."""
+    for weights, own, losers in ((torch.eye(4), 1, 1), (torch.full((4, 4), 0.25), 0.25, 4)):
+        metrics = rpo_loss(*errors(4), BETA, weights)[1]
+        assert metrics["weights/own"] == own and metrics["weights/losers"] == pytest.approx(losers)
+
+
+def test_outside_at_zero_margins_a_loser_is_pushed_by_its_column_sum():
+    """To first order dL/derr_i^w = beta/4 / B, for any rows; dL/derr_j^l = -beta/4 / B * sum_i w_ij."""
+    w, l, *_ = errors(5)
+    weights = softmax_rows(5)
+    loss, _ = rpo_loss(w, l, w.detach(), l.detach(), BETA, weights)
+    loss.backward()
+    torch.testing.assert_close(w.grad, torch.full((5,), BETA / 4 / 5), **close)
+    # The margins of other pairs are zero, too: every D is.
+    torch.testing.assert_close(l.grad, -BETA / 4 / 5 * weights.sum(dim=0), **close)
 
 
 # Gradients

@@ -44,6 +44,7 @@ ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointi
           "second network) or fewer --workers; in another --out, --lora_rank 16, --optimizer adafactor or a "
           "smaller --resolution help")
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "skipped": "skipped"}
+WEIGHED_BY = ("clip_embeds", "image_ids")  # of a batch, what the cross-pair weights are made of
 STAY_ON_CPU = ("pixels", "clip_pixels", "row", "position", "record")  # of a batch
 TERMS = {  # of a step, in the order of their computation
     "latents": "the VAE's latents", "clip_embeds": "the CLIP embeddings", "ref_err_w": "the reference's errors",
@@ -54,7 +55,7 @@ class MicroBatch(NamedTuple):
     """B pairs on the device; S images of each: winners first, then losers, if the loss wants them."""
 
     inputs: dict            # what denoising_error takes: x, eps [S B, C, h, w], t [S B], cond
-    values: dict            # {name: [B, ...]} that a loss may name; clip_embeds [B, 3, E]
+    values: dict            # {name: [B, ...]} that a loss may name; clip_embeds [B, 3, E], image_ids [B, 2]
     row: torch.Tensor       # [B] int64 on the CPU
     position: torch.Tensor  # [B] int64 on the CPU, in the stream
     record: torch.Tensor    # [B, 3] float64 on the CPU, see data.Stream
@@ -100,9 +101,10 @@ class Trainer:
         self.one_pass = self.micro_batches_per_chunk == 1
         self.gathers = self.world_size > 1 and args.micro_batch % self.group_size > 0
 
-        # Encoded pairs bring CLIP's embeddings with them; a group of one pair needs none.
+        # Encoded pairs bring CLIP's embeddings with them; equal weights and a group of one pair need none.
+        self.tau = args.tau if args.group_size > 1 else math.inf
         self.clip, is_encoded = None, is_cache(args.data)
-        if self.wants_weights and args.group_size > 1 and not is_encoded:
+        if self.wants_weights and self.tau < math.inf and not is_encoded:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
         self.reference_errors = None
@@ -180,7 +182,7 @@ class Trainer:
             "cond": self.model.conditioning(batch, batch["time_ids"][:, :images]),
         }
         values = {"t": t, "snr": self.process.snr(t)}
-        for name in ("clip_embeds", *COLUMNS):
+        for name in (*WEIGHED_BY, *COLUMNS):
             if name in batch:
                 values[name] = batch[name]
         return MicroBatch(inputs, values, batch["row"], batch["position"], batch["record"])
@@ -209,8 +211,8 @@ class Trainer:
             else:
                 ref_err = self.reference_error(batch)
             values |= zip(("ref_err_w", "ref_err_l"), ref_err.chunk(self.images_per_pair))
-        wanted = self.wants | {"clip_embeds"}
-        return {name: value for name, value in sorted(values.items()) if name in wanted}
+        wanted = self.wants | set(WEIGHED_BY if self.wants_weights else ())
+        return {name: value for name, value in values.items() if name in wanted}
 
     def gather_chunk(self, columns):
         """The values of this process's micro-batches -> of the chunk, in the order of its positions."""
@@ -233,9 +235,8 @@ class Trainer:
         loss, metrics = 0, []
         for i in range(0, len(errors[0]), self.group_size):
             group = {name: value[i:i + self.group_size] for name, value in values.items()}
-            clip_embeds = group.pop("clip_embeds", None)                                # [group, 3, E]
             if self.wants_weights:
-                group["weights"] = self.group_weights(clip_embeds)
+                group["weights"] = self.group_weights(group.pop("clip_embeds", None), group.pop("image_ids"))
             group_loss, group_metrics = self.loss_fn(**group, **self.hyperparameters)
             loss = loss + group_loss * self.group_size / args.batch_size
             metrics.append({"loss": group_loss.detach(), **group_metrics})
@@ -247,12 +248,12 @@ class Trainer:
             slopes = slopes.unflatten(1, (-1, args.micro_batch))
         return slopes.transpose(0, 1).flatten(1), metrics
 
-    def group_weights(self, clip_embeds):
-        """[group, group], see `cross_pair_weights`."""
-        if self.args.group_size == 1:
-            return torch.ones(1, 1, device=self.device)
-        text, image_w, image_l = clip_embeds.unbind(1)
-        return cross_pair_weights(text, image_w, image_l, self.args.tau, self.args.similarity)
+    def group_weights(self, clip_embeds, image_ids):
+        """[group, group] of clip_embeds [group, 3, E] and image_ids [group, 2], see `cross_pair_weights`."""
+        text = image_w = image_l = None
+        if clip_embeds is not None:
+            text, image_w, image_l = clip_embeds.unbind(1)
+        return cross_pair_weights(text, image_w, image_l, self.tau, self.args.similarity, image_ids)
 
     def is_sound(self, record, scaler):
         """Whether a step's numbers are finite. A gradient that overflows fp16 is left out by the scaler."""
@@ -385,8 +386,10 @@ def say_what_runs(trainer, steps_taken):
              f"parameters, {args.resolution} px, {args.device}, {args.precision}, {args.batch_size} pairs a step, "
              f"{args.micro_batch} a forward, processes: {trainer.world_size}"]
     if trainer.wants_weights:
+        clip = args.clip if trainer.clip else "not loaded"
         passes = "one pass" if trainer.one_pass else "two passes"
-        words.append(f"groups of {args.group_size} in {passes}, clip {args.clip}")
+        words.append(f"groups of {args.group_size} in {passes}, weights {args.weight_position}, tau {args.tau:g}, "
+                     f"clip {clip}")
     if steps_taken:
         words.append(f"going on after {steps_taken} steps")
     print0("; ".join(words))
@@ -455,7 +458,7 @@ class Output:
     def __init__(self, out, trainer, optimizer, scaler):
         self.out, self.trainer, self.args = out, trainer, trainer.args
         self.optimizer, self.scaler, self.skipped = optimizer, scaler, 0
-        self.ema = None
+        self.ema, self.is_one_hot = None, True
         self.is_writer = trainer.rank == 0
         if self.is_writer:
             self.write_json("config.json", vars(self.args))
@@ -547,6 +550,8 @@ class Output:
             record["skipped"] = self.skipped
         if self.is_writer:
             self.log.write(step, record)
+            if args.group_size > 1 and "weights/own" in record:
+                self.say_what_weights(step, record["weights/own"])
             progress.set_postfix({SHOWN[name]: record[name] for name in SHOWN if name in record})
             if is_due(done, args.sample_every, is_last and args.sample_every > 0):
                 self.save_samples(done)
@@ -554,6 +559,15 @@ class Output:
             self.save_checkpoint(done)
         if is_stopping and not is_last:
             end_early(f"saved after {done} steps; the same command goes on")
+
+    def say_what_weights(self, step, own_weight):
+        """How the first step's groups are weighed; and one line where the first 20 steps are DPO's."""
+        self.is_one_hot &= own_weight > 0.999
+        if step == 0:
+            tqdm.write(f"in the first groups a winner's own loser has {own_weight:.3f} of the weight")
+        if step == 19 and self.is_one_hot:
+            tqdm.write("over 20 steps it has had more than 0.999: these weights are one-hot, this run is "
+                       "Diffusion-DPO; see --tau")
 
     def save_samples(self, done):
         with self.averaged_weights():

@@ -12,6 +12,7 @@ from PIL import Image
 import data
 from common import InputError, keyed_generator
 from data import ImagePairs, collate, cross_pair_weights, crop_and_resize, read_image, stored_bytes
+from loss import dpo_loss, rpo_loss
 
 WINNER, LOSER = (0, 200, 0), (200, 0, 0)  # green wins over red
 
@@ -382,6 +383,55 @@ def test_the_limits_of_tau():
     close(cross_pair_weights(text, image_w, image_l, 1e6), uniform, rtol=0, atol=1e-5)
     equal = [embeds[:1].expand(4, -1) for embeds in (text, image_w, image_l)]
     close(cross_pair_weights(*equal, 0.1), uniform)  # equal prompts and images: 1 / B
+
+
+def test_tau_inf_is_the_limit_of_a_large_one_and_reads_no_embedding():
+    weights = cross_pair_weights(None, None, None, float("inf"), image_ids=torch.arange(8).view(4, 2))
+    assert torch.equal(weights, torch.full((4, 4), 0.25))
+    torch.testing.assert_close(weights, cross_pair_weights(*embeddings(), 1e6), rtol=0, atol=1e-5)
+
+
+def test_distinct_prompts_are_dpo_at_a_small_tau_and_not_at_one_half():
+    """Cosines of CLIP's order, 0.35 between prompts: at 0.01 a winner's own loser has all the weight."""
+    common = torch.ones(8, 1) * 0.35**0.5
+    text = torch.cat([common, torch.eye(8) * 0.65**0.5], dim=1)
+    weights = cross_pair_weights(text, None, None, 0.01, "text")
+    torch.testing.assert_close(weights, torch.eye(8), rtol=0, atol=1e-6)
+    inputs = [torch.rand(8, generator=torch.Generator().manual_seed(k)).requires_grad_(k < 2) for k in range(4)]
+    rpo, dpo = rpo_loss(*inputs, 5000, weights)[0], dpo_loss(*inputs, 5000)[0]
+    torch.testing.assert_close(rpo, dpo, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(rpo, inputs[:2]), torch.autograd.grad(dpo, inputs[:2])):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert cross_pair_weights(text, None, None, 0.5, "text").diagonal().max() < 0.9
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.5, float("inf")])
+def test_an_image_never_stands_against_itself(tau):
+    """Pair 0: A over B, pair 1: C over A, pair 2: D over D; row by row, the rest of a row in its proportions."""
+    image_ids = torch.tensor([[1, 2], [3, 1], [4, 4], [5, 6]])
+    plain = cross_pair_weights(*embeddings(), tau, image_ids=torch.arange(8).view(4, 2))
+    weights = cross_pair_weights(*embeddings(), tau, image_ids=image_ids)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(4))
+    is_same = torch.zeros(4, 4, dtype=torch.bool)
+    is_same[0, 1] = is_same[2, 2] = True
+    assert not weights[is_same].any()
+    left = plain.double().masked_fill(is_same, 0)
+    if tau > 0.01:  # where nothing underflows
+        torch.testing.assert_close(weights.double(), left / left.sum(dim=1, keepdim=True))
+    assert torch.equal(weights[[1, 3]], plain[[1, 3]])
+
+
+def test_a_row_with_nothing_left_takes_its_own_loser():
+    image_ids = torch.tensor([[1, 1], [2, 1]])
+    weights = cross_pair_weights(*embeddings(2), 0.5, image_ids=image_ids)
+    assert torch.equal(weights[0], torch.tensor([1.0, 0.0])) and weights[1].min() > 0
+
+
+def test_image_ids_are_those_of_the_stored_bytes(tmp_path):
+    """Winner first; the same file has the same id, in whatever pair it lies."""
+    batch = collate([ImagePairs(parquet(tmp_path, rows_of(1.0, 0.0)), 16)[position] for position in range(2)])
+    ids = batch["image_ids"]
+    assert ids.dtype == torch.int64 and torch.equal(ids[0], ids[1]) and ids[0, 0] != ids[0, 1]
 
 
 def test_half_precision_embeddings_do_not_collapse():

@@ -626,12 +626,36 @@ def test_precedence_is_default_preset_command_line():
 
 def test_presets_are_whole_runs():
     """`--model sdxl` alone says it all, and the launchers of Diffusion-DPO are what it says."""
-    for model, size, optimizer in (("sd15", 512, "adamw"), ("sdxl", 1024, "adafactor")):
+    for model, size, optimizer, warmup in (("sd15", 512, "adamw", 500), ("sdxl", 1024, "adafactor", 200)):
         args = train_args(["--model", model])
         assert (args.data, args.clip) == ("pickapic", "ViT-H-14:laion2b_s32b_b79k")
         assert (args.resolution, args.optimizer) == (size, optimizer)
-        assert (args.batch_size, args.lr, args.warmup, args.beta) == (2048, 2.048e-5, 500, 5000)
+        assert (args.batch_size, args.lr, args.warmup, args.beta) == (2048, 2.048e-5, warmup, 5000)
+        assert (args.weight_position, args.tau, args.group_size) == ("outside", 0.5, 8)
         assert args.batch_size % args.micro_batch == 0 and args.micro_batch % args.group_size == 0
+
+
+def test_equal_weights_load_no_clip(run, monkeypatch):
+    monkeypatch.setattr(train, "Clip", None)  # calling it would raise
+    for record in log_of(run("sd", "--tau", "inf")):
+        assert record["weights/own"] == 1 / 8 and record["weights/losers"] == pytest.approx(8)
+
+
+@pytest.mark.parametrize("tau, is_said", [("1e-5", True), ("inf", False)])
+def test_a_run_knows_when_it_is_dpo(tmp_path, run, capsys, tau, is_said):
+    """Distinct prompts in groups of two at a tiny tau: each winner's own loser has all the weight."""
+    import datasets
+
+    rows = {row["caption"]: row for row in tiny.pair_rows(100)}
+    datasets.Dataset.from_list(list(rows.values())[:40]).to_parquet(tmp_path / "train.parquet")
+    options = f"--tau {tau} --similarity text --group_size 2 --batch_size 2 --steps 20 --lr 1e-9"
+    log = log_of(run("sd", *options.split(), "--data", str(tmp_path / "train.parquet")))
+    output = capsys.readouterr()
+    text = output.out + output.err
+    assert f"a winner's own loser has {log[0]['weights/own']:.3f} of the weight" in text
+    own = [record["weights/own"] for record in log]
+    assert all((weight > 0.999) == is_said for weight in own), own
+    assert ("these weights are one-hot, this run is Diffusion-DPO; see --tau" in text) == is_said
 
 
 def test_help_fits_two_screens(capsys):
