@@ -112,8 +112,9 @@ class StreamedRows:
             try:
                 self.images = self.groups[number].to_table(columns=["jpg_0", "jpg_1"])
             except Exception as error:
-                raise InputError(f"row {key} is in {self.groups[number].path}, which cannot be read: {brief(error)}"
-                                 ". What is encoded is kept; once it can be read the same command goes on")
+                raise InputError(f"row {key} is in {self.groups[number].path}, which cannot be read: "
+                                 f"{brief(error)}. What is encoded is kept; once it can be read the same "
+                                 "command goes on")
             self.number = number
         first = self.ends[number] - len(self.images)
         return self.images.slice(key - first, 1).to_pylist()[0]

@@ -1,5 +1,7 @@
 """The benchmark runs, and counts what it says."""
 
+import concurrent.futures
+import os
 import re
 
 import pytest
@@ -9,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import encode
-from conftest import fresh
-from extras import bench
+from conftest import QUICK, forks, fresh
+from extras import bench, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 
@@ -70,8 +72,23 @@ def test_a_mistyped_option_ends_in_one_line():
         bench.main(["--stepps", "3"])
 
 
+def test_a_row_is_a_process_of_its_own():
+    assert bench.alone(os.getpid) != os.getpid()
+
+
+def quick():
+    tiny.STEPS = QUICK
+
+
+def alone_quickly(function, *args):
+    """A process that has imported torch already, and builds a quick embedded task."""
+    with concurrent.futures.ProcessPoolExecutor(1, forks, quick) as process:
+        return process.submit(function, *args).result()
+
+
 @pytest.mark.slow
-def test_every_row_is_measured(small_model, few_pairs, capsys):
+def test_every_row_is_measured(small_model, few_pairs, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "alone", alone_quickly)
     options = "--clip tiny --device cpu --lora_rank 2 --batch_size 4 --micro_batch 2".split()
     bench.main(["--model", small_model("sd"), "--data", few_pairs, *options])
     rows = re.findall(

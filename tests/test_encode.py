@@ -88,10 +88,10 @@ def run(tmp_path, small_model, monkeypatch):
 
 
 @pytest.fixture
-def argv(small_model, tmp_path):
-    """argv(model, data): a command of train.py that is refused before it leaves anything in out/."""
-    return lambda model, pairs: ["--model", model, "--data", str(pairs), "--out", str(tmp_path / "out"),
-                                 "--device", "cpu"]
+def argv(tmp_path):
+    """argv(model, data): a command of train.py, of one step should it not be refused."""
+    fixed = "--steps 1 --batch_size 8 --micro_batch 4 --sample_every 0 --device cpu --out".split()
+    return lambda model, pairs: ["--model", model, "--data", str(pairs), *fixed, str(tmp_path / "out")]
 
 
 def lines(out):
@@ -631,7 +631,7 @@ def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch
 def test_processes_compute_the_same_reference_errors(run, encoded, small_model, tmp_path, argv):
     run("sd", encoded("sd"), "--reference_errors", str(tmp_path / "one"))
     command = argv(small_model("sd"), encoded("sd")) + ["--reference_errors", str(tmp_path / "two")]
-    command += "--steps 3 --batch_size 8 --micro_batch 4 --sample_every 0 --lr 1e-3".split()
+    command += ["--steps", "3", "--lr", "1e-3"]
     for status, text in launch(tmp_path / "logs", 2, train.main, command):
         assert status == 0, text
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
