@@ -213,8 +213,8 @@ def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_
     source = str(parquet(tmp_path / "plain.parquet", tiny.pair_rows(8)))
     with pytest.raises(SystemExit, match=f"^train.py: weighted wants pair_weight, which --data {source} lacks$"):
         run("sd", source, *fixed, name="refused")
+    monkeypatch.setattr(data, "COLUMNS", ())
     with pytest.raises(SystemExit, match="c was begun with columns .'pair_weight'., not ..; give another --out"):
-        monkeypatch.setattr(data, "COLUMNS", ())
         write_cache(small_model("sd"), tmp_path / "weighted.parquet", cache)
 
 

@@ -42,7 +42,7 @@ def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, 
     pairs = data.ImagePairs(str(out / "pairs"), 32)
     assert pairs.report() == {"rows": 3, "used": 3, "ties": 0, "unlabelled": 0, "unreadable": []}
     assert evaluate.read_prompts(str(out / "prompts.json")) == held_out
-    winner, loser = pairs.load(0)
+    (winner, _), (loser, _) = pairs.load(0)
     prompts = list(dict.fromkeys(PROMPTS))
     for kind, image in (("styled", winner), ("plain", loser)):
         file = out / "images" / f"{prompts.index(rows[0]['caption']):05d}-{kind}.png"
