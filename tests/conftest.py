@@ -98,7 +98,7 @@ def launch(folder, world, function, *args):
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(300)  # seconds; a guard, not a promise
         if child.is_alive():
             for other in children:
                 other.kill()

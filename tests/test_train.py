@@ -249,7 +249,8 @@ def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind
     assert len(of_steps) == 4
     averages = of_steps[0]
     for k, decay in ((1, 2 / 11), (2, 0.2), (3, 0.2)):
-        averages = [decay * average + (1 - decay) * param for average, param in zip(averages, of_steps[k], strict=True)]
+        pairs = zip(averages, of_steps[k], strict=True)
+        averages = [decay * average + (1 - decay) * param for average, param in pairs]
 
     state, _ = left(out)
     ema = state["ema"]["shadow_params"]
