@@ -290,6 +290,17 @@ def all_gather(x):
     return gathered
 
 
+def gather_micro_batches(micro_batches, across=True):
+    """Micro-batches [[B, ...]] of each process -> [n, ...] in the order of their positions.
+
+    across  the micro-batches of all processes, else of this one alone
+    """
+    values = torch.stack(micro_batches)[None]                           # [1, micro-batches, B, ...]
+    if across:
+        values = all_gather(values)                                     # [processes, micro-batches, B, ...]
+    return values.transpose(0, 1).flatten(0, 2)
+
+
 def all_gather_list(items):
     """The lists of plain objects of all processes as one list, in the order of their ranks."""
     if not dist.is_initialized():

@@ -67,7 +67,7 @@ def encode_batch(model, clip, batch, images, dtype):
 
 def check_cache(source, model, name):
     """InputError where a cache was made by other encoders than those of a model."""
-    manifest, digests = read_manifest(source), model.encoder_digests()
+    manifest, digests = read_manifest(source), model.encoder_digests
     for part in digests | manifest["encoders"]:
         if manifest["encoders"].get(part) != digests.get(part):
             raise InputError(f"the pairs of {source} were encoded by {manifest['model']}, whose {part} is not "
@@ -228,7 +228,7 @@ class Encoder:
 
     def manifest(self):
         settings = {name: getattr(self.args, name) for name in SETTINGS}
-        return settings | {"edition": 2, "encoders": self.model.encoder_digests(), "pairs": self.pairs.digest(),
+        return settings | {"edition": 2, "encoders": self.model.encoder_digests, "pairs": self.pairs.digest(),
                            "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
 
 
@@ -350,7 +350,7 @@ class ReferenceErrors:
         self.identity = {name: getattr(args, name) for name in self.SETTINGS}
         self.identity |= {"group_size": args.group_size if args.group_noise != "own" else None,
                           "data": pairs.digest(), "schedule": schedule, "edition": 2,
-                          "denoiser": common.digest(model.denoiser)} | model.encoder_digests()
+                          "denoiser": common.digest(model.denoiser)} | model.encoder_digests
         self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
         self.records = torch.full((args.steps, args.batch_size, 3), torch.nan, dtype=torch.float64)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -391,8 +391,9 @@ class ReferenceErrors:
                 batch = trainer.prepare(next(batches))
                 err = trainer.reference_error(batch)                                    # [2 B]
                 errors.append(torch.stack(err.chunk(2), 1))                             # [B, 2]
-                records.append(batch.record.to(err.device))                             # [B, 3]
-            self.put(step, gather_step(errors), gather_step(records))
+                record = batch.record if trainer.world_size == 1 else batch.record.to(err.device)
+                records.append(record)                                                  # [B, 3]; MPS has no float64
+            self.put(step, common.gather_micro_batches(errors), common.gather_micro_batches(records))
             if trainer.rank == 0 and time.time() - self.saved > 60:
                 self.save()
             if any(common.all_gather_list([stop.requested])):
@@ -428,13 +429,6 @@ class ReferenceErrors:
                       int(step[0]), int(place[0]))
         step, place = step.to(self.errors.device), place.to(self.errors.device)
         return self.errors[step, place].T.flatten()
-
-
-def gather_step(micro_batches):
-    """Each process's micro-batches [[B, ...]] of a step -> [batch_size, ...] in the order of the positions."""
-    stacked = torch.stack(micro_batches)                                                # [micro-batches, B, ...]
-    gathered = common.all_gather(stacked[None])                                         # [processes, ...]
-    return gathered.transpose(0, 1).flatten(0, 2)
 
 
 def check_records(what, before, now, step, first=0):

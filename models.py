@@ -10,6 +10,7 @@ Another family, of flow matching too, is one more class with these methods and o
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import importlib
 from pathlib import Path
 
@@ -173,6 +174,7 @@ class StableDiffusion:
         weights = peft.get_peft_model_state_dict(self.denoiser)
         self.pipe.save_lora_weights(folder, diffusers.utils.convert_state_dict_to_diffusers(weights))
 
+    @functools.cached_property
     def encoder_digests(self):
         """{name: digest} of all that encoded pairs stand for: VAE, text encoders, tokenizers."""
         digests = {"force_zeros_for_empty_prompt": bool(self.pipe.config.get("force_zeros_for_empty_prompt"))}

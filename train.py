@@ -103,8 +103,8 @@ class Trainer:
 
         # Encoded pairs bring CLIP's embeddings with them; equal weights and a group of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
-        self.clip, is_encoded = None, is_cache(args.data)
-        if self.wants_weights and self.tau < math.inf and not is_encoded:
+        self.clip, self.is_encoded = None, isinstance(pairs, EncodedPairs)
+        if self.wants_weights and self.tau < math.inf and not self.is_encoded:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
         self.reference_errors = None
@@ -124,7 +124,7 @@ class Trainer:
         for name, param in denoiser.named_parameters():
             if param.requires_grad:
                 self.params[name] = param
-        needs_encoders = args.sample_every or not is_cache(args.data)
+        needs_encoders = args.sample_every or not self.is_encoded
         for network in model.networks().values():
             if network is denoiser or needs_encoders:
                 network.to(self.device)
@@ -218,11 +218,8 @@ class Trainer:
         """The values of this process's micro-batches -> of the chunk, in the order of its positions."""
         chunk = {}
         for name in columns[0]:
-            values = torch.stack([column[name] for column in columns])                  # [micro-batches, B, ...]
-            values = values[None]
-            if self.gathers:
-                values = common.all_gather(values)                                      # [world_size, ...]
-            chunk[name] = values.transpose(0, 1).flatten(0, 2)                          # [chunk, ...]
+            values = [column[name] for column in columns]                               # [[B, ...]]
+            chunk[name] = common.gather_micro_batches(values, self.gathers)             # [chunk, ...]
         return chunk
 
     def loss_and_slopes(self, values):
