@@ -358,6 +358,8 @@ def release_signals():
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+    # One that was killed with the loader's lock in its hands would let the loader's own ending wait for ever.
+    torch.utils.data._utils._set_python_exit_flag()
 
 
 def end_with_launcher():

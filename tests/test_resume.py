@@ -5,6 +5,7 @@ As a script it is train.py with a fault: `python tests/test_resume.py FAULT NUMB
 
 import common  # first, to know the launcher
 
+import gc
 import io
 import multiprocessing
 import os
@@ -124,7 +125,9 @@ def step_fault(fault, rank):
             os.kill(process.pid, signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-    elif fault == "reader":
+    elif fault in ("reader", "reader-with-lock"):
+        if fault == "reader-with-lock":
+            take_lock_of_loader()
         multiprocessing.active_children()[0].kill()
     elif fault == "rank" and rank == 1:
         raise ValueError("this rank fails")
@@ -134,6 +137,13 @@ def step_fault(fault, rank):
         for descriptor in os.listdir("/proc/self/fd"):
             if os.path.realpath(f"/proc/self/fd/{descriptor}").endswith("log.jsonl"):
                 os.dup2(os.open("/dev/full", os.O_WRONLY), int(descriptor))
+
+
+def take_lock_of_loader():
+    """As a reader does that is killed while it asks whether the loader has ended: nobody gives the lock back."""
+    loaders = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    (loader,) = [thing for thing in gc.get_objects() if isinstance(thing, loaders)]
+    loader._workers_done_event._cond.acquire()
 
 
 def limit_files():
@@ -598,9 +608,10 @@ def test_fp16s_skipped_steps_are_counted_and_shown(tmp_path, options, monkeypatc
 # Data that stop coming
 
 
-def test_a_reader_that_dies_ends_the_run_in_one_line(tmp_path, unbroken, options):
+@pytest.mark.parametrize("fault", ["reader", "reader-with-lock"])
+def test_a_reader_that_dies_ends_the_run_in_one_line(tmp_path, unbroken, options, fault):
     argv = [*options, "--workers", "2", "--out", str(tmp_path / "out")]
-    ((status, text),) = launch(tmp_path, 1, faulty, "reader", 3, argv)
+    ((status, text),) = launch(tmp_path, 1, faulty, fault, 3, argv)
     line = one_line_of(text)
     assert status == 1 and line.startswith("train.py: reading the data broke off: DataLoader worker (pid")
     assert "The same command goes on from the last checkpoint" in line
