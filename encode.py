@@ -28,7 +28,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import types
 from pathlib import Path
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 from common import InputError, atomic_write, brief
 from data import Clip, ImagePairs, find_source, is_cache, local_files, read_manifest, read_rows
-from models import by_rows, load_model
+from models import by_rows, fuse_lora, load_model
 from options import H14, encode_args
 
 SHARD, BATCH = 256, 8  # pairs or prompts of a file; of a forward of the encoders, for results depend on it
@@ -154,6 +153,8 @@ class Encoder:
         self.pairs = ImagePairs(args.data, None, args.seed, args.random_crop, args.random_flip,
                                 table=stream_rows(source))
         self.model = load_model(args.model, args.random_init)
+        if args.init_lora:
+            fuse_lora(self.model, args.init_lora)  # which may change the text encoders, too
         self.pairs.resolution = args.resolution = self.model.resolution(args.resolution)
         args.clip = args.clip or ("tiny" if self.model.is_toy else H14)
         self.clip = Clip(args.clip, device, self.dtype)
@@ -381,7 +382,10 @@ class ReferenceErrors:
             check_records(f"--reference_errors {self.file} was computed", before[:len(now)], now, step)
 
     def complete(self, trainer, steps, stop):
-        """Computes what is missing of some steps, by the trainer's own reference; then all is on its device."""
+        """Computes what is missing of a range of steps, by the trainer's own reference; then all is on its device.
+
+        returns  whether all is there: a signal may have come before
+        """
         args = trainer.args
         missing = [step for step in steps if self.errors[step].isnan().any()]
         batches = trainer.load(missing)
@@ -397,21 +401,17 @@ class ReferenceErrors:
             if trainer.rank == 0 and time.time() - self.saved > 60:
                 self.save()
             if any(common.all_gather_list([stop.requested])):
-                self.finish(trainer)
-                sys.exit("train.py: saved the reference's errors so far; the same command goes on"
-                         if trainer.rank == 0 else 1)
-        self.finish(trainer)
+                break
+        if trainer.rank == 0 and self.is_new:
+            self.save()
+        self.errors = self.errors.to(trainer.device)
+        return not self.errors[steps.start:].isnan().any()
 
     def put(self, step, errors, records):
         """Takes the errors [batch_size, 2] and the records [batch_size, 3] of a step."""
         if not errors.isfinite().all():
             raise InputError(f"the reference's errors of step {step} are not finite; try --precision fp32")
         self.errors[step], self.records[step], self.is_new = errors.cpu(), records.cpu(), True
-
-    def finish(self, trainer):
-        if trainer.rank == 0 and self.is_new:
-            self.save()
-        self.errors = self.errors.to(trainer.device)
 
     def save(self):
         content = save({"errors": self.errors, "records": self.records}, {"identity": json.dumps(self.identity)})

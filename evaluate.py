@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest, hub_id, keyed_generator
 from data import Clip
-from models import cast_for_autocast, load_model
+from models import cast_for_autocast, fuse_lora, load_model
 from report import (ImageFolder, comparable_folders, comparable_scores, first_difference, open_batches, read_json,
                     save_png, settings_of, style_table, table, to_pil, writable_file, write_report)
 from stats import cmmd, diversity, frechet, inception
@@ -108,22 +108,6 @@ def prompt_of(row):
 
 
 # Generate
-
-
-def load_for_sampling(name, lora=None):
-    """The frozen float32 model of a preset's name, folder or hub id, with LoRA weights fused in if given."""
-    model = load_model(name)
-    if not lora:
-        return model
-    try:
-        model.pipe.load_lora_weights(lora)
-        if not any(model.pipe.get_list_adapters().values()):  # diffusers would go on without it
-            raise ValueError("none of its keys is of this model")
-        model.pipe.fuse_lora()
-        model.pipe.unload_lora_weights()
-    except Exception as error:
-        raise InputError(f"--lora {lora} cannot be loaded into {name}: {brief(error)}")
-    return model
 
 
 def weights_digest(model):
@@ -216,7 +200,9 @@ def generate(args):
     rank, _, _ = common.torchrun_env()
     device, dtype = device_and_dtype(args)
     all_prompts = read_prompts(args.prompts)[:args.limit]
-    model = load_for_sampling(args.model, args.lora)
+    model = load_model(args.model)
+    for source in args.lora:
+        fuse_lora(model, source)
     if args.scheduler:
         classes = {cls.__name__: cls for cls in model.pipe.scheduler.compatibles}
         if args.scheduler not in classes:
@@ -380,7 +366,8 @@ def parse_args(argv=None):
 
     add = command(generate)
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id [%(default)s]")
-    add("--lora", metavar="LORA", help="LoRA weights for it: a folder, file or hub id")
+    add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights for it, one on top of the other: folders, "
+        "files or hub ids")
     add("--prompts", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of the hub, or tiny")
     add("--out", metavar="DIR", required=True)
     add("--limit", type=int, metavar="N", help="the first N prompts alone")

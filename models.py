@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ HUB_IDS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+BELOW = "init_lora.json"  # beside LoRA weights: the LoRA weights that they stand on
 TOY = 1e8  # parameters; a smaller denoiser is a toy, for which the embedded CLIP will do
 
 
@@ -33,6 +35,7 @@ class StableDiffusion:
     pipe      the diffusers pipeline, float32
     denoiser  the network in it that trains
     process   the diffusion process of its schedule
+    init_lora where the LoRA weights came from that were fused into it last, or None
     """
 
     denoiser_name = "unet"
@@ -45,7 +48,7 @@ class StableDiffusion:
     def __init__(self, pipe):
         from diffusers import DDPMScheduler
 
-        self.pipe = pipe
+        self.pipe, self.init_lora = pipe, None
         self.denoiser = getattr(pipe, self.denoiser_name)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.process = DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
@@ -173,6 +176,10 @@ class StableDiffusion:
             return self.pipe.save_pretrained(folder)
         weights = peft.get_peft_model_state_dict(self.denoiser)
         self.pipe.save_lora_weights(folder, diffusers.utils.convert_state_dict_to_diffusers(weights))
+        if self.init_lora:
+            is_local = Path(self.init_lora).exists()
+            below = str(Path(self.init_lora).absolute()) if is_local else self.init_lora
+            (Path(folder) / BELOW).write_text(json.dumps({"init_lora": below}))
 
     @functools.cached_property
     def encoder_digests(self):
@@ -332,6 +339,40 @@ def load_pipeline(source, family):
     if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
         raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
     return pipe
+
+
+def fuse_lora(model, source):
+    """Adds the LoRA weights of a folder, a file or a hub id to the weights of a model's networks.
+
+    An adapter that was trained with --init_lora stands on another one, which comes first.
+
+    raises  InputError where they cannot be read, or a tensor of theirs fits nowhere: diffusers would go on
+            without it
+    """
+    pipe, below = model.pipe, Path(source) / BELOW
+    if below.exists():
+        fuse_lora(model, json.loads(below.read_text())["init_lora"])
+    try:
+        weights, *_ = pipe.lora_state_dict(source, unet_config=model.denoiser.config)
+        pipe.load_lora_weights(source)
+        loaded = set()
+        for network in model.networks().values():
+            for name, param in network.named_parameters():
+                if "lora_" in name:
+                    loaded.add(tensor_digest(param.detach()))
+        homeless = [name for name, tensor in weights.items() if tensor_digest(tensor) not in loaded]
+        if homeless:
+            raise ValueError(f"{len(homeless)} of its {len(weights)} tensors fit nowhere, the first is {homeless[0]}")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        model.init_lora = source
+    except Exception as error:
+        raise InputError(f"LoRA weights {source} cannot be loaded into this model: {brief(error)}")
+
+
+def tensor_digest(tensor):
+    """Of the values, whatever the type and the shape that they are held in."""
+    return digest(tensor.float().cpu().numpy().tobytes())
 
 
 # Random weights at full size: for benchmarks, and to see that a run fits

@@ -37,7 +37,7 @@ from data import (COLUMNS, SCAN_LIMIT, Clip, EncodedPairs, ImagePairs, Stream, c
                   find_prompts, is_cache)
 from encode import ReferenceErrors, check_cache, check_records, encode_batch
 from loss import LOSSES, denoising_error, wants
-from models import cast_for_autocast, disabled_adapter, find_model, frozen_reference, load_model
+from models import cast_for_autocast, disabled_adapter, find_model, frozen_reference, fuse_lora, load_model
 from options import H14, check_same_run, hyperparameters, train_args
 
 ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no "
@@ -270,7 +270,8 @@ def train(args, out, state):
     output = Output(out, trainer, optimizer, scaler)
     stop = common.StopSignal()
     if args.reference_errors:
-        trainer.reference_errors.complete(trainer, range(start, args.steps), stop)
+        if not trainer.reference_errors.complete(trainer, range(start, args.steps), stop):
+            end_early("saved the reference's errors so far; the same command goes on")
         trainer.reference = None
     if args.gradient_checkpointing:
         trainer.model.denoiser.enable_gradient_checkpointing()
@@ -349,6 +350,8 @@ def set_up(args, out, state):
     if state and state["pairs"] != len(pairs):
         raise InputError(f"{out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
     model = load_model(args.model, args.random_init)
+    if args.init_lora:
+        fuse_lora(model, args.init_lora)
     if is_encoded:
         check_cache(args.data, model, args.model)
     args.resolution = pairs.resolution = model.resolution(args.resolution)

@@ -1,15 +1,19 @@
 """Make preference pairs of a style, as in arXiv:2406.06382, from any diffusers model, and train on them.
 
     python -m extras.style_pairs --model sdxl --prompts prompts.txt --style van-gogh --held_out 1000 --out van-gogh
+    python -m extras.style_pairs --images photos --prompts captions.txt --editor timbrooks/instruct-pix2pix ...
     torchrun --nproc_per_node=8 -m extras.style_pairs ...                                       on eight GPUs
     python train.py --model sd15 --data van-gogh/pairs --steps 500 --batch_size 64 --lr 6.4e-7 --out out/vg
     python evaluate.py generate --model sd15 --prompts van-gogh/prompts.json --out images/vg-base
     python evaluate.py generate --model out/vg/model --prompts van-gogh/prompts.json --out images/vg-rpo
     python evaluate.py style images/vg-rpo --reference van-gogh/reference --base images/vg-base
 
-For each prompt a plain image, the rejected one, and the chosen: image-to-image from the plain one's latents
-with the prompt put in the words of the style, so that content stays and style changes, by --strength. It
-leaves in --out: pairs/*.parquet in Pick-a-Pic's schema, the prompt as caption; reference/*.png, styled images
+For each prompt a plain image, the rejected one, of --model or of the folder --images; and the chosen, the same
+content in the style. With --editor an InstructPix2Pix model edits the plain image by an instruction, as the
+paper made its sets (with others of that kind, on Pick-a-Pic's images). Without, it is image-to-image from the
+plain one's latents, with the prompt put in the words of the style, by --strength.
+
+It leaves in --out: pairs/*.parquet in Pick-a-Pic's schema, the prompt as caption; reference/*.png, styled images
 of --held_out prompts that are in no pair, and prompts.json, these prompts, for evaluation; images/, what both
 were made of. Killed and given again, the same command goes on.
 """
@@ -22,16 +26,28 @@ import shutil
 from pathlib import Path
 
 import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import data
 import evaluate
 from common import InputError, keyed_generator
-from models import cast_for_autocast
+from models import StableDiffusion, StableDiffusionXL, cast_for_autocast, load_model, load_pipeline
 
 STYLES = {  # of the paper, in words of ours; anything else with a {} for the prompt is a style, too
     "van-gogh": "{}, an oil painting in the style of Vincent van Gogh, swirling thick brush strokes",
     "sketch": "{}, a black and white pencil sketch, line drawing on paper",
     "winter": "{}, in deep winter, covered in snow and frost",
+}
+EDITS = {  # the same as instructions to an editor; any other words are one, too
+    "van-gogh": "turn it into an oil painting by Vincent van Gogh",
+    "sketch": "turn it into a black and white pencil sketch",
+    "winter": "make it deep winter, covered in snow and frost",
+}
+EDITORS = {  # pipelines that see the image beside the noise, and the family that loads and runs each
+    "StableDiffusionInstructPix2PixPipeline": StableDiffusion,
+    "StableDiffusionXLInstructPix2PixPipeline": StableDiffusionXL,
 }
 SHARD = 100  # pairs in a parquet file; Arrow takes 2 GB of them, and a picture may have 5 MB
 ADVICE = "A smaller --batch_size, or --device cpu, may go on"
@@ -47,10 +63,14 @@ def parse_args(argv=None):
     parser.error = refuse
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id")
+    add("--images", metavar="DIR", help="plain images, in the order of their names a prompt each, instead of a model's")
+    add("--editor", metavar="MODEL", help="an InstructPix2Pix model, a diffusers folder or hub id: it makes the styled image")
     add("--prompts", required=True, metavar="PROMPTS", help="as of evaluate.py generate; each is used once")
-    add("--style", required=True, help=f"{', '.join(STYLES)}, or your words with a {{}} for the prompt")
+    add("--style", required=True, help=f"{', '.join(STYLES)}, or your words: with a {{}} for the prompt, or with "
+        "--editor an instruction")
     add("--out", required=True, metavar="DIR")
-    add("--strength", type=float, default=0.7, help="how far the styled image goes from the plain")
+    add("--strength", type=float, default=0.7, help="how far the styled image goes from the plain, without --editor")
+    add("--image_guidance", type=float, default=1.5, help="of the editor: how close it stays to the plain image")
     add("--held_out", type=int, default=0, metavar="N", help="prompts kept apart for the reference images")
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=50, help="denoising steps")
@@ -61,9 +81,12 @@ def parse_args(argv=None):
     add("--device", help="cuda, mps or cpu [the best there is]")
     args = parser.parse_args(argv)
 
-    name, args.style = args.style, STYLES.get(args.style, args.style)
-    if "{}" not in args.style:
+    name = args.style
+    args.style = (EDITS if args.editor else STYLES).get(name, name)
+    if "{}" not in args.style and not args.editor:
         refuse(f"--style {name} is none of {', '.join(STYLES)} and has no {{}} for the prompt")
+    if args.images and not args.editor:
+        refuse("--images needs --editor, which makes the styled images of them")
     if args.batch_size < 1:
         refuse(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 0 < args.strength <= 1 or int(args.steps * args.strength) < 1:
@@ -72,15 +95,33 @@ def parse_args(argv=None):
 
 
 def read_prompts(args):
-    """(the different prompts, the numbers of those that are in no pair).
+    """(the different prompts, the numbers of those that are in no pair, the files of their images or None).
 
-    A prompt that stands in the list twice could be held out and in a pair.
+    A prompt that stands in the list twice could be held out and in a pair; of its images the first is taken.
     """
-    prompts = list(dict.fromkeys(evaluate.read_prompts(args.prompts)))
+    listed = evaluate.read_prompts(args.prompts)
+    prompts, images = list(dict.fromkeys(listed)), None
+    if args.images:
+        found = sorted(file for file in Path(args.images).glob("*") if file.suffix.lower() in evaluate.IMAGE_SUFFIXES)
+        if len(found) != len(listed):
+            raise InputError(f"--images {args.images} holds {len(found)} images, {args.prompts} {len(listed)} prompts")
+        images = [found[listed.index(prompt)] for prompt in prompts]
     if not 0 <= args.held_out < len(prompts):
         raise InputError(f"--held_out {args.held_out} leaves no pair of {len(prompts)} different prompts")
     order = torch.randperm(len(prompts), generator=keyed_generator(args.seed, "held out")).tolist()
-    return prompts, sorted(order[:args.held_out])
+    return prompts, sorted(order[:args.held_out]), images
+
+
+def load_editor(source):
+    """The frozen float32 InstructPix2Pix model of a diffusers folder or hub id, as its family."""
+    try:
+        index = DiffusionPipeline.load_config(source if Path(source).is_dir() else common.hub_id(source))
+        kind = index["_class_name"]
+        if kind not in EDITORS:
+            raise ValueError(f"it is a {kind}, not a pipeline of InstructPix2Pix")
+        return EDITORS[kind](load_pipeline(source, EDITORS[kind]))
+    except Exception as error:
+        raise InputError(f"--editor {source} cannot be loaded: {common.brief(error)}")
 
 
 def files(out, i):
@@ -88,13 +129,20 @@ def files(out, i):
     return [out / "images" / f"{i:05d}-{kind}.png" for kind in ("plain", "styled")]
 
 
-def claim_folder(out, args, model, prompts, dtype):
+def claim_folder(out, args, models, prompts, images, dtype):
     """Writes the manifest, all that makes the images; InputError where `out` was begun with anything else."""
-    scheduler = sorted(model.pipe.scheduler.config.items())
-    manifest = {"style": args.style, "strength": args.strength, "seed": args.seed, "steps": args.steps,
-                "guidance": args.guidance, "resolution": args.resolution, "held_out": args.held_out,
-                "prompts": common.digest(prompts), "weights": evaluate.weights_digest(model),
-                "precision": str(dtype), "scheduler": str(scheduler)}
+    manifest = {"style": args.style, "seed": args.seed, "steps": args.steps, "guidance": args.guidance,
+                "resolution": args.resolution, "held_out": args.held_out, "prompts": common.digest(prompts),
+                "precision": str(dtype)}
+    if images:
+        manifest["images"] = common.digest([common.digest(file.read_bytes()) for file in images])
+    if args.editor:
+        manifest["image_guidance"] = args.image_guidance
+    else:
+        manifest["strength"] = args.strength
+    for name, model in models.items():
+        manifest[f"{name}: weights"] = evaluate.weights_digest(model)
+        manifest[f"{name}: scheduler"] = str(sorted(model.pipe.scheduler.config.items()))
     file = out / "manifest.json"
     if file.exists():
         before = evaluate.read_json(file)
@@ -105,28 +153,43 @@ def claim_folder(out, args, model, prompts, dtype):
     elif any(out.glob("*")):
         raise InputError(f"{out} holds something else; give another --out")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    common.atomic_write(file, json.dumps(manifest | {"model": args.model}, indent=1))
+    common.atomic_write(file, json.dumps(manifest | {"model": args.model, "editor": args.editor}, indent=1))
 
 
-def make_images(out, args, model, prompts, dtype):
+def read_square(file, side):
+    """The middle of a picture, side * side pixels."""
+    try:
+        return ImageOps.fit(data.read_image(file.read_bytes()), (side, side), Image.Resampling.BICUBIC)
+    except Exception as error:
+        raise InputError(f"{file} cannot be read ({common.brief(error)}); take it and its prompt out")
+
+
+def make_images(out, args, models, prompts, images, dtype):
     """Draws the plain and the styled images that are not there yet: this process's share."""
-    from diffusers import AutoPipelineForImage2Image
-
-    restyle = AutoPipelineForImage2Image.from_pipe(model.pipe)
-    restyle.set_progress_bar_config(disable=True)
+    model, editor = models.get("model"), models.get("editor")
+    if not editor:
+        restyle = AutoPipelineForImage2Image.from_pipe(model.pipe)
+        restyle.set_progress_bar_config(disable=True)
     for batch in evaluate.pending_batches(len(prompts), args.batch_size, lambda i: files(out, i), "pairs"):
         plain_prompts = [prompts[i] for i in batch]
         styled_prompts = [args.style.replace("{}", prompt) for prompt in plain_prompts]
         plain_noise = [keyed_generator(args.seed, "sample", i) for i in batch]  # that of evaluate.py generate
         styled_noise = [keyed_generator(args.seed, "style", i) for i in batch]
 
-        plain = model.sample(plain_prompts, plain_noise, args.steps, args.guidance, dtype,
-                             height=args.resolution, width=args.resolution)
-        styled = model.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
-                              pipe=restyle, image=plain, strength=args.strength)
-
-        plain_images = evaluate.to_pil(model.decode(plain))
-        styled_images = evaluate.to_pil(model.decode(styled))
+        if images:
+            plain_images = [read_square(images[i], args.resolution) for i in batch]
+        else:
+            plain = model.sample(plain_prompts, plain_noise, args.steps, args.guidance, dtype,
+                                 height=args.resolution, width=args.resolution)
+            plain_images = evaluate.to_pil(model.decode(plain))
+        if editor:
+            styled = editor.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
+                                   image=plain_images, image_guidance_scale=args.image_guidance)
+            styled_images = evaluate.to_pil(editor.decode(styled))
+        else:
+            styled = model.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
+                                  pipe=restyle, image=plain, strength=args.strength)
+            styled_images = evaluate.to_pil(model.decode(styled))
         for i, plain_image, styled_image in zip(batch, plain_images, styled_images):
             plain_file, styled_file = files(out, i)
             evaluate.save_png(plain_image, plain_file)
@@ -141,7 +204,7 @@ def pack(out, args, prompts, held_out):
         plain, styled = files(out, i)
         return {"caption": prompts[i], "jpg_0": styled.read_bytes(), "jpg_1": plain.read_bytes(),
                 "label_0": 1.0, "label_1": 0.0, "are_different": True, "has_label": True,
-                "model_0": f"{args.model}: {args.style}", "model_1": args.model}
+                "model_0": f"{args.editor or args.model}: {args.style}", "model_1": args.images or args.model}
 
     (out / "pairs").mkdir(exist_ok=True)
     paired = [i for i in range(len(prompts)) if i not in held_out]
@@ -164,19 +227,24 @@ def main(argv=None):
     with common.one_line_errors("style_pairs.py", ADVICE):
         args = parse_args(argv)
         out = Path(args.out)
-        prompts, held_out = read_prompts(args)
+        prompts, held_out, images = read_prompts(args)
         device, dtype = evaluate.device_and_dtype(args)
         common.end_with_launcher()
-        model = evaluate.load_for_sampling(args.model)
-        args.resolution, args.guidance = evaluate.resolution_and_guidance(args, model)
+        models = {}
+        if not args.images:
+            models["model"] = load_model(args.model)
+        if args.editor:
+            models["editor"] = load_editor(args.editor)
+        args.resolution, args.guidance = evaluate.resolution_and_guidance(args, [*models.values()][0])
         rank, _, _ = common.torchrun_env()
         if rank == 0:
-            claim_folder(out, args, model, prompts, dtype)
+            claim_folder(out, args, models, prompts, images, dtype)
         evaluate.barrier()
 
-        cast_for_autocast(model.denoiser, dtype)
-        model.pipe.to(device)
-        make_images(out, args, model, prompts, dtype)
+        for model in models.values():
+            cast_for_autocast(model.denoiser, dtype)
+            model.pipe.to(device)
+        make_images(out, args, models, prompts, images, dtype)
         evaluate.barrier()
         if rank == 0:
             pack(out, args, prompts, held_out)

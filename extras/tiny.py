@@ -365,11 +365,21 @@ def load(name):
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(part("pipeline") if is_lora else folder)
         if is_lora:
-            pipe.load_lora_weights(folder)
+            add_lora(pipe, folder)
     except Exception as error:
         raise InputError(f"{name} cannot be loaded: {brief(error)}")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def add_lora(pipe, folder):
+    """Adds the LoRA weights that train.py left in a folder to a pipeline's, first those that they stand on."""
+    below = Path(folder) / "init_lora.json"
+    if below.exists():
+        add_lora(pipe, json.loads(below.read_text())["init_lora"])
+    pipe.load_lora_weights(folder)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
 
 
 def parse_args(argv=None):

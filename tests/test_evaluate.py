@@ -241,7 +241,7 @@ def test_lora_weights_change_the_images_unless_they_are_zero(tmp_path, generate,
     strange = {"base_model.model.conv.lora_A.weight": torch.ones(2, 2)}
     save_file(strange, tmp_path / "stranger" / "pytorch_lora_weights.safetensors")
     for name in ("nowhere", "stranger"):  # the second is one that diffusers would pass over in silence
-        with pytest.raises(SystemExit, match=f"--lora .*{name} cannot be loaded"):
+        with pytest.raises(SystemExit, match=f"LoRA weights .*{name} cannot be loaded"):
             generate("none", "--lora", str(tmp_path / name), model="sdxl")
 
 

@@ -1,6 +1,7 @@
 """Adapters, torch.compile, random weights at full size, memory that is short, and a step that never waits."""
 
 import functools
+import json
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ import encode
 import loss as loss_file
 import models
 import train
+from common import InputError
 from conftest import QUICK, fresh, launch, loaded, log_of
 from extras import tiny
 from loss import denoising_error
@@ -242,6 +244,79 @@ def test_an_adapter_in_bf16_draws_its_samples(run):
     out = run("sd", f"{LORA} --precision bf16 --sample_every 1 --sample_steps 2").out
     before, after = ((out / "samples" / f"{step:06d}.png").read_bytes() for step in (1, 2))
     assert before != after
+
+
+# Two stages
+
+
+def test_the_first_stages_model_is_policy_and_reference_of_the_second(run, command, tmp_path):
+    """SFT, then RPO from out/sft/model: the pull is to the SFT model, no longer to the base."""
+    first = run("sd", "--loss sft --lr 1e-3")
+    argv = command("sd", "--lr 1e-3", tmp_path / "out")
+    observed([*argv, "--model", str(first.out / "model")])
+    check_second_stage(log_of(tmp_path / "out"), run("sd", "--lr 1e-3").log)
+
+
+def check_second_stage(log, log_from_base):
+    """At step 0 no margin, at step 1 one; and not against the errors of the base model."""
+    assert log[0]["reward/margin"] == log[0]["reward/chosen"] == 0 and log[1]["reward/margin"] != 0
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name in ("mse/ref_w", "mse/ref_l"):
+        assert log[0][name] != pytest.approx(log_from_base[0][name], rel=1e-3)
+
+
+@pytest.mark.parametrize("model, rank", [("sd", 4), ("sdxl", 0)])
+def test_the_first_stages_adapter_is_policy_and_reference_of_the_second(run, command, tmp_path, small_model, model, rank):
+    """Whatever the second stage trains: it is the run from a pipeline into which the adapter was fused."""
+    adapter = run(model, f"{LORA} --loss sft").out / "model"
+    second = run(model, f"--lora_rank {rank} --lr 1e-2 --init_lora {adapter}")
+    check_second_stage(second.log, run(model, LORA).log)
+    merged = fresh(small_model(model))
+    models.fuse_lora(merged, adapter)
+    merged.save(tmp_path / "merged")
+    argv = command(model, f"--lora_rank {rank} --lr 1e-2", tmp_path / "out")
+    observed([*argv, "--model", str(tmp_path / "merged")])
+    for record, expected in zip(second.log, log_of(tmp_path / "out"), strict=True):
+        for name in ("mse/ref_w", "mse/policy_l", "loss", "grad_norm"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
+    """Drawn with alone, it would be another model's; fuse_lora, evaluate's --lora and the task's judge add both."""
+    first = run("sd", f"{LORA} --loss sft").out / "model"
+    second = run("sd", f"{LORA} --init_lora {first}")
+    both = fresh(small_model("sd"))
+    models.fuse_lora(both, second.out / "model")
+    inputs = pair_inputs(both)
+    trained = denoising_error(network=second.model.denoiser, **inputs)
+    assert apart(denoising_error(network=both.denoiser, **inputs), trained) < 1e-5
+    pipe = DiffusionPipeline.from_pretrained(small_model("sd"))
+    tiny.add_lora(pipe, second.out / "model")
+    assert apart(denoising_error(network=pipe.unet, **inputs), trained) < 1e-5
+    lone = shutil.copytree(second.out / "model", tmp_path / "lone", ignore=lambda *_: [models.BELOW])
+    alone = fresh(small_model("sd"))
+    models.fuse_lora(alone, lone)
+    assert apart(denoising_error(network=alone.denoiser, **inputs), trained) > 1e-3
+    (tmp_path / "lone" / models.BELOW).write_text(json.dumps({"init_lora": str(tmp_path / "gone")}))
+    with pytest.raises(InputError, match=f"LoRA weights {tmp_path}/gone cannot be loaded"):
+        models.fuse_lora(fresh(small_model("sd")), lone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_lora_weights_of_which_some_fit_nowhere_are_refused(run, small_model, tmp_path, dtype):
+    """diffusers would draw with the rest. In whole, of either type, they are taken."""
+    weights = load_file(run("sd", f"{LORA} --loss sft").out / ADAPTER)
+    weights = {name: value.to(dtype) for name, value in weights.items()}
+    first = min(weights)
+    unknown = {"block": first.replace("attn1", "attn9"), "network": first.replace("unet.", "transformer.")}
+    for what, name in [("whole", first), *unknown.items()]:
+        changed = dict(weights)
+        changed[name] = changed.pop(first)
+        save_file(changed, tmp_path / f"{what}.safetensors")
+    models.fuse_lora(fresh(small_model("sd")), tmp_path / "whole.safetensors")
+    for what in unknown:
+        with pytest.raises(InputError, match=f"{what}.safetensors cannot be loaded"):
+            models.fuse_lora(fresh(small_model("sd")), tmp_path / f"{what}.safetensors")
 
 
 # torch.compile

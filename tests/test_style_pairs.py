@@ -1,5 +1,6 @@
 """The builder of style pairs: the styled image comes from the plain one, and no prompt is on both sides."""
 
+import inspect
 import json
 
 import datasets
@@ -132,4 +133,85 @@ def test_wrong_options_end_in_one_line(tmp_path, arguments, options, complaint):
     """Before anything is drawn."""
     with pytest.raises(SystemExit, match=f"^style_pairs.py: {complaint}"):
         style_pairs.main([*arguments, "--out", str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()
+
+
+# An editor
+
+
+def small_editor(folder, small_model, kind):
+    """The small model as an InstructPix2Pix pipeline: its UNet sees the image's latents beside the noise."""
+    import diffusers
+
+    pipe = models.load_model(small_model(kind)).pipe
+    torch.manual_seed(1)
+    unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
+    editor_class = getattr(diffusers, f"StableDiffusion{'XL' if kind == 'sdxl' else ''}InstructPix2PixPipeline")
+    settings = pipe.components | {"unet": unet, "requires_safety_checker": False}
+    names = inspect.signature(editor_class.__init__).parameters
+    editor = editor_class(**{name: value for name, value in settings.items() if name in names})
+    editor.save_pretrained(folder / f"editor-{kind}")
+    return str(folder / f"editor-{kind}")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_editor_styles_the_models_own_images(tmp_path, arguments, small_model, kind):
+    """The plain image is that of a run without an editor; the styled one is what the stock pipeline makes of it."""
+    from diffusers import DiffusionPipeline
+
+    editor = small_editor(tmp_path, small_model, kind)
+    edit = [*arguments, "--editor", editor, "--style", "winter"]
+    style_pairs.main([*edit, "--out", str(tmp_path / "edited")])
+    style_pairs.main([*arguments, "--out", str(tmp_path / "plain")])
+    edited, plain = contents(tmp_path / "edited" / "images"), contents(tmp_path / "plain" / "images")
+    for name in plain:
+        assert (edited[name] == plain[name]) == name.endswith("plain.png"), name
+    pipe = DiffusionPipeline.from_pretrained(editor, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    images = [Image.open(tmp_path / "edited" / "images" / f"{i:05d}-plain.png") for i in (0, 1)]
+    noise = [style_pairs.keyed_generator(0, "style", i) for i in (0, 1)]
+    (stock, _) = pipe(
+        [style_pairs.EDITS["winter"]] * 2,
+        image=images,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        image_guidance_scale=1.5,
+        generator=noise,
+    ).images
+    assert np.abs(np.array(stock, int) - edited["00000-styled.png"]).max() <= 1
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "edited" / "pairs" / "*.parquet"), split="train")
+    assert rows[0]["model_0"] == f"{editor}: {style_pairs.EDITS['winter']}"
+    for option, value in (("--image_guidance", "2"), ("--style", "make it blue")):
+        with pytest.raises(SystemExit, match="was begun with"):
+            style_pairs.main([*edit, "--out", str(tmp_path / "edited"), option, value])
+
+
+def test_an_editor_styles_a_folder_of_images(tmp_path, arguments, small_model):
+    """Of any size and shape; the rejected image is the folder's own, in the order of the names."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(len(PROMPTS)):
+        Image.new("RGB", (48 + 8 * i, 40), (40 * i, 0, 0)).save(photos / f"{i}.jpg", quality=100)
+    argv = [*arguments, "--editor", small_editor(tmp_path, small_model, "sd"), "--images", str(photos), "--resolution", "32"]
+    style_pairs.main([*argv, "--out", str(tmp_path / "out")])
+    for i, number in enumerate((0, 1, 2, 4, 5)):  # the second "a red fox" counts no more
+        plain = np.array(Image.open(tmp_path / "out" / "images" / f"{i:05d}-plain.png"), int)
+        assert plain.shape == (32, 32, 3) and np.abs(plain - (40 * number, 0, 0)).max() <= 3
+    Image.new("RGB", (40, 40)).save(photos / "9.png")
+    with pytest.raises(SystemExit, match=r"photos holds 7 images, .*prompts.json 6 prompts"):
+        style_pairs.main([*argv, "--out", str(tmp_path / "other")])
+    (photos / "9.png").unlink()
+    (photos / "2.jpg").write_bytes(b"<html>404</html>")
+    with pytest.raises(SystemExit, match=r"2.jpg cannot be read .*take it and its prompt out"):
+        style_pairs.main([*argv, "--out", str(tmp_path / "third")])
+
+
+def test_what_is_no_editor_is_refused(tmp_path, arguments, small_model):
+    for options, complaint in (
+        (["--editor", small_model("sd")], "it is a StableDiffusionPipeline, not a pipeline of InstructPix2Pix"),
+        (["--editor", str(tmp_path / "nowhere")], "--editor .*nowhere cannot be loaded"),
+        (["--images", str(tmp_path)], "--images needs --editor"),
+    ):
+        with pytest.raises(SystemExit, match=complaint):
+            style_pairs.main([*arguments, "--out", str(tmp_path / "out"), *options])
     assert not (tmp_path / "out").exists()
