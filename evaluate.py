@@ -35,7 +35,7 @@ from data import Clip
 from models import cast_for_autocast, fuse_lora, load_model
 from report import (ImageFolder, comparable_folders, comparable_scores, first_difference, open_batches, read_json,
                     save_png, settings_of, style_table, table, to_pil, writable_file, write_report)
-from stats import cmmd, diversity, frechet, inception
+from stats import cmmd, diversity, frechet, inception, mean_squared_distance, style_statistics
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # where a prompt may stand
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -280,19 +280,27 @@ def compare(args):
 # Style
 
 
-def embed(files, clip, fid, batch_size, title):
-    """([N, E] CLIP embeddings, [N, 2048] features of FID or None) of N images."""
-    embeddings, features = [], []
+def embed(files, clip, fid, gram, batch_size, title):
+    """Of N images: [N, E] CLIP embeddings; [N, 2048] features of FID; mean and mean squared norm of Gram matrices.
+
+    The latter two are None without `fid` and `gram`.
+    """
+    embeddings, features, total, squares = [], [], 0, 0
     for images in open_batches(files, batch_size, title):
         pixels = torch.stack([clip.transform(image) for image in images])               # [B, 3, h, w]
         embeddings.append(clip.embed_images(pixels).cpu())
         if fid:
             features.append(fid(images))
-    return torch.cat(embeddings), torch.cat(features) if fid else None
+        if gram:  # a mean alone: an image has 610,000 of these values
+            vectors = gram(images).double()                                             # [B, D]
+            total = total + vectors.sum(0)
+            squares = squares + vectors.square().sum()
+    moments = (total / len(files), squares / len(files)) if gram else None
+    return torch.cat(embeddings), torch.cat(features) if fid else None, moments
 
 
 def style(args):
-    """Measure alignment with a style: CMMD (and FID) to a reference, and the guards against a collapse.
+    """Measure alignment with a style: CMMD, FID and Gram matrices' distance to a reference, and guards.
 
     The reference is split at random in two: everything is held against its first half, and its second is the
     floor, what a perfect model would reach. All sets have one size N, the smallest there is.
@@ -320,23 +328,28 @@ def style(args):
     spec = args.clip or ("tiny" if first.manifest.get("toy") else "ViT-L-14-336-quickgelu:openai")
     clip = Clip(spec, device)
     fid = inception(device) if args.fid else None
+    use_gram = not first.manifest.get("toy") if args.gram is None else args.gram
+    gram = style_statistics(device) if use_gram else None
     batches = [prompts[i:i + args.batch_size] for i in range(0, n, args.batch_size)]
     text = torch.cat([clip.embed_texts(batch).cpu() for batch in batches])              # [N, E]
-    target, target_features = embed(reference[:n], clip, fid, args.batch_size, "embedding reference")
+    target, target_features, target_moments = embed(reference[:n], clip, fid, gram, args.batch_size,
+                                                    "embedding reference")
     rows = []
     for name, files in sets:
-        x, features = embed(files, clip, fid, args.batch_size, f"embedding {name}")
+        x, features, moments = embed(files, clip, fid, gram, args.batch_size, f"embedding {name}")
         value, interval = cmmd(x, target, draws=1000, seed=args.seed)
         clip_score = 100 * F.cosine_similarity(x, text).mean().item()
         rows.append({
             "images": name, "base": name == args.base, "n": n, "cmmd": value, "cmmd_95": interval,
             "fid": frechet(features, target_features) if fid else None, "diversity": diversity(x),
+            "gram": mean_squared_distance(moments, target_moments) if gram else None,
             "clip": None if name == "floor" else clip_score})
 
     print(style_table(rows))
     fid_by = "FID by torch-fidelity" if fid else "no FID: --no-fid, or torch-fidelity is not installed"
-    print(f"lower CMMD and FID: nearer to {args.reference}; floor: its one half against the other. CLIP "
-          f"score (to the prompt) and diversity fall where a model collapses. By {spec}; {fid_by}")
+    gram_by = "Gram by torchvision's VGG-19, all images against all" if gram else "no Gram: --gram"
+    print(f"lower CMMD, FID and Gram: nearer to {args.reference}; floor: its one half against the other. CLIP score "
+          f"(to the prompt) and diversity fall where a model collapses. By {spec}; {fid_by}; {gram_by}")
     if out:
         numbers = {"clip": spec, "reference": args.reference, "rows": rows}
         atomic_write(out, json.dumps(numbers, indent=1))
@@ -387,6 +400,7 @@ def parse_args(argv=None):
     add("--base", metavar="DIR", help="images of the model before alignment")
     add("--clip", metavar="ARCH:WEIGHTS", help="[ViT-L-14-336-quickgelu:openai, CMMD's; for a toy tiny]")
     add("--fid", action=argparse.BooleanOptionalAction, default=True, help="if torch-fidelity is installed")
+    add("--gram", action=argparse.BooleanOptionalAction, help="distance of VGG-19's Gram matrices [unless a toy]")
     add("--seed", type=int, default=0, help="of the split of the reference and of the bootstrap")
     add("--out", metavar="FILE.json", help="the table's numbers")
 

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from common import InputError, brief
 
 BANDWIDTH = 10  # of CMMD's kernel
+GRAM_LAYERS = (1, 6, 11, 20, 29)  # relu1_1 to relu5_1 of torchvision's VGG-19
 TAILS = (0.025, 0.975)  # quantiles of a 95% interval
 
 
@@ -136,6 +138,39 @@ def inception(device):
         return torch.cat(rows)
 
     return features
+
+
+def style_statistics(device):
+    """A function from PIL pictures to [N, D], whose squared distances are the style loss of arXiv:1508.06576.
+
+    The Gram matrices G = F F^T / (c h w) of VGG-19's features F [c, h w] after relu1_1, 2_1, 3_1, 4_1, 5_1, side
+    by side: sum over layers of 1/5 * 1/4 * |G - A|^2. The weights are torchvision's, the pictures what they see.
+    """
+    try:
+        weights = torchvision.models.VGG19_Weights.DEFAULT
+        layers = torchvision.models.vgg19(weights=weights).features.to(device).eval()
+    except Exception as error:
+        raise InputError(f"style: VGG-19 cannot be loaded ({brief(error)}); give --no-gram")
+    preprocess = weights.transforms()
+
+    @torch.inference_mode()
+    def statistics(images):
+        x, grams = torch.stack([preprocess(image) for image in images]).to(device), []
+        for i, layer in enumerate(layers):
+            x = layer(x)
+            if i in GRAM_LAYERS:
+                features = x.flatten(2)                                                 # [N, c, h w]
+                gram = features @ features.mT / features[0].numel()                     # [N, c, c]
+                grams.append(gram.flatten(1).cpu())
+        return torch.cat(grams, dim=1) / (4 * len(GRAM_LAYERS)) ** 0.5                  # [N, D]
+
+    return statistics
+
+
+def mean_squared_distance(x, y):
+    """Mean of |a - b|^2 over all pairs of two sets, each (mean vector [D], mean of the squared norms)."""
+    (mean_x, square_x), (mean_y, square_y) = x, y
+    return (square_x + square_y - 2 * mean_x @ mean_y).item()
 
 
 def diversity(x):

@@ -500,6 +500,42 @@ def test_fid_is_the_frechet_distance_of_torch_fidelitys_features(tmp_path, monke
     assert rows[1]["fid"] == pytest.approx(frechet(features(other), features(half)))
 
 
+def test_gram_is_gatys_style_loss_of_every_image_to_every_reference(tmp_path, monkeypatch):
+    """Computed here by its definition, pair by pair; on random weights, as torchvision downloads the real ones."""
+    import torchvision
+
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg19()
+    monkeypatch.setattr(torchvision.models, "vgg19", lambda weights: vgg)
+    reference, styled = drawn(tmp_path / "reference", 4, True, 0), drawn(tmp_path / "styled", 2, False, 1)
+    argv = ["style", str(styled), "--reference", str(reference), "--no-fid", "--batch_size", "1"]
+    evaluate.main([*argv, "--gram", "--out", str(tmp_path / "style.json")])
+    row, floor = json.loads((tmp_path / "style.json").read_text())["rows"]
+    order = np.random.default_rng(0).permutation(4)
+    half, other = ([reference / f"{i:05d}.png" for i in k] for k in (order[:2], order[2:]))
+
+    def grams(file):
+        x = torchvision.models.VGG19_Weights.DEFAULT.transforms()(Image.open(file))[None]
+        matrices, rectified = [], 0
+        for layer in vgg.features:
+            x = layer(x)
+            if isinstance(layer, torch.nn.Conv2d):
+                rectified += 1
+            elif isinstance(layer, torch.nn.ReLU) and rectified in (1, 3, 5, 9, 13):  # relu1_1, 2_1, 3_1, 4_1, 5_1
+                n, m = x.shape[1], x[0, 0].numel()
+                matrices.append((x[0].flatten(1) @ x[0].flatten(1).T, n, m))
+        return matrices
+
+    def style_loss(a, b):
+        losses = [(g - h).square().sum() / (4 * n**2 * m**2) for (g, n, m), (h, _, _) in zip(grams(a), grams(b))]
+        assert len(losses) == 5
+        return sum(losses).item() / 5
+
+    for files, got in ((sorted(styled.glob("*.png")), row["gram"]), (other, floor["gram"])):
+        expected = np.mean([style_loss(a, b) for a in files for b in half])
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_reference_that_is_too_small_or_missing_is_refused(tmp_path):
     """Two halves of at least two images."""
     styled, reference = drawn(tmp_path / "styled", 4, True, 1), drawn(tmp_path / "reference", 3, True, 0)
