@@ -178,6 +178,7 @@ def resolve(options, argv):
     model = chosen["model"]
     preset = PRESETS.get(model, {}) | PRESETS.get(f"{model} {chosen.get('loss')}", {})
     preset = {name: value for name, value in preset.items() if name in options.defaults}
+    preset = vars(options.parser.parse_args(as_typed(preset)))
     args = argparse.Namespace(**options.defaults | preset | typed)
 
     if not args.data:
@@ -198,6 +199,17 @@ def resolve(options, argv):
     if args.precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
     return args
+
+
+def as_typed(values):
+    """The command line that sets some values: so a preset passes the checks of what is typed."""
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            argv += [f"--{name}", str(value)]
+    return argv
 
 
 def cache_settings(source):

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -58,13 +59,24 @@ def observed(argv, file):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, small_model, few_pairs):
+def chained_pairs(tmp_path_factory):
+    """24 pairs in which the winner of each is the loser of the next: in most groups an image stands on both sides."""
+    rows = tiny.pair_rows(24)
+    for row, following in zip(rows, rows[1:]):
+        following["jpg_1"] = row["jpg_0"]
+    folder = tmp_path_factory.mktemp("chained")
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train-00000.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_model, chained_pairs):
     """run(...) -> what a run of this layout left and showed, of all processes; runs are kept."""
 
     @functools.cache
     def run(world_size, micro, loss, group, optimizer, kind):
         folder = tmp_path_factory.mktemp("layout")
-        argv = ["--model", small_model(kind), "--data", few_pairs, "--out", str(folder / "out")]
+        argv = ["--model", small_model(kind), "--data", chained_pairs, "--out", str(folder / "out")]
         argv += f"--loss {loss} --group_size {group} --micro_batch {micro} --optimizer {optimizer}".split()
         argv += f"--steps {STEPS} --batch_size {BATCH} --beta {BETA} --tau {TAU} --sample_every 0".split()
         argv += "--clip tiny --device cpu --max_grad_norm 1e9 --lr 1e-3".split()
@@ -84,15 +96,15 @@ def run(tmp_path_factory, small_model, few_pairs):
 
 
 @pytest.fixture(scope="module")
-def giant(small_model, few_pairs):
+def giant(small_model, chained_pairs):
     """giant(loss, group, kind): the first gradient by one forward of the whole batch and plain autograd."""
 
     @functools.cache
     def giant(loss, group, kind):
-        args = options.train_args(["--model", small_model(kind), "--data", few_pairs, "--batch_size", str(BATCH)])
+        args = options.train_args(["--model", small_model(kind), "--data", chained_pairs, "--batch_size", str(BATCH)])
         model = models.load_model(small_model(kind))
         model.denoiser.requires_grad_(True)
-        pairs = data.ImagePairs(few_pairs, 32, prompt_dropout=args.prompt_dropout)
+        pairs = data.ImagePairs(chained_pairs, 32, prompt_dropout=args.prompt_dropout)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiny, "STEPS", QUICK)
             clip = data.Clip("tiny")
@@ -113,14 +125,17 @@ def giant(small_model, few_pairs):
         elif loss == "dpo":  # the reference is the policy: at step 0 every D is zero, its gradient is not
             total = -torch.nn.functional.logsigmoid(-BETA / 2 * ((w - w.detach()) - (l - l.detach()))).mean()
         else:
-            total = 0
+            total, masked = 0, 0
             text, image_w, image_l = clip.embed(batch["caption"], batch["clip_pixels"]).unbind(1)
             for i in range(0, BATCH, group):
                 g = slice(i, i + group)
-                weights = data.cross_pair_weights(text[g], image_w[g], image_l[g], TAU)
+                embeds = text[g], image_w[g], image_l[g]
+                weights = data.cross_pair_weights(*embeds, TAU, image_ids=batch["image_ids"][g])
+                masked = masked + (weights == 0).sum()
                 group_loss, _ = rpo_loss(w[g], l[g], w[g].detach(), l[g].detach(), BETA, weights,
                                          args.weight_position)
                 total = total + group_loss * group / BATCH
+            assert masked > 0 and (weights > 0).any(dim=1).all()
         total.backward()
         return flat(param.grad for param in model.denoiser.parameters())
 
@@ -229,11 +244,11 @@ def measured(argv, file):
 
 
 @pytest.mark.slow
-def test_a_larger_group_takes_no_more_memory(tmp_path, small_model, few_pairs):
+def test_a_larger_group_takes_no_more_memory(tmp_path, small_model, chained_pairs):
     """Two passes keep the graph of one micro-batch: 64 pairs against each other for the memory of 8."""
     peaks = []
     for group in ("8", "64"):
-        argv = ["--model", small_model("sd"), "--data", few_pairs, "--clip", "tiny", "--device", "cpu"]
+        argv = ["--model", small_model("sd"), "--data", chained_pairs, "--clip", "tiny", "--device", "cpu"]
         argv += "--resolution 256 --steps 1 --sample_every 0 --batch_size 64 --micro_batch 8".split()
         argv += ["--group_size", group, "--out", str(tmp_path / f"out-{group}")]
         ((status, text),) = launch(tmp_path, 1, measured, argv, str(tmp_path / group))

@@ -21,6 +21,7 @@ import common
 import data
 import loss as loss_file
 import models
+import options
 import train
 from common import InputError
 from conftest import fresh, log_of
@@ -676,6 +677,21 @@ def test_every_command_of_the_documents_parses():
         parsers[program](shlex.split(options))
 
 
-def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys):
-    train.main(["--model", "sdxl", "--dry_run", "--out", str(tmp_path / "out")])
-    assert json.loads(capsys.readouterr().out)["optimizer"] == "adafactor" and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("model, warmup, optimizer", [("sd15", 500, "adamw"), ("sdxl", 200, "adafactor")])
+def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys, model, warmup, optimizer):
+    """What the presets promise: the paper's form, at Diffusion-DPO's batch, beta, rate and warm-up."""
+    train.main(["--model", model, "--dry_run", "--out", str(tmp_path / "out")])
+    promised = {"warmup": warmup, "optimizer": optimizer, "beta": 5000, "batch_size": 2048, "lr": 2.048e-5}
+    promised |= {"loss": "rpo", "weight_position": "outside", "tau": 0.5, "group_size": 8, "group_noise": "own"}
+    args = json.loads(capsys.readouterr().out)
+    assert {name: args[name] for name in promised} == promised and not (tmp_path / "out").exists()
+
+
+def test_a_preset_passes_the_checks_of_what_is_typed(monkeypatch):
+    """A value of it that is out of range, or of no option, would else be met in the first step."""
+    wrong = {"lr": -1.0, "optimizer": "lion", "steps": 1.5}
+    for name, value in wrong.items():
+        monkeypatch.setitem(options.PRESETS, "sd15", options.PRESETS["sd15"] | {name: value})
+        with pytest.raises(InputError, match=f"--{name}"):
+            train_args(["--model", "sd15"])
+        monkeypatch.undo()
