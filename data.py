@@ -11,7 +11,7 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
     row               [B] int64, row numbers, counted over all files in the order of their names
     image_ids         [B, 2] int64, 64 bits of a digest of each image's stored bytes
     time_ids          [B, 2, 6] float32, SDXL's (height, width, crop top, left, target height, width)
-    unreadable        the row numbers of pairs that could not be decoded and were replaced on the way here
+    unreadable        (row number, why) of pairs that could not be used and were replaced on the way here
     COLUMNS           [B] float32 each
     of a `Stream`     position [B] int64, record [B, 3] float64; t [B], noise [B, C, h, w],
                       vae_noise [B, 2, C, h, w]
@@ -28,31 +28,41 @@ import io
 import json
 import math
 import os
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 
-from common import InputError, brief, digest, hub_id, keyed_generator
+from common import InputError, brief, digest, hub_id, is_hidden, keyed_generator
 
 SCAN_LIMIT = 10_000  # pairs; up to here train.py decodes all once at the start, and data.json is complete at once
 COLUMNS = ()  # further columns of the data, a number per pair, that a loss may name: add yours
+SPLITS = {  # the words of datasets.data_files; of a name that has both kinds, the held-out ones count
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "train": ("train", "training"),
+}
+IMAGES = ("bytes or paths", "null|struct.*|(large_)?(binary|string)")  # as pyarrow's types are written
+NUMBERS = ("numbers", "null|bool|u?int.*|halffloat|float|double|decimal.*")
+KINDS = {"caption": ("strings", "null|.*string.*"), "jpg_0": IMAGES, "jpg_1": IMAGES}
 HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
 
 
-# Rows
+# Files and rows
 
 
-def local_files(source):
-    """The parquet files of a path, or its .jsonl files; of a folder those named train-* alone, if any."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    files = sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl"))
-    return [file for file in files if file.name.startswith("train-")] or files
+class Rows(NamedTuple):
+    """The rows of a source, files in the order of their names."""
+
+    columns: object  # pyarrow.Table: caption as text, all others of `column_types` as float64, null where missing
+    images: object   # images[row] is {"jpg_0", "jpg_1"}, each bytes, a path or {"bytes", "path"}
+    files: dict      # {name in the source: path}; {} of the hub
+    left_out: dict   # {name in the source: why}
 
 
 def find_source(source):
@@ -71,63 +81,217 @@ def find_prompts(source):
         raise InputError(f"--sample_prompts {source} cannot be read: {brief(error)}")
 
 
+def split_of(name):
+    """The split that a relative path names, by the innermost part of it that has such a word; or None."""
+    for part in reversed(Path(name).parts):
+        words = re.split("[-._ 0-9]+", part.lower())  # the separators of datasets.data_files
+        for split, names in SPLITS.items():
+            if any(word in names for word in words):
+                return split
+
+
+def source_files(source):
+    """({name: path} of the files of a local source, {name: why} of those that are left out).
+
+    A file is taken as it is. Of a folder the parquet files at any depth, else its .jsonl files: not what is
+    hidden, not a file that is there already by another name, and where any is of a training split, those alone.
+    InputError where all that is there is of other splits.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {path.name: path}, {}
+    found = sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl")) or sorted(path.rglob("*.jsonl"))
+    files, splits, left_out = {}, {}, {}
+    for file in filter(Path.is_file, found):
+        name = file.relative_to(path).as_posix()
+        if is_hidden(name):
+            left_out[name] = "hidden"
+        elif file.resolve() in {kept.resolve() for kept in files.values()}:
+            left_out[name] = "another name of a file that is read"
+        else:
+            files[name], splits[name] = file, split_of(name)
+    wanted = "train" if "train" in splits.values() else None
+    for name, split in splits.items():
+        if split != wanted:
+            left_out[name] = f"{split} split" if split else "not of the training split"
+            del files[name]
+    if splits and not files:
+        raise InputError(f"--data {source} has no training split, but {', '.join(splits)}; to train on one of them "
+                         f"name it: --data {path / min(splits)}")
+    if not files:
+        hidden = f", but for hidden ones: {', '.join(left_out)}" if left_out else ""
+        raise InputError(f"--data {source} holds no parquet and no .jsonl file{hidden}")
+    return files, left_out
+
+
+def column_types():
+    """{name: type} of what is read of a row beside its images; whether COLUMNS are there is asked later."""
+    import pyarrow
+
+    numbers = ("label_0", "label_1", "has_label", *COLUMNS)
+    return {"caption": pyarrow.large_string()} | {name: pyarrow.float64() for name in numbers}
+
+
+def check_schema(schema, file):
+    """InputError where a file lacks a column of Pick-a-Pic's, or has one of a type that cannot be meant."""
+    missing = sorted({"caption", "jpg_0", "jpg_1", "label_0"} - set(schema.names))
+    if missing:
+        raise InputError(f"--data {file} lacks {', '.join(missing)} of Pick-a-Pic's columns")
+    for name in {"jpg_0", "jpg_1", *column_types()}.intersection(schema.names):
+        what, pattern = KINDS.get(name, NUMBERS)
+        kind = str(schema.field(name).type)
+        if not re.fullmatch(pattern, kind):
+            raise InputError(f"the {name} of {file} are of type {kind}, not {what}")
+
+
+def conform(table):
+    """The columns of `column_types` of a pyarrow.Table, in these types, whatever its writer made of them."""
+    import pyarrow
+
+    arrays = {}
+    for name, kind in column_types().items():
+        if name not in table.column_names:
+            arrays[name] = pyarrow.nulls(len(table), kind)
+            continue
+        column = table[name]
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        arrays[name] = column.cast(kind)
+    return pyarrow.table(arrays)
+
+
+def read_columns(fragments):
+    """`Rows.columns` of parquet files, pyarrow's fragments. InputError names the file that cannot be read."""
+    import pyarrow
+
+    def read(fragment):
+        try:
+            schema = fragment.physical_schema
+            check_schema(schema, fragment.path)
+            names = [name for name in column_types() if name in schema.names]
+            return conform(fragment.to_table(columns=names))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"--data {fragment.path} cannot be read: {brief(error)}")
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # they may be on the hub
+        return pyarrow.concat_tables(pool.map(read, fragments))
+
+
 def read_rows(source):
-    """A `datasets.Dataset` with caption, jpg_0, jpg_1, label_0 and COLUMNS from what `find_source` gives."""
+    """The `Rows` of what `find_source` gives, images at random, by a memory-mapped copy that `datasets` makes.
+
+    encode.stream_rows reads the same without a copy, in order. InputError names what cannot be read.
+    """
+    import datasets
+    import pyarrow.dataset
+
+    if not Path(source).expanduser().exists():
+        try:
+            table = datasets.load_dataset(hub_id(source), split="train")
+            columns = table.with_format("arrow").select_columns(
+                [name for name in column_types() if name in table.column_names])[:]
+        except Exception as error:
+            raise InputError(f"--data {source} cannot be read: {brief(error.__cause__ or error)}")
+        check_schema(table.features.arrow_schema, source)
+        return Rows(conform(columns), images_of(table), {}, {})
+
+    files, left_out = source_files(source)
+    if min(files).endswith(".jsonl"):
+        columns, images = read_jsonl(files)
+        return Rows(columns, images, files, left_out)
+    try:
+        fragments = [*pyarrow.dataset.dataset([*map(str, files.values())], format="parquet").get_fragments()]
+    except Exception as error:
+        raise InputError(unreadable_file(files, error))
+    columns = read_columns(fragments)
+    image = datasets.Image(decode=False)  # of bytes, paths or both, whatever a file has
+    try:
+        table = datasets.load_dataset(
+            "parquet", data_files=[*map(str, files.values())], split="train", columns=["jpg_0", "jpg_1"],
+            features=datasets.Features({"jpg_0": image, "jpg_1": image}))
+    except Exception as error:
+        raise InputError(unreadable_file(files, error.__cause__ or error))
+    return Rows(columns, images_of(table), files, left_out)
+
+
+def images_of(table):
+    """The images of a `datasets.Dataset`, not decoded."""
     import datasets
 
-    files = []
-    try:
-        if not Path(source).expanduser().exists():
-            return datasets.load_dataset(hub_id(source), split="train")
-        files = local_files(source)
-        if files and files[0].suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
-        return datasets.Dataset.from_dict(read_jsonl(files))
-    except KeyError as error:
-        raise InputError(f"a line of {source} lacks {error}; it takes prompt, chosen and rejected")
-    except Exception as error:
-        cause = error.__cause__ or error
-        damaged = damaged_file(files) if not getattr(cause, "errno", None) else None  # a full disk has no file
-        name, cause = damaged or (source, cause)
-        raise InputError(f"--data {name} cannot be read: {brief(cause)}")
+    table = table.select_columns(["jpg_0", "jpg_1"])
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
 
 
 def read_jsonl(files):
-    """The columns of .jsonl files, the images by their paths."""
-    columns = {name: [] for name in ("caption", "jpg_0", "jpg_1", "label_0", *COLUMNS)}
-    for file in files:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-        for line in filter(str.strip, lines):
-            row = json.loads(line)
-            columns["caption"].append(row["prompt"])
-            columns["jpg_0"].append(str(file.parent / row["chosen"]))
-            columns["jpg_1"].append(str(file.parent / row["rejected"]))
-            columns["label_0"].append(1.0)
-            for name in COLUMNS:
-                columns[name].append(row[name])
-    return columns
+    """(`Rows.columns`, [{"jpg_0", "jpg_1"}, ...] by their paths) of .jsonl files {name: path}."""
+    import pyarrow
+
+    values, images = {name: [] for name in column_types()}, []
+    for name, file in files.items():
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--data {file} cannot be read: {brief(error)}")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                images.append({"jpg_0": str(file.parent / row["chosen"]), "jpg_1": str(file.parent / row["rejected"])})
+                record = {"caption": as_text(row["prompt"]), "label_0": 1.0}
+                record |= {column: float(row[column]) for column in COLUMNS}
+            except KeyError as error:
+                raise InputError(f"line {number} of {file} lacks {error}; it takes prompt, chosen and rejected")
+            except (ValueError, TypeError) as error:
+                raise InputError(f"line {number} of {file} cannot be read: {brief(error)}")
+            for column, of_rows in values.items():
+                of_rows.append(record.get(column))
+    arrays = {name: pyarrow.array(of_rows, column_types()[name]) for name, of_rows in values.items()}
+    return pyarrow.table(arrays), images
 
 
-def damaged_file(files):
-    """(file, error) of the first parquet file that cannot be read to its end, or None."""
+def as_text(value):
+    """A string that can be written as UTF-8; None of anything else, half a surrogate pair among them."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        return None
+    return value
+
+
+def unreadable_file(files, error):
+    """One line that names the first parquet file that cannot be read to its end."""
     import pyarrow.parquet
 
-    for file in files:
+    for file in files.values():
         try:
             for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
                 pass
-        except Exception as error:
-            return file, error
+        except Exception as cause:
+            return f"--data {file} cannot be read: {brief(cause)}"
+    return f"--data {next(iter(files.values())).parent} cannot be read: {brief(error)}"
 
 
 # Images
+
+# PIL gives up a picture for a text beside it, of a workflow say, of over 1 MB; up to 64 it is let be.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def stored_bytes(source):
     """The encoded bytes of a cell: bytes, a path, or the {"bytes", "path"} of a `datasets.Image`."""
     if isinstance(source, dict):
         source = source["bytes"] or source["path"]
-    return Path(source).read_bytes() if isinstance(source, str) else source
+    if isinstance(source, str):
+        source = Path(source).read_bytes()
+    if not source:
+        raise Unreadable("no image")
+    return source
 
 
 def image_id(content):
@@ -135,21 +299,52 @@ def image_id(content):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
+class Unreadable(Exception):
+    """Why a pair cannot be used, in a few words that are the same for the same fault."""
+
+
 def read_image(content):
     """An upright RGB picture from encoded bytes.
 
-    Transparency goes over white, as browsers show it. Raises what PIL raises on bytes that it cannot decode,
-    and ValueError above PIL's limit of pixels (a decompression bomb).
+    Transparency goes over white, as browsers show it. Raises what PIL raises on bytes that it cannot decode, and
+    ValueError above PIL's limit of pixels (a decompression bomb) or where the scale of its numbers is unknown.
     """
     image = Image.open(io.BytesIO(content))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb?")
+        raise ValueError("a decompression bomb?")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel; PIL would clip them to 8, not scale them
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # PIL would clip to 8 bits what has more of them, or lies in [0, 1]
+        image = Image.fromarray(to_8_bits(np.asarray(image), image.mode))
+    if image.mode in ("La", "RGBa"):  # premultiplied by their transparency
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def to_8_bits(values, mode):
+    """Grey values [H, W] of 16 or 32 bits or floating point as uint8; ValueError where their scale is unknown.
+
+    16 bits are 16 bits. In other modes the range tells: [0, 1] of floating point, else 8 bits, else 16.
+    """
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixel values of unknown scale")
+    if mode.startswith("I;16") or values.max() > 255:
+        scale = 255 / 65535
+    else:
+        scale = 255 if mode == "F" and values.max() <= 1 else 1
+    return (values * scale).round().astype(np.uint8)
+
+
+def reason_of(error):
+    """Why an image cannot be read, without the numbers and addresses that differ from one to the next."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, Image.DecompressionBombError):
+        return "a decompression bomb?"
+    return re.sub(r"\s*[(<:\d].*", "", brief(error)) or type(error).__name__
 
 
 def crop_and_resize(image, size, y, x, flip):
@@ -185,23 +380,37 @@ class Pairs(torch.utils.data.Dataset):
     A pair that cannot be decoded is replaced by the next readable one of the epoch's order. So an item is a
     function of (seed, p), and a run can start at any position without decoding what lies before it.
 
-    A subclass has rows [n], the row numbers of its pairs, num_rows, ties and unlabelled; load(row), the pair
-    or None where it cannot be decoded; caption(row); and content(row, pair, epoch, prompt), the tensors.
+    A subclass has rows [n], the row numbers of its pairs, num_rows, ties, unlabelled and left_out; load(row), the
+    pair, or Unreadable; caption(row); content(row, pair, epoch, prompt), the tensors; and sizes(row), (height,
+    width) of its two images.
     """
 
     def __init__(self, seed, prompt_dropout):
         self.seed = seed
         self.prompt_dropout = prompt_dropout
-        self.unreadable = set()  # row numbers
+        self.unreadable = {}  # {row number: why}
         self.epoch, self.order = None, None  # of the last item: the number, the shuffle [n]
 
     def __len__(self):
         return len(self.rows)
 
     def report(self):
-        """What data.json holds; `unreadable` lists the rows that were met so far."""
+        """What data.json holds; `unreadable` lists, by the reason, the rows that were met so far."""
         return {"rows": self.num_rows, "used": len(self) - len(self.unreadable), "ties": self.ties,
-                "unlabelled": self.unlabelled, "unreadable": sorted(self.unreadable)}
+                "unlabelled": self.unlabelled, "unreadable": by_reason(self.unreadable), "left_out": self.left_out}
+
+    def summary(self):
+        """The same in one line."""
+        reasons = [f"{len(rows)} {reason}" for reason, rows in by_reason(self.unreadable).items()]
+        line = ("{rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} that cannot "
+                "be read".format(bad=len(self.unreadable), **self.report()))
+        if reasons:
+            line += f" ({', '.join(reasons)})"
+        for name, reason in [*self.left_out.items()][:8]:
+            line += f"; {name} left out ({reason})"
+        if len(self.left_out) > 8:
+            line += f"; and {len(self.left_out) - 8} more files"
+        return line
 
     def row_at(self, position):
         """The row of item `position`, were all pairs readable."""
@@ -216,17 +425,43 @@ class Pairs(torch.utils.data.Dataset):
         unreadable = []
         for k in range(min(len(self), 1000)):
             row = self.row_at(epoch * len(self) + (start + k) % len(self))
-            pair = self.load(row)
-            if pair is not None:
+            try:
+                pair = self.load(row)
                 break
-            unreadable.append(row)
+            except Unreadable as error:
+                unreadable.append((row, str(error)))
         else:
-            raise InputError(f"{k + 1} pairs in a row cannot be decoded any more: is the storage gone?")
+            raise InputError(f"{k + 1} pairs in a row cannot be decoded any more ({unreadable[-1][1]}): is the "
+                             "storage gone?")
         drop = augmentation(self.seed, epoch, row)[3]
         caption = self.caption(row)
         prompt = "" if drop < self.prompt_dropout else caption
         item = {"prompt": prompt, "caption": caption, "row": torch.tensor(row), "unreadable": unreadable}
         return item | self.content(row, pair, epoch, prompt)
+
+
+    def crop_summary(self, rows):
+        """One line on what the square crop takes away of the pictures of some rows."""
+        kept = []
+        for row in rows:
+            try:
+                sizes = self.sizes(row)
+                kept.append([min(size) / max(size) for size in sizes])
+            except Unreadable:
+                pass
+        if not kept:
+            return "no picture's size is known"
+        bad = sum(min(pair) < 2 / 3 for pair in kept)
+        return (f"the square crop keeps {np.mean(kept):.0%} of the pictures; in {bad} of {len(kept)} pairs one loses "
+                "more than a third")
+
+
+def by_reason(unreadable):
+    """{row: why} -> {why: [row, ...]}."""
+    rows = {}
+    for row, reason in sorted(unreadable.items()):
+        rows.setdefault(reason, []).append(row)
+    return rows
 
 
 def augmentation(seed, epoch, row):
@@ -237,9 +472,14 @@ def augmentation(seed, epoch, row):
 def collate(items):
     """A list of a `Pairs`' items -> the batch described at the head of this file."""
     batch = {key: [item[key] for item in items] for key in items[0]}
-    batch["unreadable"] = [row for rows in batch["unreadable"] for row in rows]
+    batch["unreadable"] = [entry for entries in batch["unreadable"] for entry in entries]
     return {key: torch.stack(value) if value and torch.is_tensor(value[0]) else value
             for key, value in batch.items()}
+
+
+def numbers(columns, name):
+    """A column of `Rows.columns` as float64 [num_rows], nan where it is empty."""
+    return columns[name].to_numpy()
 
 
 class ImagePairs(Pairs):
@@ -248,56 +488,38 @@ class ImagePairs(Pairs):
     source          see the head of this file
     resolution      side of the training square, pixels
     clip_transform  a function from a picture to a tensor for `clip_pixels`, or None; may be set later
-    table           what `read_rows` gives, if it was read already; or encode.StreamedRows
+    source_rows     the `Rows` of the source, if they were read already
     raises          InputError where the source cannot be read or holds a wrong label or no pair
     """
 
     def __init__(self, source, resolution=None, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
-                 clip_transform=None, table=None):
+                 clip_transform=None, source_rows=None):
         super().__init__(seed, prompt_dropout)
         self.resolution, self.clip_transform = resolution, clip_transform
         self.random_crop, self.random_flip = random_crop, random_flip
         self.source = find_source(source)
-        self.table = read_rows(self.source) if table is None else table
-        self.num_rows = len(self.table)
-        self.check_columns()
-        self.read_labels()
+        self.source_rows = source_rows or read_rows(self.source)
+        self.images, self.left_out = self.source_rows.images, self.source_rows.left_out
+        columns = self.source_rows.columns.combine_chunks()
+        self.num_rows = len(columns)
+        self.captions = columns["caption"].combine_chunks()  # in one piece: processes share it
+        self.read_labels(columns)
         if len(self) == 0:
             raise InputError(f"--data {source} holds no usable pair: {self.report()}")
+        self.columns = {}
+        for name in COLUMNS:
+            values = numbers(columns, name)[self.rows]
+            if np.isnan(values).all():  # no file has it, which a loss that wants it is told
+                continue
+            if np.isnan(values).any():
+                raise InputError(f"row {self.rows[np.isnan(values).argmax()]} of {source} has no {name}")
+            self.columns[name] = numbers(columns, name).astype(np.float32)
 
-    def check_columns(self):
-        import datasets
-        import pyarrow
-
-        columns, features = self.table.column_names, self.table.features
-        missing = sorted({"caption", "jpg_0", "jpg_1", "label_0"} - set(columns))
-        if missing:
-            raise InputError(f"--data {self.source} lacks {', '.join(missing)} of Pick-a-Pic's columns")
-        kind = features["caption"].dtype
-        if kind not in ("string", "large_string", "null"):
-            raise InputError(f"the captions of {self.source} are of type {kind}, not strings")
-        for name in ("jpg_0", "jpg_1"):  # a column of the image type gives bytes or a path; decoded here
-            if isinstance(features[name], datasets.Image):
-                self.table = self.table.cast_column(name, datasets.Image(decode=False))
-        self.captions = pyarrow.array(self.table["caption"][:])  # in one piece: processes share it
-        self.columns = {name: self.numbers(name).astype(np.float32) for name in COLUMNS if name in columns}
-
-    def numbers(self, name):
-        """A column as float64 [num_rows], nan where it is empty. InputError where it holds anything else."""
-        try:
-            return np.array(self.table[name][:], dtype=float)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the {name} of {self.source} are not numbers: {brief(error)}")
-
-    def read_labels(self):
+    def read_labels(self, columns):
         """Sets rows, winner_side, ties, unlabelled. A missing label is nan here."""
-        columns = self.table.column_names
-        label = self.numbers("label_0")                                                 # [num_rows]
-        other = self.numbers("label_1") if "label_1" in columns else 1 - label
-        labelled = ~np.isnan(label)
-        if "has_label" in columns:
-            has_label = [flag in (None, True, 1) for flag in self.table["has_label"][:]]
-            labelled &= np.array(has_label, dtype=bool)
+        label = numbers(columns, "label_0")                                             # [num_rows]
+        other = numbers(columns, "label_1")
+        labelled = ~np.isnan(label) & (numbers(columns, "has_label") != 0)
         contradicted = ~np.isnan(other) & (label + other != 1)
         wrong = np.flatnonzero(labelled & (~np.isin(label, (0, 0.5, 1)) | contradicted))
         if len(wrong):
@@ -311,39 +533,57 @@ class ImagePairs(Pairs):
 
     def scan(self):
         """Decodes every pair once, so that `report` is complete. InputError where none can be decoded."""
+        def fault(row):
+            try:
+                self.load(row)
+            except Unreadable as error:
+                return str(error)
+
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            loaded = pool.map(lambda row: self.load(row) is not None, self.rows)
-            self.unreadable = {int(row) for row, is_readable in zip(self.rows, loaded) if not is_readable}
+            faults = zip(self.rows, pool.map(fault, self.rows))
+            self.unreadable = {int(row): reason for row, reason in faults if reason}
         if len(self.unreadable) == len(self):
             raise InputError(f"--data {self.source} holds no usable pair: {self.report()}")
 
     def digest(self):
-        """16 hex digits over the pairs: rows, winners, captions, and sizes of their files; not where they lie."""
-        files = getattr(self.table, "files", None)
-        if files is None and Path(self.source).expanduser().exists():
-            files = local_files(self.source)
-        sizes = [(Path(file).name, os.path.getsize(file)) for file in files or [] if os.path.exists(file)]
-        if self.table.features["jpg_0"].dtype == "string":  # of a .jsonl
-            paths = self.table["jpg_0"][:] + self.table["jpg_1"][:]
-            sizes += [(Path(path).name, os.path.exists(path) and os.path.getsize(path)) for path in paths]
+        """16 hex digits over the pairs: rows, winners, captions; names, sizes and footers of the files.
+
+        Not over where they lie, nor over the bytes of the images: a picture that was replaced by another one of
+        the same size is not noticed.
+        """
+        files = []
+        for name, file in self.source_rows.files.items():
+            is_parquet = file.suffix == ".parquet"
+            files.append([name, file.stat().st_size, digest(parquet_footer(file) if is_parquet else file.read_bytes())])
+            if not is_parquet:
+                paths = [image[side] for image in self.images for side in ("jpg_0", "jpg_1")]
+                sizes = [os.path.exists(path) and os.path.getsize(path) for path in paths]
+                files.append(sizes)
         captions = [self.caption(row) for row in self.rows]
-        return digest([self.rows.tolist(), self.winner_side[self.rows].tolist(), captions, sizes])
+        return digest([self.rows.tolist(), self.winner_side[self.rows].tolist(), captions, files])
 
     def caption(self, row):
         return self.captions[int(row)].as_py() or ""
 
     def load(self, row):
-        """[(picture, image_id)] of a row's winner and loser, or None where one cannot be decoded."""
-        return self.decode(row, self.table[int(row)])
+        """[(picture, image_id)] of a row's winner and loser. Unreadable where one cannot be decoded."""
+        return self.decode(row, self.images[int(row)])
 
     def decode(self, row, record):
-        """The same of a row that was read already."""
+        """The same of a row whose images were read already."""
         winner = self.winner_side[row]
+        if not self.captions[int(row)].is_valid:
+            raise Unreadable("its prompt is no text")
         try:  # bad bytes raise any error
             stored = [stored_bytes(record[f"jpg_{side}"]) for side in (winner, 1 - winner)]
             return [(read_image(content), image_id(content)) for content in stored]
-        except Exception:
-            return None
+        except Unreadable:
+            raise
+        except Exception as error:
+            raise Unreadable(reason_of(error))
+
+    def sizes(self, row):
+        return [(image.height, image.width) for image, _ in self.load(row)]
 
     def content(self, row, pair, epoch, prompt):
         """Pixels, time_ids and clip_pixels of a row's two images, cropped and flipped as in an epoch."""
@@ -363,6 +603,15 @@ class ImagePairs(Pairs):
 
 
 # A cache: what encode.py leaves
+
+
+def parquet_footer(file):
+    """The bytes of a parquet file's footer: its schema, and sizes, places and extremes of all that it holds."""
+    with open(file, "rb") as stream:
+        stream.seek(-8, os.SEEK_END)
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(-8 - length, os.SEEK_END)
+        return stream.read(length)
 
 
 def is_cache(source):
@@ -401,7 +650,8 @@ class EncodedPairs(Pairs):
             if not file.exists() or file.stat().st_size != size:
                 raise InputError(f"{file} {found}; the command of encode.py that made the cache writes it anew")
         self.num_rows, self.ties, self.unlabelled = (manifest[key] for key in ("rows", "ties", "unlabelled"))
-        self.unreadable, self.shard_size = set(manifest["unreadable"]), manifest["shard"]
+        self.left_out, self.shard_size = manifest["left_out"], manifest["shard"]
+        self.unreadable = {row: reason for reason, rows in manifest["unreadable"].items() for row in rows}
         self.prompts = json.loads((self.folder / "prompts.json").read_text())
         names = sorted(name for name in manifest["files"] if name.startswith("pairs-"))
         tables = [self.shard(name) for name in names]
@@ -409,7 +659,7 @@ class EncodedPairs(Pairs):
         self.encoded_rows = np.concatenate(rows)                                        # ascending
         self.starts = np.cumsum([0, *map(len, rows)])                                   # of the files
         self.prompt_numbers = np.concatenate([table.get_tensor("prompt").numpy() for table in tables])
-        self.rows = np.sort(np.concatenate([self.encoded_rows, np.array(manifest["unreadable"], dtype=int)]))
+        self.rows = np.sort(np.concatenate([self.encoded_rows, np.array([*self.unreadable], dtype=int)]))
         self.columns = [name for name in COLUMNS if name in manifest["columns"]]
 
     def __getstate__(self):  # for a process that starts anew
@@ -426,21 +676,28 @@ class EncodedPairs(Pairs):
         return {name: shard.get_slice(name)[int(index)] for name in shard.keys()}
 
     def digest(self):
-        return digest((self.folder / "manifest.json").read_bytes())
+        """16 hex digits over what the cache holds, not over the paths that it was made from."""
+        paths = ("model", "data", "clip")
+        return digest({name: value for name, value in read_manifest(self.folder).items() if name not in paths})
 
     def load(self, row):
-        """The place of a row among the encoded, or None where it could not be decoded."""
-        place = int(np.searchsorted(self.encoded_rows, row))
-        is_encoded = place < len(self.encoded_rows) and self.encoded_rows[place] == row
-        return place if is_encoded else None
+        """The place of a row among the encoded. Unreadable where it could not be decoded."""
+        if row in self.unreadable:
+            raise Unreadable(self.unreadable[row])
+        return int(np.searchsorted(self.encoded_rows, row))
 
     def caption(self, row):
-        place = self.load(row)
-        return "" if place is None else self.prompts[self.prompt_numbers[place]]
+        return "" if row in self.unreadable else self.prompts[self.prompt_numbers[self.load(row)]]
+
+    def sizes(self, row):
+        return self.read_pair(self.load(row))["time_ids"][:, :2].tolist()
+
+    def read_pair(self, place):
+        file = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.read("pairs", file, place - self.starts[file])
 
     def content(self, row, pair, epoch, prompt):
-        file = int(np.searchsorted(self.starts, pair, side="right")) - 1
-        item = self.read("pairs", file, pair - self.starts[file])
+        item = self.read_pair(pair)
         number = int(self.prompt_numbers[pair])
         text = self.read("prompts", *divmod(number, self.shard_size))
         clip_embeds = torch.cat([text.pop("clip_embeds")[None], item.pop("clip_embeds")])       # [3, E']

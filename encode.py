@@ -39,7 +39,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief
-from data import Clip, ImagePairs, find_source, is_cache, local_files, read_manifest, read_rows
+from data import (Clip, ImagePairs, Rows, Unreadable, by_reason, find_source, is_cache, read_columns, read_manifest,
+                  read_rows, source_files)
 from models import by_rows, fuse_lora, load_model
 from options import H14, encode_args
 
@@ -76,68 +77,57 @@ def check_cache(source, model, name):
 # Rows that are read once, in order
 
 
-class StreamedRows:
-    """The rows of parquet files in their order, as `ImagePairs` reads them, one row group in memory.
+class StreamedImages:
+    """The images of parquet files, one row group in memory: go through the rows in order.
 
-    Images are read when a row is, all of its row group at once: go through the rows in order.
-
-    files   paths; or a hub data set's, with the fsspec filesystem that they are on
-    raises  InputError that names the file, where a row group cannot be read
+    fragments  pyarrow's, of files in their order
+    raises     InputError that names the file, where a row group cannot be read
     """
 
-    def __init__(self, files, filesystem=None):
-        import pyarrow.dataset
-
-        table = pyarrow.dataset.dataset([*map(str, files)], format="parquet", filesystem=filesystem)
-        self.column_names = table.schema.names
-        self.features = {field.name: types.SimpleNamespace(dtype=str(field.type)) for field in table.schema}
-        small = [field.name for field in table.schema if field.name not in ("jpg_0", "jpg_1")]
-        self.columns = table.to_table(columns=small).to_pydict()
-        self.groups = [group for file in table.get_fragments() for group in file.split_by_row_group()]
+    def __init__(self, fragments):
+        self.groups = [group for file in fragments for group in file.split_by_row_group()]
         self.ends = np.cumsum([group.row_groups[0].num_rows for group in self.groups])
-        self.number, self.images = None, None  # the row group that was read last, its table
-        self.files = files if filesystem is None else []
+        self.number, self.table = None, None  # of the row group that was read last
 
-    def __len__(self):
-        return len(self.columns["label_0"])
-
-    def __getitem__(self, key):
-        """A column by its name, or the images of a row by its number."""
-        if isinstance(key, str):
-            return self.columns[key]
-        number = int(np.searchsorted(self.ends, key, side="right"))
+    def __getitem__(self, row):
+        number = int(np.searchsorted(self.ends, row, side="right"))
         if self.number != number:
-            self.number, self.images = None, None  # before the next: one at a time
+            self.number, self.table = None, None  # before the next: one at a time
+            group = self.groups[number]
             try:
-                self.images = self.groups[number].to_table(columns=["jpg_0", "jpg_1"])
+                self.table = group.to_table(columns=["jpg_0", "jpg_1"])
             except Exception as error:
-                raise InputError(f"row {key} is in {self.groups[number].path}, which cannot be read: "
-                                 f"{brief(error)}. What is encoded is kept; once it can be read the same "
-                                 "command goes on")
+                raise InputError(f"row {row} is in {group.path}, which cannot be read: {brief(error)}. What is "
+                                 "encoded is kept; once it can be read the same command goes on")
             self.number = number
-        first = self.ends[number] - len(self.images)
-        return self.images.slice(key - first, 1).to_pylist()[0]
+        first = self.ends[number] - len(self.table)
+        return self.table.slice(row - first, 1).to_pylist()[0]
 
 
 def stream_rows(source):
-    """The rows of what `find_source` gives, images unread: `StreamedRows` of parquet; else `read_rows`'s."""
+    """What `data.read_rows` gives of a source, without a copy of it: its images are to be read in order."""
     import datasets
     import fsspec
+    import pyarrow.dataset
 
+    files, left_out, filesystem = {}, {}, None
+    if Path(source).expanduser().exists():
+        files, left_out = source_files(source)
+        if not min(files).endswith(".parquet"):
+            return read_rows(source)
+        paths = [*map(str, files.values())]
     try:
-        if not Path(source).expanduser().exists():
+        if not files:
             builder = datasets.load_dataset_builder(common.hub_id(source))
-            files = builder.config.data_files["train"]
-            if not files[0].endswith(".parquet"):
+            paths = builder.config.data_files["train"]
+            if not paths[0].endswith(".parquet"):
                 raise ValueError("it is not kept as parquet and cannot be streamed; download it, give its folder")
-            filesystem, _ = fsspec.core.url_to_fs(files[0])
-            return StreamedRows([filesystem._strip_protocol(file) for file in files], filesystem)
-        files = local_files(source)
-        if files and files[0].suffix == ".parquet":
-            return StreamedRows(files)
+            filesystem, _ = fsspec.core.url_to_fs(paths[0])
+            paths = [filesystem._strip_protocol(path) for path in paths]
+        fragments = [*pyarrow.dataset.dataset(paths, format="parquet", filesystem=filesystem).get_fragments()]
     except Exception as error:
         raise InputError(f"--data {source} cannot be read: {brief(error)}")
-    return read_rows(source)
+    return Rows(read_columns(fragments), StreamedImages(fragments), files, left_out)
 
 
 # Encode once
@@ -151,8 +141,8 @@ class Encoder:
         device, self.dtype = common.get_device(args.device), common.DTYPES[args.precision]
         source = find_source(args.data)
         self.pairs = ImagePairs(args.data, None, args.seed, args.random_crop, args.random_flip,
-                                table=stream_rows(source))
-        self.model = load_model(args.model, args.random_init)
+                                source_rows=stream_rows(source))
+        self.model = load_model(args.model, args.random_init, args.config)
         if args.init_lora:
             fuse_lora(self.model, args.init_lora)  # which may change the text encoders, too
         self.pairs.resolution = args.resolution = self.model.resolution(args.resolution)
@@ -166,18 +156,21 @@ class Encoder:
             network.to("meta" if network is self.model.denoiser else device)  # which is not used
 
     def decode(self, row, record):
-        """(row, what `ImagePairs.content` gives of it, or None where it cannot be decoded)."""
-        images = self.pairs.decode(row, record)
-        return row, None if images is None else self.pairs.content(row, images, 0, "")
+        """(row, what `ImagePairs.content` gives of it, or the reason why it cannot be used)."""
+        try:
+            images = self.pairs.decode(row, record)
+        except Unreadable as error:
+            return row, str(error)
+        return row, self.pairs.content(row, images, 0, "")
 
     def encode_pairs(self, rows, progress):
-        """({name: [n, ...]}, the rows that cannot be decoded) of some rows."""
-        unreadable, items, parts = [], [], []
-        records = ((int(row), self.pairs.table[int(row)]) for row in rows)
+        """({name: [n, ...]}, {row: why} of those that cannot be used) of some rows."""
+        unreadable, items, parts = {}, [], []
+        records = ((int(row), self.pairs.images[int(row)]) for row in rows)
         for row, item in ahead(self.decode, records, self.args.workers):
             progress.update()
-            if item is None:
-                unreadable.append(row)
+            if isinstance(item, str):
+                unreadable[row] = item
             else:
                 items.append((row, item))
         for i in range(0, len(items), BATCH):
@@ -200,14 +193,14 @@ class Encoder:
         return part | {"row": torch.tensor(rows), "prompt": torch.tensor(numbers)}
 
     def encode_prompts(self, prompts, progress):
-        """({name: [n, ...]}, []) of some prompts."""
+        """({name: [n, ...]}, {}) of some prompts."""
         parts = []
         for i in range(0, len(prompts), BATCH):
             batch = prompts[i:i + BATCH]
             embeds = by_rows(self.clip.embed_texts, batch, self.clip.device, len(batch))
             parts.append(self.model.encode_prompts(batch, self.dtype) | {"clip_embeds": torch.cat(embeds)})
             progress.update(len(batch))
-        return self.stack(parts), []
+        return self.stack(parts), {}
 
     def stack(self, parts):
         """Dicts of tensors, one after the other, on the CPU, as they are stored."""
@@ -230,7 +223,7 @@ class Encoder:
     def manifest(self):
         settings = {name: getattr(self.args, name) for name in SETTINGS}
         return settings | {"edition": 2, "encoders": self.model.encoder_digests, "pairs": self.pairs.digest(),
-                           "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
+                           "clip_weights": common.fingerprint(self.clip.model), "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
 
 
 def write_shard(file, tensors, unreadable):
@@ -243,7 +236,7 @@ def write_shard(file, tensors, unreadable):
             advice = "; --store fp32 holds larger numbers" if tensor.dtype == torch.float16 else ""
             raise InputError(f"{file.name}: {name} is not finite{advice}")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    note = {"sha256": hashlib.sha256(save(tensors)).hexdigest(), "unreadable": unreadable}
+    note = {"sha256": hashlib.sha256(save(tensors)).hexdigest(), "unreadable": by_reason(unreadable)}
     try:
         atomic_write(file, save(tensors, {"about": json.dumps(note)}))  # one entry: their order is not kept
     except OSError as error:
@@ -277,7 +270,7 @@ def begin_cache(encoder):
     out, manifest = encoder.out, encoder.manifest()
     begun = read_manifest(out) if is_cache(out) else manifest
     for name, value in manifest.items():
-        if begun.get(name) != value and name not in ("model", "data"):  # of these the digests decide
+        if begun.get(name) != value and name not in ("model", "data", "clip"):  # of these the digests decide
             raise InputError(f"{out} was begun with {name} {begun.get(name)}, not {value}; give another --out")
     if common.torchrun_env()[0] == 0:
         atomic_write(out / "prompts.json", json.dumps(encoder.prompts))
@@ -295,6 +288,8 @@ def encode(args):
     encoder = Encoder(args)
     out, pairs = encoder.out, encoder.pairs
     manifest = begin_cache(encoder)
+    if rank == 0:
+        print(pairs.crop_summary(pairs.rows[:SHARD]))
     work = []
     for kind, function, items in (("prompts", encoder.encode_prompts, encoder.prompts),
                                   ("pairs", encoder.encode_pairs, pairs.rows)):
@@ -315,16 +310,14 @@ def encode(args):
     if not all(notes.values()):
         return  # another process completes the manifest; without its "files" a cache is not finished
     for note in notes.values():
-        pairs.unreadable.update(note["unreadable"])
+        pairs.unreadable |= {row: reason for reason, rows in note["unreadable"].items() for row in rows}
     if len(pairs.unreadable) == len(pairs):
         raise InputError(f"{args.data} holds no pair that can be read")
     sizes = {name: (out / name).stat().st_size for name in [*notes, "prompts.json"]}
     manifest |= pairs.report() | {"files": sizes}
     manifest |= {"sha256": {name: note["sha256"] for name, note in notes.items()}}
     atomic_write(out / "manifest.json", json.dumps(manifest, indent=1), suffix=rank)  # two may finish at once
-    print("{out}: {rows} rows, {used} pairs encoded, {ties} ties dropped, {unlabelled} without a label, "
-          "{bad} that cannot be read; {size:.3f} GB".format(
-              out=out, bad=len(pairs.unreadable), size=sum(sizes.values()) / 1e9, **pairs.report()))
+    print(f"{out}: {pairs.summary()}; {sum(sizes.values()) / 1e9:.3f} GB")
 
 
 # The reference's errors
@@ -346,12 +339,9 @@ class ReferenceErrors:
 
     def __init__(self, args, pairs, model):
         self.file, self.saved, self.is_new = Path(args.reference_errors).expanduser(), time.time(), False
-        process = model.process
-        schedule = common.digest([process.prediction_type, process.alphas_cumprod.tolist()])
         self.identity = {name: getattr(args, name) for name in self.SETTINGS}
         self.identity |= {"group_size": args.group_size if args.group_noise != "own" else None,
-                          "data": pairs.digest(), "schedule": schedule, "edition": 2,
-                          "denoiser": common.digest(model.denoiser)} | model.encoder_digests
+                          "data": pairs.digest(), "edition": 2} | model.digests
         self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
         self.records = torch.full((args.steps, args.batch_size, 3), torch.nan, dtype=torch.float64)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -450,7 +440,7 @@ def main(argv=None):
         common.end_with_launcher()
         with common.run_folder(args.out) as out:
             strange = [file.name for file in out.glob("*")
-                       if not re.fullmatch(r"lock|(prompts|pairs|manifest)\b.*", file.name)]
+                       if not (common.is_hidden(file.name) or re.fullmatch(r"lock|(prompts|pairs|manifest)\b.*", file.name))]
             if strange:
                 raise InputError(f"{out} holds something else ({min(strange)}); give another --out")
             try:

@@ -20,6 +20,8 @@ import functools
 import importlib
 import io
 import json
+import math
+import time
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest, hub_id, keyed_generator
-from data import Clip
+from data import Clip, as_text
 from models import cast_for_autocast, fuse_lora, load_model
 from report import (ImageFolder, comparable_folders, comparable_scores, first_difference, open_batches, read_json,
                     save_png, settings_of, style_table, table, to_pil, writable_file, write_report)
@@ -57,13 +59,17 @@ def read_prompts(source):
     if not prompts:
         raise InputError(f"--prompts {source} holds no prompt")
     if "" in prompts:
-        raise InputError(f"--prompts {source}: row {prompts.index('') + 1} has no prompt: a string, or "
-                         f"{' or '.join(PROMPT_COLUMNS)}")
+        number = prompts.index("")
+        raise InputError(f"--prompts {source}: row {number + 1} has no prompt: a string, or "
+                         f"{' or '.join(PROMPT_COLUMNS)}, that is text and not empty, not {str(rows[number])[:80]!a}")
     return prompts
 
 
 def read_prompt_file(path):
-    """The rows of a file, strings or dicts; of a txt file the lines that are not empty."""
+    """The rows of a file, strings or dicts; of a txt file the lines that are not empty.
+
+    raises  ValueError by the row, where a line has more fields than the header, or a quote that is not closed
+    """
     text = path.read_text(encoding="utf-8-sig")
     suffix = path.suffix.lower()
     lines = [line for line in text.split("\n") if line.strip()]
@@ -72,10 +78,15 @@ def read_prompt_file(path):
     if suffix == ".jsonl":
         return [json.loads(line) for line in lines]
     stream = io.StringIO(text, newline="")
-    if suffix == ".csv":
-        return list(csv.DictReader(stream))
-    if suffix == ".tsv":  # as PartiPrompts wants it: there quotes belong to the prompt
-        return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if suffix in (".csv", ".tsv"):
+        dialect = {"strict": True}
+        if suffix == ".tsv":  # as PartiPrompts wants it: there quotes belong to the prompt
+            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        rows = list(csv.DictReader(stream, **dialect))
+        for number, row in enumerate(rows, 1):
+            if None in row:  # a comma in the prompt, perhaps, which would be cut there
+                raise ValueError(f"row {number} has more fields than the header: {[*row.values()][-1][0]!r} is left over")
+        return rows
     if suffix != ".json":
         raise ValueError("it is none of txt, tsv, csv, json, jsonl")
     rows = json.loads(text)
@@ -99,12 +110,18 @@ def read_hub_prompts(source):
     return list(rows.select_columns(columns))
 
 
+def image_files(folder):
+    """The pictures of a folder that are not hidden, in the order of their names."""
+    return sorted(file for file in Path(folder).glob("*")
+                  if file.suffix.lower() in IMAGE_SUFFIXES and not common.is_hidden(file.name))
+
+
 def prompt_of(row):
-    """The prompt of a row, a string or a dict by column; "" where there is none."""
+    """The prompt of a row, a string or a dict by column; "" where there is none that is text."""
     if isinstance(row, dict):
         columns = {str(name).lower(): value for name, value in row.items()}
-        row = next((columns[name] for name in PROMPT_COLUMNS if columns.get(name)), "")
-    return row.strip() if isinstance(row, str) else ""
+        row = next((columns[name] for name in PROMPT_COLUMNS if name in columns), "")
+    return (as_text(row) or "").strip()
 
 
 # Generate
@@ -180,14 +197,15 @@ def make_manifest(args, model, prompts, device, dtype):
 def claim_folder(out, manifest):
     """Writes the manifest of a new folder; InputError where `out` holds other images, or something else."""
     file = out / "manifest.json"
-    if any(out.glob("*.png")):
+    if image_files(out):
         before = read_json(file)
         settings = settings_of(before) | {"weights": before.get("weights")}
         difference = first_difference(settings, settings_of(manifest) | {"weights": manifest["weights"]})
         if difference:
             raise InputError(f"{out} holds other images: {difference}; give another --out")
         return
-    strange = [path.name for path in out.glob("*") if path != file and path.suffix != ".part"]
+    strange = [path.name for path in out.glob("*")
+               if path != file and path.suffix != ".part" and not common.is_hidden(path.name)]
     if strange:
         raise InputError(f"{out} holds something else ({min(strange)}); give another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -200,7 +218,7 @@ def generate(args):
     rank, _, _ = common.torchrun_env()
     device, dtype = device_and_dtype(args)
     all_prompts = read_prompts(args.prompts)[:args.limit]
-    model = load_model(args.model)
+    model = load_model(args.model, config=args.config)
     for source in args.lora:
         fuse_lora(model, source)
     if args.scheduler:
@@ -208,6 +226,7 @@ def generate(args):
         if args.scheduler not in classes:
             raise InputError(f"--scheduler {args.scheduler} is none of {', '.join(sorted(classes))}")
         model.pipe.scheduler = classes[args.scheduler].from_config(model.pipe.scheduler.config)
+    model.check_scheduler()
     args.resolution, args.guidance = resolution_and_guidance(args, model)
     manifest = make_manifest(args, model, all_prompts, device, dtype)
     entries, cut = manifest["images"], manifest["prompts"]["cut"]
@@ -245,26 +264,44 @@ def score(args):
     device = common.get_device(args.device)
     folders = [ImageFolder(path) for path in args.folders]
     lines = [["", "mean", "n"]]
-    for metric in args.metrics.split(","):
+    metrics = list(dict.fromkeys(args.metrics.split(",")))
+    names = [metric.partition("=")[0] for metric in metrics]
+    for metric in metrics:
         loaded = {}
         for folder in folders:
             spec = "clip=tiny" if metric == "clip" and folder.manifest.get("toy") else metric
             if spec not in loaded:
                 loaded[spec] = scorers.get_scorer(spec, device)
             name, scorer, identity = loaded[spec]
-            column = metric if metric.startswith("clip=") else name  # several may stand side by side
-            title = f"{column} of {folder.path}"
-            identities, _ = folder.read_scores()
-            if identities.get(column) != identity:
-                values = []
-                for images in open_batches(folder.files, args.batch_size, title):
-                    prompts = folder.prompts[len(values):len(values) + len(images)]
-                    values += scorer(images, prompts).tolist()
-                folder.write_scores(column, identity, values)
+            is_one_of_several = metric.startswith("clip=") or names.count(name) > 1
+            column = metric if is_one_of_several else name
+            score_missing(folder, column, scorer, identity, args.batch_size)
             _, rows = folder.read_scores()
-            mean = np.mean([float(row[column]) for row in rows])
-            lines.append([title, f"{mean:.4f}", str(len(rows))])
+            mean = np.mean([row[column] for row in rows])
+            lines.append([f"{column} of {folder.path}", f"{mean:.4f}", str(len(rows))])
     print(table(lines))
+
+
+def score_missing(folder, column, scorer, identity, batch_size):
+    """Scores the images of a folder that this scorer has no score of. What is scored is kept, whatever happens."""
+    identities, rows = folder.read_scores()
+    is_known = identities.get(column) == identity
+    missing = [i for i, row in enumerate(rows) if not is_known or column not in row]
+    values, written = {}, time.time()
+    try:
+        for images in open_batches([folder.files[i] for i in missing], batch_size, f"{column} of {folder.path}"):
+            batch = missing[len(values):len(values) + len(images)]
+            scores = scorer(images, [folder.prompts[i] for i in batch])
+            for i, score in zip(batch, scores.tolist()):
+                if not math.isfinite(score):
+                    raise InputError(f"the {column} of {folder.files[i]} is {score}")
+                values[i] = score
+            if time.time() - written > 10:
+                folder.write_scores(column, identity, values)
+                written = time.time()
+    finally:
+        if values or not missing:  # scores.csv may be gone
+            folder.write_scores(column, identity, values)
 
 
 def compare(args):
@@ -309,8 +346,7 @@ def style(args):
     paths = args.folders + ([args.base] if args.base else [])
     folders = comparable_folders(paths)
     first = folders[0]
-    candidates = Path(args.reference).glob("*")
-    reference = sorted(file for file in candidates if file.suffix.lower() in IMAGE_SUFFIXES)
+    reference = image_files(args.reference)
     n = min(len(reference) // 2, len(first.files))
     if n < 2:
         raise InputError(f"--reference {args.reference} holds {len(reference)} images, {first.path} "
@@ -381,6 +417,7 @@ def parse_args(argv=None):
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id [%(default)s]")
     add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights for it, one on top of the other: folders, "
         "files or hub ids")
+    add("--config", metavar="DIR", help="a diffusers folder that describes a --model in one .safetensors file")
     add("--prompts", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of the hub, or tiny")
     add("--out", metavar="DIR", required=True)
     add("--limit", type=int, metavar="N", help="the first N prompts alone")

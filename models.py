@@ -12,19 +12,22 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import InputError, brief, clip_tokenizer, digest, hub_id
+from common import InputError, brief, clip_tokenizer, digest, fingerprint, hub_id
 from loss import DDPM
 
 HUB_IDS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+SCHEDULE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+                 "rescale_betas_zero_snr")
 BELOW = "init_lora.json"  # beside LoRA weights: the LoRA weights that they stand on
 TOY = 1e8  # parameters; a smaller denoiser is a toy, for which the embedded CLIP will do
 
@@ -69,7 +72,10 @@ class StableDiffusion:
             least *= 2 ** (len(self.denoiser.config.block_out_channels) - 1)
         if wanted and wanted % least:
             raise InputError(f"--resolution {wanted} is no multiple of {least}, as this model needs")
-        return wanted or int(np.min(self.denoiser.config.sample_size)) * self.pipe.vae_scale_factor
+        own = self.denoiser.config.get("sample_size")
+        if not wanted and own is None:
+            raise InputError("the model does not say the size of its images; give --resolution")
+        return wanted or int(np.min(own)) * self.pipe.vae_scale_factor
 
     def latent_shape(self, resolution):
         side = resolution // self.pipe.vae_scale_factor
@@ -155,6 +161,16 @@ class StableDiffusion:
             return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
                         output_type="latent", **more).images.float()
 
+    def check_scheduler(self):
+        """InputError where the pipeline's scheduler ignores a key of the schedule that the model was trained with."""
+        scheduler = self.pipe.scheduler
+        known = inspect.signature(type(scheduler).__init__).parameters
+        for key in SCHEDULE_KEYS:
+            if scheduler.config.get(key) and key not in known:
+                raise InputError(f"{type(scheduler).__name__} ignores the model's {key} and would draw with another "
+                                 "noise schedule; give evaluate.py --scheduler EulerDiscreteScheduler, or train.py "
+                                 "--sample_every 0")
+
     # Training and saving
 
     def add_lora(self, rank, seed):
@@ -191,8 +207,16 @@ class StableDiffusion:
             elif name.startswith("tokenizer"):
                 vocabulary = part.get_vocab()
                 digests[name] = digest([sorted(vocabulary, key=vocabulary.get), part.special_tokens_map,
-                                        part.pad_token_id, part.padding_side, part.model_max_length])
+                                        part.pad_token_id, part.padding_side, part.model_max_length,
+                                        part("a photo").input_ids])
         return digests
+
+    @functools.cached_property
+    def digests(self):
+        """{name: digest} of all that a run starts from; to be asked for before anything trains."""
+        schedule = digest([self.process.prediction_type, self.process.alphas_cumprod.tolist()])
+        denoiser = digest_with_config(self.denoiser)
+        return self.encoder_digests | {self.denoiser_name: denoiser, "noise schedule": schedule}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -257,29 +281,34 @@ def disabled_adapter(network):
 
 
 def digest_with_config(network):
-    """A digest of a network's weights and of its configuration, less where and by whom it was saved."""
+    """A digest of a network's weights, by `fingerprint`, and of its configuration, less who saved it and where."""
     config = network.config if isinstance(network.config, dict) else network.config.to_dict()
     omitted = ("transformers_version", "dtype", "torch_dtype", "architectures")
     config = {key: str(value) for key, value in config.items() if key[0] != "_" and key not in omitted}
-    return digest([digest(network), config])
+    return digest([fingerprint(network), config])
 
 
 # Loading
 
 
-def load_model(name, random_init=False):
-    """The float32 model of a preset's name, a diffusers folder or a hub id; its networks frozen, on the CPU.
+def load_model(name, random_init=False, config=None):
+    """The float32 model of a preset's name, a diffusers folder, a hub id or a checkpoint in one file.
+
+    Its networks are frozen and on the CPU.
 
     random_init  sd15, sdxl: random weights of the published architecture; nothing is downloaded
+    config       of a checkpoint in one file: a diffusers folder with its configuration and vocabularies
     raises       InputError where it cannot be read, is of no family of ours, or where a tensor or a vocabulary
                  is missing, for which the libraries would take any other
     """
     quiet_libraries()
     if random_init:
         return random_model(name)
-    source, family = find_model(name)
+    source, family = find_model(name, config)
     try:
-        return family(load_pipeline(source, family))
+        is_file = Path(source).is_file()
+        pipe = load_single_file(source, family, config) if is_file else load_pipeline(source, family)
+        return family(pipe)
     except Exception as error:
         raise InputError(f"--model {source} cannot be loaded: {brief(error)}")
 
@@ -294,20 +323,24 @@ def quiet_libraries():
         library.utils.logging.disable_progress_bar()
 
 
-def find_model(name):
-    """(folder or hub id, class) of a model, from its model_index.json alone. InputError if it will not do."""
+def find_model(name, config=None):
+    """(folder, hub id or file, class) of a model, from its model_index.json alone. InputError if it will not do."""
     from diffusers import DiffusionPipeline
 
+    if config and not Path(name).is_file():
+        raise InputError(f"--config is for a --model in one file; {name} is none, or has its own")
     source = HUB_IDS.get(name, name)
     if name == "tiny":
         tiny = importlib.import_module("extras.tiny")
         source = str(tiny.part("pipeline"))
-    is_local = Path(source).is_dir()
+    is_local, is_file = Path(source).is_dir(), Path(source).is_file()
     try:
-        index = DiffusionPipeline.load_config(source if is_local else hub_id(source))
+        described_by = (config or published_config(source)) if is_file else source
+        index = DiffusionPipeline.load_config(described_by if Path(described_by).is_dir() else hub_id(described_by))
         kind = index["_class_name"]
     except Exception as error:
-        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error)}")
+        way_out = "; give its configuration by --config DIR, a diffusers folder of such a model" if is_file else ""
+        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error)}{way_out}")
     if kind not in FAMILIES:
         raise InputError(f"--model {source} is a {kind}, not of the SD 1.x or the SDXL kind")
     for part in FAMILIES[kind].parts:
@@ -326,18 +359,59 @@ def load_pipeline(source, family):
     for name in (family.denoiser_name, "vae", *family.text_encoders):
         library, class_name = index[name]
         network_class = getattr(importlib.import_module(library), class_name)
-        networks[name], info = network_class.from_pretrained(source, subfolder=name, dtype=torch.float32,
-                                                             output_loading_info=True)
+        networks[name], info = load_network(network_class, source, name)
         if info["missing_keys"]:
             raise ValueError(f"its {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
     if "safety_checker" in index:
         networks |= {"safety_checker": None, "requires_safety_checker": False}
-    pipe = DiffusionPipeline.from_pretrained(source, **networks)
+    return checked(DiffusionPipeline.from_pretrained(source, **networks))
+
+
+def load_network(network_class, source, name):
+    """(network in float32, what the library says of its loading), of the fp16 files where there are no others."""
+    load = functools.partial(network_class.from_pretrained, source, subfolder=name, dtype=torch.float32,
+                             output_loading_info=True)
+    try:
+        return load()
+    except OSError as error:
+        try:
+            return load(variant="fp16")
+        except OSError:
+            raise error
+
+
+def published_config(file):
+    """The hub id of the published model whose architecture a checkpoint in one file has."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    return fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+
+
+def load_single_file(file, family, config=None):
+    """The pipeline of a checkpoint in the original names, every tensor of it there."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, {kind: name for name, kind in FAMILIES.items()}[family])
+    no_checker = {"safety_checker": None} if "safety_checker" in pipeline_class._optional_components else {}
+    try:
+        pipe = pipeline_class.from_single_file(str(file), config=config, torch_dtype=torch.float32, **no_checker)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to("cpu")
+    except NotImplementedError:  # torch's, of a tensor that the file has no values for
+        raise ValueError("the file lacks a tensor of a network")
+    return checked(pipe)
+
+
+def checked(pipe):
+    """A pipeline, if it has its vocabularies and what it computes is what we compute."""
     for name, part in pipe.components.items():
         if name.startswith("tokenizer") and part.vocab_size <= len(set(part.all_special_ids)):
             raise ValueError(f"its {name} has no vocabulary")
     if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
         raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
+    if pipe.unet.config.get("time_cond_proj_dim"):
+        raise ValueError("its UNet wants an embedding of the guidance, as latent consistency models do")
     return pipe
 
 

@@ -82,7 +82,8 @@ class Options:
 def add_shared_options(options):
     """What encoded pairs depend on, and the machine."""
     add = options.add
-    add("model", "tiny", str, "tiny, sd15, sdxl, or a diffusers folder or hub id (SD 1.x/2.x, SDXL) [tiny]")
+    add("model", "tiny", str, "tiny, sd15, sdxl, or a diffusers folder, hub id or .safetensors (SD 1.x/2.x, SDXL) [tiny]")
+    add("config", None, str, "a diffusers folder that describes a --model in one .safetensors file", "DIR")
     add("random_init", False, bool, "sd15, sdxl: random weights, nothing is downloaded")
     add("init_lora", None, str, "LoRA weights that policy and reference start with: an earlier run's model/, a "
         "folder, file or hub id", "LORA")
@@ -144,7 +145,7 @@ def train_args(argv=None):
     add("dry_run", False, bool, "print the resolved run and stop")
 
     args = resolve(options, argv)
-    args.out = args.out or f"out/{Path(args.model).name}-{args.loss}"
+    args.out = args.out or f"out/{Path(args.model).name.removesuffix('.safetensors')}-{args.loss}"
     if args.workers is None:
         args.workers = 8 if args.device.startswith("cuda") else 0
     loss_fn = LOSSES[args.loss]

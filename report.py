@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest
-from data import read_image
+from data import as_text, read_image
 from stats import compare_scores
 
 NOTE = "diffusion-rpo"  # the key of the PNG text by which an image knows its prompt
@@ -102,6 +102,10 @@ class ImageFolder:
         self.check_images(entries)
 
     def check_images(self, entries):
+        for entry in entries:
+            if as_text(entry["prompt"]) is None:
+                raise InputError(f"the prompt of {entry['file']} in {self.path}/manifest.json is no text: "
+                                 f"{entry['prompt']!r}")
         missing = [file.name for file in self.files if not file.exists()]
         if missing:
             raise InputError(f"{self.path} lacks {len(missing)} of {len(self.files)} images, the first is "
@@ -119,32 +123,33 @@ class ImageFolder:
                 for file, prompt in zip(self.files, self.prompts)]
 
     def read_scores(self):
-        """({scorer: identity}, a row of scores.csv per image), without scores of other images or prompts."""
-        names = ("file", "sha256", "prompt")
-        if (self.path / "scores.json").exists():
-            scored_by = read_json(self.path / "scores.json")
-            content = (self.path / "scores.csv").read_bytes()
-            if scored_by["csv"] == digest(content):  # killed between the two files, they do not fit
-                stream = io.StringIO(content.decode(), newline="")
-                rows = list(csv.DictReader(stream))
-                images = [{name: row[name] for name in names} for row in rows]
-                if images == self.unscored_rows:
-                    return scored_by["scorers"], rows
-        return {}, self.unscored_rows
+        """({scorer: identity}, a row per image), a row with the scores of this very image and prompt, if any."""
+        file = self.path / "scores.json"
+        content = read_json(file) if file.exists() else {}
+        scored = {(row["file"], row["sha256"], row["prompt"]): row for row in content.get("images", [])}
+        rows = [scored.get(tuple(row.values()), row) for row in self.unscored_rows]
+        return content.get("scorers", {}), rows
 
     def write_scores(self, column, identity, values):
-        """Adds a scorer's column to what is there by now: another scorer may have come by."""
+        """Adds a scorer's scores {number of the image: score} to what is there by now: another may have come by.
+
+        scores.json holds everything and is whole or not there; scores.csv is made of it.
+        """
         identities, rows = self.read_scores()
+        rows = [dict(row) for row in rows]
+        if identities.get(column) != identity:
+            for row in rows:
+                row.pop(column, None)
         identities = identities | {column: identity}
+        for i, value in values.items():
+            rows[i][column] = value
+        content = {"scorers": identities, "images": rows}
+        atomic_write(self.path / "scores.json", json.dumps(content, indent=1, allow_nan=False))
         stream = io.StringIO(newline="")
         writer = csv.DictWriter(stream, [*self.unscored_rows[0], *identities], lineterminator="\n")
         writer.writeheader()
-        for row, value in zip(rows, values):
-            writer.writerow(row | {column: repr(value)})
-        content = stream.getvalue()
-        scored_by = {"csv": digest(content.encode()), "scorers": identities}
-        atomic_write(self.path / "scores.csv", content)
-        atomic_write(self.path / "scores.json", json.dumps(scored_by, indent=1))
+        writer.writerows(rows)
+        atomic_write(self.path / "scores.csv", stream.getvalue())
 
 
 def settings_of(manifest):
@@ -168,6 +173,10 @@ def first_difference(one, other):
 def comparable_folders(paths):
     """The `ImageFolder` of each path. InputError where prompts, seeds or settings differ."""
     folders = [ImageFolder(path) for path in paths]
+    places = [folder.path.resolve() for folder in folders]
+    for folder, place in zip(folders, places):
+        if places.count(place) > 1:
+            raise InputError(f"{folder.path} is given twice; a folder is compared with others")
     settings = settings_of(folders[0].manifest)
     for folder in folders[1:]:
         difference = first_difference(settings, settings_of(folder.manifest))
@@ -185,7 +194,7 @@ def comparable_scores(folders):
             if identities[0].get(name, identity) != identity:
                 raise InputError(f"{folder.path} was scored by another {name}: {identity}, not "
                                  f"{identities[0][name]}")
-        missing = every_name - scored_by.keys()
+        missing = {name for name in every_name if not all(name in row for row in rows[folders.index(folder)])}
         if missing:
             raise InputError(f"{folder.path} was not scored by {', '.join(sorted(missing))}, or its images "
                              "changed since; run `score` on it")

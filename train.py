@@ -107,6 +107,9 @@ class Trainer:
         if self.wants_weights and self.tau < math.inf and not self.is_encoded:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
+        self.digests = model.digests | {"data": pairs.digest()}  # of what the run is a function of
+        if self.clip:
+            self.digests["CLIP"] = common.fingerprint(self.clip.model)
         self.reference_errors = None
         if args.reference_errors:
             self.reference_errors = ReferenceErrors(args, pairs, model)
@@ -162,7 +165,7 @@ class Trainer:
     def prepare(self, batch):
         """A batch of the loader -> a MicroBatch: encoded, on the device, noised by nothing yet."""
         images = self.images_per_pair
-        self.pairs.unreadable.update(batch["unreadable"])
+        self.pairs.unreadable |= dict(batch["unreadable"])
         if "pixels" in batch:
             batch |= encode_batch(self.model, self.clip, batch, images, self.dtype)
         for name, value in batch.items():
@@ -329,7 +332,8 @@ def train(args, out, state):
         output.after_step(step, record, progress)
 
     output.save_model()
-    print0(f"{time.time() - t_start:.0f} s; {out}/model is the result, {out}/samples shows it")
+    shown = f", {out}/samples shows it" if args.sample_every else ""
+    print0(f"{time.time() - t_start:.0f} s; {out}/model is the result{shown}")
     if dist.is_initialized():
         dist.barrier()  # the first may still be saving; where one leaves, torchrun and NCCL end all
         dist.destroy_process_group()
@@ -340,7 +344,7 @@ def set_up(args, out, state):
     device = common.get_device(args.device)
     common.init_processes(device)
     if not args.random_init and args.model != "tiny":  # which is built below, once the data are found good
-        find_model(args.model)
+        find_model(args.model, args.config)
     is_encoded = is_cache(args.data)
     if is_encoded:
         pairs = EncodedPairs(args.data, args.seed, args.prompt_dropout)
@@ -349,18 +353,24 @@ def set_up(args, out, state):
                            args.random_flip, args.prompt_dropout)
     if state and state["pairs"] != len(pairs):
         raise InputError(f"{out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
-    model = load_model(args.model, args.random_init)
+    model = load_model(args.model, args.random_init, args.config)
     if args.init_lora:
         fuse_lora(model, args.init_lora)
     if is_encoded:
         check_cache(args.data, model, args.model)
+    if args.sample_every:
+        model.check_scheduler()
     args.resolution = pairs.resolution = model.resolution(args.resolution)
     args.optimizer = args.optimizer or model.optimizer
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
     trainer = Trainer(args, pairs, model, device)
+    for name, value in state.get("digests", {}).items():
+        if trainer.digests.get(name) != value:
+            raise InputError(f"{out} was begun with another {name} ({value}, now {trainer.digests.get(name)}); "
+                             "give back what it was begun with, or another --out")
 
     # A checkpoint knows how its last step was drawn: code that draws otherwise by now would be another run.
-    pairs.unreadable.update(state.get("unreadable", []))
+    pairs.unreadable |= state.get("unreadable", {})
     if state:
         step = state["step"] - 1
         check_records(f"{out} was trained", state["records"], trainer.stream.records_of(step), step)
@@ -377,10 +387,9 @@ def set_up(args, out, state):
 
 
 def say_what_runs(trainer, steps_taken):
-    args, report = trainer.args, trainer.pairs.report()
-    bad = len(report["unreadable"])
-    print0("data: {rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} that "
-           "cannot be read".format(bad=bad, **report))
+    args = trainer.args
+    print0(f"data: {trainer.pairs.summary()}")
+    print0(trainer.pairs.crop_summary(trainer.pairs.row_at(k) for k in range(min(256, len(trainer.pairs)))))
     trained = sum(param.numel() for param in trainer.params.values())
     words = [f"{args.loss} on {args.model}: {trained / 1e6:.1f} of {trainer.model.num_parameters / 1e6:.1f} M "
              f"parameters, {args.resolution} px, {args.device}, {args.precision}, {args.batch_size} pairs a step, "
@@ -577,15 +586,15 @@ class Output:
 
     def save_checkpoint(self, done):
         trainer, pairs = self.trainer, self.trainer.pairs
-        unreadable = common.all_gather_list([*pairs.unreadable])
-        pairs.unreadable.update(unreadable)
+        pairs.unreadable = dict(common.all_gather_list([*pairs.unreadable.items()]))
         if self.is_writer:
             self.log.sync()
             state = {
                 "step": done,
                 "args": vars(self.args),
                 "pairs": len(pairs),
-                "unreadable": sorted(pairs.unreadable),
+                "digests": trainer.digests,
+                "unreadable": pairs.unreadable,
                 "records": trainer.stream.records_of(done - 1),
                 "weights": trainer.params,
                 "optimizer": self.optimizer.state_dict(),

@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -182,7 +183,7 @@ def encode_options(args):
 def arithmetic(argv):
     """The Arithmetic of a pair, and of this machine."""
     args = train_args(argv)
-    model = load_model(args.model, args.random_init)
+    model = load_model(args.model, args.random_init, args.config)
     resolution = model.resolution(args.resolution)
     if args.lora_rank:
         model.add_lora(args.lora_rank, args.seed)
@@ -235,7 +236,9 @@ def measure(argv, args, folder):
     """({name: Row} of all ways, pairs per second of encoding); what they write goes to `folder`."""
     pairs, cache, errors = str(folder / "pairs.parquet"), str(folder / "cache"), str(folder / "errors")
     rows = data.read_rows(data.find_source(args.data))
-    rows.select(range(min(PAIRS, len(rows)))).to_parquet(pairs)
+    columns = rows.columns.slice(0, PAIRS).to_pylist()
+    records = [record | rows.images[row] for row, record in enumerate(columns)]
+    datasets.Dataset.from_list(records).to_parquet(pairs)
     encoded_per_second = alone(encoding, [*encode_options(args), "--data", pairs, "--out", cache])
 
     table = {}

@@ -102,7 +102,7 @@ def read_prompts(args):
     listed = evaluate.read_prompts(args.prompts)
     prompts, images = list(dict.fromkeys(listed)), None
     if args.images:
-        found = sorted(file for file in Path(args.images).glob("*") if file.suffix.lower() in evaluate.IMAGE_SUFFIXES)
+        found = evaluate.image_files(args.images)
         if len(found) != len(listed):
             raise InputError(f"--images {args.images} holds {len(found)} images, {args.prompts} {len(listed)} prompts")
         images = [found[listed.index(prompt)] for prompt in prompts]
@@ -235,6 +235,8 @@ def main(argv=None):
             models["model"] = load_model(args.model)
         if args.editor:
             models["editor"] = load_editor(args.editor)
+        for model in models.values():
+            model.check_scheduler()
         args.resolution, args.guidance = evaluate.resolution_and_guidance(args, [*models.values()][0])
         rank, _, _ = common.torchrun_env()
         if rank == 0:

@@ -358,6 +358,7 @@ def load(name):
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # it reports the text encoder's LoRA weights that are not there
     folder = part("pipeline") if name == "tiny" else Path(name)
     if not folder.is_dir():
         raise InputError(f"{name}: there is no such folder")

@@ -33,9 +33,9 @@ def log_of(out):
 loaded = functools.cache(models.load_model)
 
 
-def fresh(folder, random_init=False):
+def fresh(folder, random_init=False, config=None):
     """What models.load_model gives, read once: most of a small run's time is to read a vocabulary."""
-    model = loaded(folder, random_init)
+    model = loaded(folder, random_init, config)
     tokenizers = [part for name, part in model.pipe.components.items() if "tokenizer" in name]
     return copy.deepcopy(model, {id(part): part for part in tokenizers})
 

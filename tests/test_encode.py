@@ -122,9 +122,10 @@ def test_a_cache_trains_as_the_pairs_themselves(run, encoded, few_pairs, model, 
     cached = run(model, encoded(model), *options, name="cached")
     assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
     assert json.loads((cached[0] / "config.json").read_text())["resolution"] == 32
-    names = ["rows", "used", "ties", "unlabelled", "unreadable"]
+    names = ["rows", "used", "ties", "unlabelled", "unreadable", "left_out"]
     reports = [json.loads((out / "data.json").read_text()) for out in (plain[0], cached[0])]
-    assert reports[0] == reports[1] and [*reports[0]] == names and reports[0]["unreadable"] == [5, 9]
+    assert reports[0] == reports[1] and [*reports[0]] == names
+    assert reports[0]["unreadable"] == {"no image": [5], "not a picture": [9]}
 
 
 def test_the_posteriors_draw_comes_from_the_cache_too(run, encoded, few_pairs):
@@ -296,7 +297,8 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
         memory.pipe(name, (tmp_path / "part").read_bytes())
     hub_of([f"memory:/{name}" for name in names], monkeypatch)
     streamed = encode.stream_rows("someone/pairs")
-    groups, read = streamed.groups, []
+    images = streamed.images
+    groups, read = images.groups, []
     assert [group.row_groups[0].num_rows for group in groups] == [4, 4, 2, 4, 4, 4, 4, 1]
 
     class Group:
@@ -304,17 +306,18 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
             self.number = number
 
         def to_table(self, columns):
-            assert streamed.number is None and streamed.images is None  # the one before was let go
+            assert images.number is None and images.table is None  # the one before was let go
             read.append(self.number)
             return groups[self.number].to_table(columns=columns)
 
-    streamed.groups = [Group(number) for number in range(len(groups))]
-    assert len(streamed) == 27 and streamed["caption"] == rows["caption"][:]
+    images.groups = [Group(number) for number in range(len(groups))]
+    assert streamed.columns["caption"].to_pylist() == rows["caption"][:]
     for k, row in enumerate(rows):
-        assert all(streamed[k][name] == row[name] for name in ("jpg_0", "jpg_1"))
+        assert all(images[k][name] == row[name] for name in ("jpg_0", "jpg_1"))
     assert read == [*range(8)]
 
-    monkeypatch.setattr(encode, "stream_rows", lambda source: encode.StreamedRows(names, memory))
+    images.groups = groups
+    monkeypatch.setattr(encode, "stream_rows", lambda source: streamed)
     write_cache(small_model("sd"), few_pairs, tmp_path / "c")
     cache = contents(tmp_path / "c")
     assert cache.pop("manifest.json") != plain.pop("manifest.json")  # it names other files
@@ -351,11 +354,11 @@ def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
     tiny.draw(tiny.SCENES[9], True, random.Random(0)).resize((48, 48)).save(tmp_path / "1.png")
     with pytest.raises(SystemExit, match="was begun with pairs"):
         write_cache(*arguments)
-    assert len(encode.stream_rows(data.find_source("tiny"))) == 1500
+    assert len(encode.stream_rows(data.find_source("tiny")).columns) == 1500
 
 
 def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
-    """A whole file of unreadable pairs is an empty one; a null caption is the empty prompt."""
+    """A whole file of unreadable pairs is an empty one; a null caption is no prompt, and the pair not used."""
     rows = tiny.pair_rows(12)
     for k in range(5, 10):
         rows[k] |= {"jpg_0": b"no image"}
@@ -364,7 +367,9 @@ def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
     write_cache(small_model("sd"), source, tmp_path / "c")
     plain, cached = ImagePairs(str(source), 32), EncodedPairs(tmp_path / "c")
     plain.scan()
-    assert plain.report() == cached.report() and cached.report()["unreadable"] == [5, 6, 7, 8, 9]
+    assert plain.report() == cached.report()
+    reasons = {"not a picture": [5, 6, 7, 8, 9], "its prompt is no text": [11]}
+    assert cached.report()["unreadable"] == reasons
     for position in range(12):
         assert plain[position]["row"] == cached[position]["row"]
         assert plain[position]["caption"] == cached[position]["caption"]
@@ -384,7 +389,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeyp
 
     source = parquet(tmp_path / "train.parquet", tiny.pair_rows(12), batch_size=6)
     streamed = encode.stream_rows(str(source))
-    streamed.groups[1] = Damaged()
+    streamed.images.groups[1] = Damaged()
     monkeypatch.setattr(encode, "stream_rows", lambda source: streamed)
     complaint = "row 6 is in train.parquet, which cannot be read: no bytes.*the same command goes on"
     with pytest.raises(SystemExit, match=complaint):
@@ -665,7 +670,7 @@ def test_reference_errors_of_another_model_other_data_or_damaged_are_refused(
     run("sd", few_pairs, *file)
     with pytest.raises(SystemExit, match="is of a run with data"):
         run("sd", encoded("sd"), *file, name="other")
-    with pytest.raises(SystemExit, match="is of a run with schedule"):
+    with pytest.raises(SystemExit, match="is of a run with noise schedule"):
         run("sd-v", few_pairs, *file, name="other")
     (tmp_path / "errors").write_bytes((tmp_path / "errors").read_bytes()[:-5])
     with pytest.raises(SystemExit, match="--reference_errors .* cannot be read"):

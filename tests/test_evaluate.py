@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 
@@ -331,9 +332,70 @@ def test_what_is_scored_is_not_scored_again_unless_its_images_changed(generate, 
     image = Image.open(out / "00003.png")
     evaluate.save_png(image.rotate(180), out / "00003.png")
     (second,) = score(out)
-    assert sum(calls) == 10 and [a == b for a, b in zip(first, second)] == [True, True, True, False, True]
+    assert sum(calls) == 6 and [a == b for a, b in zip(first, second)] == [True, True, True, False, True]
     (out / "scores.csv").write_text("an older one")  # the two files are written one after the other
-    assert score(out) == [second] and sum(calls) == 15
+    assert score(out) == [second] and sum(calls) == 6
+
+
+def test_a_changed_image_costs_no_other_scores(generate):
+    """Not those of other scorers, of other images, nor of a scorer that is given twice, of two sources."""
+    out = generate("images")
+    ((first),) = score(out, metrics="clip,clip=tiny")
+    image = Image.open(out / "00003.png")
+    evaluate.save_png(image.rotate(180), out / "00003.png")
+    ((second),) = score(out)
+    assert [row["clip=tiny"] for row in second] == [row["clip=tiny"] * (i != 3) for i, row in enumerate(first)]
+    with pytest.raises(SystemExit, match="was not scored by clip=tiny, or its images changed since"):
+        evaluate.main(["compare", str(out), str(generate("other")), "--out", str(out.parent / "report.html")])
+
+
+def test_two_sources_of_a_scorer_stand_side_by_side(generate, monkeypatch):
+    """As hpsv2=OLD,hpsv2=NEW; the second one alone was kept."""
+    import scorers
+
+    def constant(spec, device):
+        name, _, source = spec.partition("=")
+        return name, lambda images, prompts: torch.full((len(images),), float(source)), {"source": source}
+
+    monkeypatch.setattr(scorers, "get_scorer", constant)
+    ((rows),) = score(generate("images"), metrics="hpsv2=1,hpsv2=2,aesthetic=3,hpsv2=1")
+    assert [(row["hpsv2=1"], row["hpsv2=2"], row["aesthetic"]) for row in rows] == [("1.0", "2.0", "3.0")] * 5
+
+
+@pytest.mark.parametrize("fault", ["nan", "stop"])
+def test_what_was_scored_before_a_fault_is_kept(generate, monkeypatch, fault):
+    """A number that is none is refused, whoever computed it; JSON has no name for it."""
+    import scorers
+
+    scored = []
+
+    def failing(spec, device):
+        def scorer(images, prompts):
+            scored.extend(prompts)
+            if len(scored) == 4 and fault == "stop":
+                raise KeyboardInterrupt
+            return torch.full((len(images),), 1.0 if len(scored) < 4 else float("nan"))
+
+        return "other", scorer, {"source": "here"}
+
+    monkeypatch.setattr(scorers, "get_scorer", failing)
+    out = generate("images")
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        score(out, metrics="other")
+    assert fault == "stop" or re.search(r"the other of .*00002.png is nan", str(ended.value))
+    kept = json.loads((out / "scores.json").read_text())["images"]
+    assert [row.get("other") for row in kept] == [1.0, 1.0, None, None, None]
+
+
+def test_a_folder_is_not_compared_with_itself(generate, tmp_path):
+    """By two names either: every interval of zero would be in the table."""
+    out = generate("images")
+    score(out)
+    for again in (out, tmp_path / "link"):
+        if again != out:
+            again.symlink_to(out)
+        with pytest.raises(SystemExit, match="is given twice"):
+            evaluate.main(["compare", str(out), str(again), "--out", str(tmp_path / "report.html")])
 
 
 def test_a_model_compared_with_itself_wins_one_half(generate, tmp_path, capsys):
