@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 def fingerprint(network):
     """16 hex digits of a network by its tensors' names, shapes and first, middle and last values in float32.
 
-    Quick at any size, and the same whatever files it was read from. What it misses: a change of other values alone.
+    Quick at any size, and the same whatever files it was read from. It misses a change of other values alone.
     """
     samples = []
     for name, tensor in sorted(network.state_dict().items()):
@@ -38,7 +38,7 @@ def fingerprint(network):
 
 
 def is_hidden(path):
-    """Whether a relative path is of what systems and editors leave: .DS_Store, ._x, .ipynb_checkpoints, _temporary."""
+    """Whether a relative path is of what systems and editors leave: ._x, .ipynb_checkpoints, _temporary."""
     return any(part[0] in "._" for part in Path(path).parts)
 
 

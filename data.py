@@ -116,8 +116,8 @@ def source_files(source):
             left_out[name] = f"{split} split" if split else "not of the training split"
             del files[name]
     if splits and not files:
-        raise InputError(f"--data {source} has no training split, but {', '.join(splits)}; to train on one of them "
-                         f"name it: --data {path / min(splits)}")
+        raise InputError(f"--data {source} has no training split, but {', '.join(splits)}; to train on one of "
+                         f"them name it: --data {path / min(splits)}")
     if not files:
         hidden = f", but for hidden ones: {', '.join(left_out)}" if left_out else ""
         raise InputError(f"--data {source} holds no parquet and no .jsonl file{hidden}")
@@ -242,13 +242,14 @@ def read_jsonl(files):
                 continue
             try:
                 row = json.loads(line)
-                images.append({"jpg_0": str(file.parent / row["chosen"]), "jpg_1": str(file.parent / row["rejected"])})
+                chosen, rejected = (str(file.parent / row[side]) for side in ("chosen", "rejected"))
                 record = {"caption": as_text(row["prompt"]), "label_0": 1.0}
                 record |= {column: float(row[column]) for column in COLUMNS}
             except KeyError as error:
                 raise InputError(f"line {number} of {file} lacks {error}; it takes prompt, chosen and rejected")
             except (ValueError, TypeError) as error:
                 raise InputError(f"line {number} of {file} cannot be read: {brief(error)}")
+            images.append({"jpg_0": chosen, "jpg_1": rejected})
             for column, of_rows in values.items():
                 of_rows.append(record.get(column))
     arrays = {name: pyarrow.array(of_rows, column_types()[name]) for name, of_rows in values.items()}
@@ -381,8 +382,7 @@ class Pairs(torch.utils.data.Dataset):
     function of (seed, p), and a run can start at any position without decoding what lies before it.
 
     A subclass has rows [n], the row numbers of its pairs, num_rows, ties, unlabelled and left_out; load(row), the
-    pair, or Unreadable; caption(row); content(row, pair, epoch, prompt), the tensors; and sizes(row), (height,
-    width) of its two images.
+    pair, or Unreadable; caption(row); and content(row, pair, epoch, prompt), the tensors.
     """
 
     def __init__(self, seed, prompt_dropout):
@@ -402,8 +402,8 @@ class Pairs(torch.utils.data.Dataset):
     def summary(self):
         """The same in one line."""
         reasons = [f"{len(rows)} {reason}" for reason, rows in by_reason(self.unreadable).items()]
-        line = ("{rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} that cannot "
-                "be read".format(bad=len(self.unreadable), **self.report()))
+        line = ("{rows} rows, {used} pairs used, {ties} ties dropped, {unlabelled} without a label, {bad} that "
+                "cannot be read".format(bad=len(self.unreadable), **self.report()))
         if reasons:
             line += f" ({', '.join(reasons)})"
         for name, reason in [*self.left_out.items()][:8]:
@@ -440,20 +440,13 @@ class Pairs(torch.utils.data.Dataset):
         return item | self.content(row, pair, epoch, prompt)
 
 
-    def crop_summary(self, rows):
-        """One line on what the square crop takes away of the pictures of some rows."""
-        kept = []
-        for row in rows:
-            try:
-                sizes = self.sizes(row)
-                kept.append([min(size) / max(size) for size in sizes])
-            except Unreadable:
-                pass
-        if not kept:
-            return "no picture's size is known"
-        bad = sum(min(pair) < 2 / 3 for pair in kept)
-        return (f"the square crop keeps {np.mean(kept):.0%} of the pictures; in {bad} of {len(kept)} pairs one loses "
-                "more than a third")
+def crop_summary(time_ids):
+    """One line on what the square crop takes away of pictures, by their time_ids [n, S, 6]."""
+    height, width = time_ids[..., 0], time_ids[..., 1]                                  # [n, S]
+    kept = torch.minimum(height / width, width / height)
+    bad = (kept < 2 / 3).any(dim=1).sum()
+    return (f"the square crop keeps {kept.mean():.0%} of the first pictures; in {bad} of {len(kept)} pairs one loses "
+            "more than a third")
 
 
 def by_reason(unreadable):
@@ -554,7 +547,8 @@ class ImagePairs(Pairs):
         files = []
         for name, file in self.source_rows.files.items():
             is_parquet = file.suffix == ".parquet"
-            files.append([name, file.stat().st_size, digest(parquet_footer(file) if is_parquet else file.read_bytes())])
+            content = parquet_footer(file) if is_parquet else file.read_bytes()
+            files.append([name, file.stat().st_size, digest(content)])
             if not is_parquet:
                 paths = [image[side] for image in self.images for side in ("jpg_0", "jpg_1")]
                 sizes = [os.path.exists(path) and os.path.getsize(path) for path in paths]
@@ -581,9 +575,6 @@ class ImagePairs(Pairs):
             raise
         except Exception as error:
             raise Unreadable(reason_of(error))
-
-    def sizes(self, row):
-        return [(image.height, image.width) for image, _ in self.load(row)]
 
     def content(self, row, pair, epoch, prompt):
         """Pixels, time_ids and clip_pixels of a row's two images, cropped and flipped as in an epoch."""
@@ -689,15 +680,9 @@ class EncodedPairs(Pairs):
     def caption(self, row):
         return "" if row in self.unreadable else self.prompts[self.prompt_numbers[self.load(row)]]
 
-    def sizes(self, row):
-        return self.read_pair(self.load(row))["time_ids"][:, :2].tolist()
-
-    def read_pair(self, place):
-        file = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return self.read("pairs", file, place - self.starts[file])
-
     def content(self, row, pair, epoch, prompt):
-        item = self.read_pair(pair)
+        file = int(np.searchsorted(self.starts, pair, side="right")) - 1
+        item = self.read("pairs", file, pair - self.starts[file])
         number = int(self.prompt_numbers[pair])
         text = self.read("prompts", *divmod(number, self.shard_size))
         clip_embeds = torch.cat([text.pop("clip_embeds")[None], item.pop("clip_embeds")])       # [3, E']

@@ -39,8 +39,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief
-from data import (Clip, ImagePairs, Rows, Unreadable, by_reason, find_source, is_cache, read_columns, read_manifest,
-                  read_rows, source_files)
+from data import (Clip, ImagePairs, Rows, Unreadable, by_reason, crop_summary, find_source, is_cache, read_columns,
+                  read_manifest, read_rows, source_files)
 from models import by_rows, fuse_lora, load_model
 from options import H14, encode_args
 
@@ -137,7 +137,7 @@ class Encoder:
     """Writes this process's share of a cache: the models, the pairs, and what becomes of a shard of either."""
 
     def __init__(self, args):
-        self.args, self.out = args, Path(args.out)
+        self.args, self.out, self.has_told_crop = args, Path(args.out), common.torchrun_env()[0] > 0
         device, self.dtype = common.get_device(args.device), common.DTYPES[args.precision]
         source = find_source(args.data)
         self.pairs = ImagePairs(args.data, None, args.seed, args.random_crop, args.random_flip,
@@ -186,6 +186,9 @@ class Encoder:
         pictures = batch.pop("clip_pixels").flatten(0, 1)                                # [2 B, 3, h, w]
         embeds = by_rows(self.clip.embed_images, pictures, self.clip.device, len(pictures),
                          torch.get_num_threads())
+        if not self.has_told_crop:
+            tqdm.write(crop_summary(batch["time_ids"]))
+            self.has_told_crop = True
         part = batch | {"mean": mean, "clip_embeds": torch.cat(embeds).unflatten(0, (-1, 2))}
         if self.args.vae_sample == "sample":
             part["std"] = std
@@ -223,7 +226,8 @@ class Encoder:
     def manifest(self):
         settings = {name: getattr(self.args, name) for name in SETTINGS}
         return settings | {"edition": 2, "encoders": self.model.encoder_digests, "pairs": self.pairs.digest(),
-                           "clip_weights": common.fingerprint(self.clip.model), "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
+                           "clip_weights": common.fingerprint(self.clip.model),
+                           "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
 
 
 def write_shard(file, tensors, unreadable):
@@ -288,8 +292,6 @@ def encode(args):
     encoder = Encoder(args)
     out, pairs = encoder.out, encoder.pairs
     manifest = begin_cache(encoder)
-    if rank == 0:
-        print(pairs.crop_summary(pairs.rows[:SHARD]))
     work = []
     for kind, function, items in (("prompts", encoder.encode_prompts, encoder.prompts),
                                   ("pairs", encoder.encode_pairs, pairs.rows)):
@@ -439,8 +441,8 @@ def main(argv=None):
         print(f"encode.py: {json.dumps(vars(args))}")
         common.end_with_launcher()
         with common.run_folder(args.out) as out:
-            strange = [file.name for file in out.glob("*")
-                       if not (common.is_hidden(file.name) or re.fullmatch(r"lock|(prompts|pairs|manifest)\b.*", file.name))]
+            visible = [file.name for file in out.glob("*") if not common.is_hidden(file.name)]
+            strange = [name for name in visible if not re.fullmatch(r"lock|(prompts|pairs|manifest)\b.*", name)]
             if strange:
                 raise InputError(f"{out} holds something else ({min(strange)}); give another --out")
             try:

@@ -61,7 +61,8 @@ def read_prompts(source):
     if "" in prompts:
         number = prompts.index("")
         raise InputError(f"--prompts {source}: row {number + 1} has no prompt: a string, or "
-                         f"{' or '.join(PROMPT_COLUMNS)}, that is text and not empty, not {str(rows[number])[:80]!a}")
+                         f"{' or '.join(PROMPT_COLUMNS)}, that is text and not empty, not "
+                         f"{str(rows[number])[:80]!a}")
     return prompts
 
 
@@ -85,7 +86,7 @@ def read_prompt_file(path):
         rows = list(csv.DictReader(stream, **dialect))
         for number, row in enumerate(rows, 1):
             if None in row:  # a comma in the prompt, perhaps, which would be cut there
-                raise ValueError(f"row {number} has more fields than the header: {[*row.values()][-1][0]!r} is left over")
+                raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
         return rows
     if suffix != ".json":
         raise ValueError("it is none of txt, tsv, csv, json, jsonl")
@@ -283,7 +284,7 @@ def score(args):
 
 
 def score_missing(folder, column, scorer, identity, batch_size):
-    """Scores the images of a folder that this scorer has no score of. What is scored is kept, whatever happens."""
+    """Scores the images of a folder that this scorer has no score of. What is scored is kept in any case."""
     identities, rows = folder.read_scores()
     is_known = identities.get(column) == identity
     missing = [i for i, row in enumerate(rows) if not is_known or column not in row]
@@ -384,8 +385,8 @@ def style(args):
     print(style_table(rows))
     fid_by = "FID by torch-fidelity" if fid else "no FID: --no-fid, or torch-fidelity is not installed"
     gram_by = "Gram by torchvision's VGG-19, all images against all" if gram else "no Gram: --gram"
-    print(f"lower CMMD, FID and Gram: nearer to {args.reference}; floor: its one half against the other. CLIP score "
-          f"(to the prompt) and diversity fall where a model collapses. By {spec}; {fid_by}; {gram_by}")
+    print(f"lower CMMD, FID and Gram: nearer to {args.reference}; floor: its one half against the other. CLIP "
+          f"score (to the prompt) and diversity fall where a model collapses. By {spec}; {fid_by}; {gram_by}")
     if out:
         numbers = {"clip": spec, "reference": args.reference, "rows": rows}
         atomic_write(out, json.dumps(numbers, indent=1))
@@ -415,8 +416,8 @@ def parse_args(argv=None):
 
     add = command(generate)
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id [%(default)s]")
-    add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights for it, one on top of the other: folders, "
-        "files or hub ids")
+    add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights for it, one on top of the other: "
+        "folders, files or hub ids")
     add("--config", metavar="DIR", help="a diffusers folder that describes a --model in one .safetensors file")
     add("--prompts", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of the hub, or tiny")
     add("--out", metavar="DIR", required=True)

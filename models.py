@@ -162,14 +162,14 @@ class StableDiffusion:
                         output_type="latent", **more).images.float()
 
     def check_scheduler(self):
-        """InputError where the pipeline's scheduler ignores a key of the schedule that the model was trained with."""
+        """InputError where the pipeline's scheduler ignores a key of the schedule that the model has."""
         scheduler = self.pipe.scheduler
         known = inspect.signature(type(scheduler).__init__).parameters
         for key in SCHEDULE_KEYS:
             if scheduler.config.get(key) and key not in known:
-                raise InputError(f"{type(scheduler).__name__} ignores the model's {key} and would draw with another "
-                                 "noise schedule; give evaluate.py --scheduler EulerDiscreteScheduler, or train.py "
-                                 "--sample_every 0")
+                raise InputError(f"{type(scheduler).__name__} ignores the model's {key} and would draw with "
+                                 "another noise schedule; give evaluate.py --scheduler EulerDiscreteScheduler, or "
+                                 "train.py --sample_every 0")
 
     # Training and saving
 
@@ -324,7 +324,7 @@ def quiet_libraries():
 
 
 def find_model(name, config=None):
-    """(folder, hub id or file, class) of a model, from its model_index.json alone. InputError if it will not do."""
+    """(folder, hub id or file, class) of a model, by its model_index.json alone. InputError if it will not do."""
     from diffusers import DiffusionPipeline
 
     if config and not Path(name).is_file():
@@ -336,7 +336,8 @@ def find_model(name, config=None):
     is_local, is_file = Path(source).is_dir(), Path(source).is_file()
     try:
         described_by = (config or published_config(source)) if is_file else source
-        index = DiffusionPipeline.load_config(described_by if Path(described_by).is_dir() else hub_id(described_by))
+        is_folder = Path(described_by).is_dir()
+        index = DiffusionPipeline.load_config(described_by if is_folder else hub_id(described_by))
         kind = index["_class_name"]
     except Exception as error:
         way_out = "; give its configuration by --config DIR, a diffusers folder of such a model" if is_file else ""
@@ -436,7 +437,7 @@ def fuse_lora(model, source):
                     loaded.add(tensor_digest(param.detach()))
         homeless = [name for name, tensor in weights.items() if tensor_digest(tensor) not in loaded]
         if homeless:
-            raise ValueError(f"{len(homeless)} of its {len(weights)} tensors fit nowhere, the first is {homeless[0]}")
+            raise ValueError(f"{len(homeless)} of its {len(weights)} tensors fit nowhere: {homeless[0]} ...")
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         model.init_lora = source

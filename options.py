@@ -82,11 +82,12 @@ class Options:
 def add_shared_options(options):
     """What encoded pairs depend on, and the machine."""
     add = options.add
-    add("model", "tiny", str, "tiny, sd15, sdxl, or a diffusers folder, hub id or .safetensors (SD 1.x/2.x, SDXL) [tiny]")
+    add("model", "tiny", str, "tiny, sd15, sdxl, or a diffusers folder, a hub id or a .safetensors (SD 1.x/2.x, "
+        "SDXL) [tiny]")
     add("config", None, str, "a diffusers folder that describes a --model in one .safetensors file", "DIR")
     add("random_init", False, bool, "sd15, sdxl: random weights, nothing is downloaded")
     add("init_lora", None, str, "LoRA weights that policy and reference start with: an earlier run's model/, a "
-        "folder, file or hub id", "LORA")
+        "file or a hub id", "LORA")
     add("data", None, str, "tiny, pickapic, a parquet file, a folder, a hub id [the preset's]", "PAIRS")
     add("clip", None, str, "rpo: of open_clip, a tag or a file; or tiny [the preset's]", "ARCH:WEIGHTS")
     add("resolution", None, COUNT, "side of the training images, pixels [the model's own]")

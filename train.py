@@ -33,8 +33,8 @@ from tqdm import tqdm
 from transformers import Adafactor
 
 from common import InputError, atomic_write, print0
-from data import (COLUMNS, SCAN_LIMIT, Clip, EncodedPairs, ImagePairs, Stream, collate, cross_pair_weights,
-                  find_prompts, is_cache)
+from data import (COLUMNS, SCAN_LIMIT, Clip, EncodedPairs, ImagePairs, Stream, collate, crop_summary,
+                  cross_pair_weights, find_prompts, is_cache)
 from encode import ReferenceErrors, check_cache, check_records, encode_batch
 from loss import LOSSES, denoising_error, wants
 from models import cast_for_autocast, disabled_adapter, find_model, frozen_reference, fuse_lora, load_model
@@ -110,6 +110,7 @@ class Trainer:
         self.digests = model.digests | {"data": pairs.digest()}  # of what the run is a function of
         if self.clip:
             self.digests["CLIP"] = common.fingerprint(self.clip.model)
+        self.first_time_ids = []  # of some micro-batches, [B, S, 6] each: to say what the crop takes away
         self.reference_errors = None
         if args.reference_errors:
             self.reference_errors = ReferenceErrors(args, pairs, model)
@@ -166,6 +167,8 @@ class Trainer:
         """A batch of the loader -> a MicroBatch: encoded, on the device, noised by nothing yet."""
         images = self.images_per_pair
         self.pairs.unreadable |= dict(batch["unreadable"])
+        if len(self.first_time_ids) < 64:
+            self.first_time_ids.append(batch["time_ids"][:, :images])
         if "pixels" in batch:
             batch |= encode_batch(self.model, self.clip, batch, images, self.dtype)
         for name, value in batch.items():
@@ -389,7 +392,6 @@ def set_up(args, out, state):
 def say_what_runs(trainer, steps_taken):
     args = trainer.args
     print0(f"data: {trainer.pairs.summary()}")
-    print0(trainer.pairs.crop_summary(trainer.pairs.row_at(k) for k in range(min(256, len(trainer.pairs)))))
     trained = sum(param.numel() for param in trainer.params.values())
     words = [f"{args.loss} on {args.model}: {trained / 1e6:.1f} of {trainer.model.num_parameters / 1e6:.1f} M "
              f"parameters, {args.resolution} px, {args.device}, {args.precision}, {args.batch_size} pairs a step, "
@@ -534,6 +536,7 @@ class Output:
 
     def begin(self, start):
         """Makes the folder ready for step `start`: what was half-written or belongs to later steps goes."""
+        self.first_step = start
         if not self.is_writer:
             return
         for part in self.out.glob("checkpoint-*.part"):
@@ -559,6 +562,8 @@ class Output:
             record["skipped"] = self.skipped
         if self.is_writer:
             self.log.write(step, record)
+            if step == self.first_step:
+                tqdm.write(crop_summary(torch.cat(self.trainer.first_time_ids)))
             if args.group_size > 1 and "weights/own" in record:
                 self.say_what_weights(step, record["weights/own"])
             progress.set_postfix({SHOWN[name]: record[name] for name in SHOWN if name in record})

@@ -63,13 +63,13 @@ def parse_args(argv=None):
     parser.error = refuse
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id")
-    add("--images", metavar="DIR", help="plain images, in the order of their names a prompt each, instead of a model's")
-    add("--editor", metavar="MODEL", help="an InstructPix2Pix model, a diffusers folder or hub id: it makes the styled image")
+    add("--images", metavar="DIR", help="plain images instead of a model's, in the order of their names a prompt each")
+    add("--editor", metavar="MODEL", help="an InstructPix2Pix model, folder or hub id, makes the styled images")
     add("--prompts", required=True, metavar="PROMPTS", help="as of evaluate.py generate; each is used once")
     add("--style", required=True, help=f"{', '.join(STYLES)}, or your words: with a {{}} for the prompt, or with "
         "--editor an instruction")
     add("--out", required=True, metavar="DIR")
-    add("--strength", type=float, default=0.7, help="how far the styled image goes from the plain, without --editor")
+    add("--strength", type=float, default=0.7, help="without --editor: how far the styled image goes from the plain")
     add("--image_guidance", type=float, default=1.5, help="of the editor: how close it stays to the plain image")
     add("--held_out", type=int, default=0, metavar="N", help="prompts kept apart for the reference images")
     add("--seed", type=int, default=0)
@@ -104,7 +104,8 @@ def read_prompts(args):
     if args.images:
         found = evaluate.image_files(args.images)
         if len(found) != len(listed):
-            raise InputError(f"--images {args.images} holds {len(found)} images, {args.prompts} {len(listed)} prompts")
+            raise InputError(f"--images {args.images} holds {len(found)} images, {args.prompts} {len(listed)} "
+                             "prompts")
         images = [found[listed.index(prompt)] for prompt in prompts]
     if not 0 <= args.held_out < len(prompts):
         raise InputError(f"--held_out {args.held_out} leaves no pair of {len(prompts)} different prompts")

@@ -540,13 +540,20 @@ def test_a_checkpoint_that_cannot_be_described_or_lacks_a_tensor_is_refused(tmp_
 # 7. Silent or wrong endings
 
 
-def test_a_crop_that_cuts_much_away_is_told(tmp_path):
+def test_a_crop_that_cuts_much_away_is_told(tmp_path, small_model, capsys):
     """Of 300 x 100 pixels the square keeps a third."""
     wide = pyarrow.array([saved(Image.new("RGB", (300, 100))), pair(1)["jpg_0"]])
     parquet(tmp_path / "a.parquet", 0, 1, jpg_0=wide)
     pairs = data.ImagePairs(str(tmp_path), 32)
-    words = pairs.crop_summary(pairs.rows)
-    assert words == "the square crop keeps 83% of the pictures; in 1 of 2 pairs one loses more than a third"
+    words = data.crop_summary(data.collate([pairs[k] for k in range(2)])["time_ids"])
+    told = "the square crop keeps 83% of the first pictures; in 1 of 2 pairs one loses more than a third"
+    assert words == told
+    argv = ["--model", small_model("sd"), "--data", str(tmp_path), "--device", "cpu", "--clip", "tiny"]
+    encode.main([*argv, "--out", str(tmp_path / "cache")])
+    assert told in capsys.readouterr().out
+    train.main([*argv, "--loss", "dpo", "--steps", "1", "--batch_size", "2", "--out", str(tmp_path / "out"),
+                "--sample_every", "0"])
+    assert told in capsys.readouterr().out
 
 
 def test_samples_are_promised_where_there_are_some(small_run, capsys):
