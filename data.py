@@ -101,14 +101,15 @@ def source_files(source):
     if path.is_file():
         return {path.name: path}, {}
     found = sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl")) or sorted(path.rglob("*.jsonl"))
-    files, splits, left_out = {}, {}, {}
+    files, splits, left_out, places = {}, {}, {}, set()
     for file in filter(Path.is_file, found):
-        name = file.relative_to(path).as_posix()
+        name, place = file.relative_to(path).as_posix(), file.resolve()
         if is_hidden(name):
             left_out[name] = "hidden"
-        elif file.resolve() in {kept.resolve() for kept in files.values()}:
+        elif place in places:
             left_out[name] = "another name of a file that is read"
         else:
+            places.add(place)
             files[name], splits[name] = file, split_of(name)
     wanted = "train" if "train" in splits.values() else None
     for name, split in splits.items():
@@ -137,7 +138,9 @@ def check_schema(schema, file):
     missing = sorted({"caption", "jpg_0", "jpg_1", "label_0"} - set(schema.names))
     if missing:
         raise InputError(f"--data {file} lacks {', '.join(missing)} of Pick-a-Pic's columns")
-    for name in {"jpg_0", "jpg_1", *column_types()}.intersection(schema.names):
+    for name in ("jpg_0", "jpg_1", *column_types()):
+        if name not in schema.names:
+            continue
         what, pattern = KINDS.get(name, NUMBERS)
         kind = str(schema.field(name).type)
         if not re.fullmatch(pattern, kind):
@@ -190,12 +193,16 @@ def read_rows(source):
     if not Path(source).expanduser().exists():
         try:
             table = datasets.load_dataset(hub_id(source), split="train")
-            columns = table.with_format("arrow").select_columns(
-                [name for name in column_types() if name in table.column_names])[:]
+            names = [name for name in column_types() if name in table.column_names]
+            columns = table.with_format("arrow").select_columns(names)[:]
         except Exception as error:
             raise InputError(f"--data {source} cannot be read: {brief(error.__cause__ or error)}")
         check_schema(table.features.arrow_schema, source)
-        return Rows(conform(columns), images_of(table), {}, {})
+        table = table.select_columns(["jpg_0", "jpg_1"])
+        for name, feature in table.features.items():
+            if isinstance(feature, datasets.Image):
+                table = table.cast_column(name, datasets.Image(decode=False))
+        return Rows(conform(columns), table, {}, {})
 
     files, left_out = source_files(source)
     if min(files).endswith(".jsonl"):
@@ -213,18 +220,7 @@ def read_rows(source):
             features=datasets.Features({"jpg_0": image, "jpg_1": image}))
     except Exception as error:
         raise InputError(unreadable_file(files, error.__cause__ or error))
-    return Rows(columns, images_of(table), files, left_out)
-
-
-def images_of(table):
-    """The images of a `datasets.Dataset`, not decoded."""
-    import datasets
-
-    table = table.select_columns(["jpg_0", "jpg_1"])
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-    return table
+    return Rows(columns, table, files, left_out)
 
 
 def read_jsonl(files):
@@ -539,7 +535,7 @@ class ImagePairs(Pairs):
             raise InputError(f"--data {self.source} holds no usable pair: {self.report()}")
 
     def digest(self):
-        """16 hex digits over the pairs: rows, winners, captions; names, sizes and footers of the files.
+        """16 hex digits over the pairs: rows, winners, captions, COLUMNS; names, sizes and footers of the files.
 
         Not over where they lie, nor over the bytes of the images: a picture that was replaced by another one of
         the same size is not noticed.
@@ -554,6 +550,7 @@ class ImagePairs(Pairs):
                 sizes = [os.path.exists(path) and os.path.getsize(path) for path in paths]
                 files.append(sizes)
         captions = [self.caption(row) for row in self.rows]
+        files.append({name: values[self.rows].tolist() for name, values in self.columns.items()})
         return digest([self.rows.tolist(), self.winner_side[self.rows].tolist(), captions, files])
 
     def caption(self, row):

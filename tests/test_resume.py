@@ -697,7 +697,7 @@ def test_storage_that_goes_away_ends_the_run_in_one_line(tmp_path, options, work
     image_of_pairs(tmp_path, "a.png")
     argv = [*options, "--data", str(tmp_path), "--workers", workers, "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, "unmount", 0, argv)
-    expected = "train.py: 8 pairs in a row cannot be decoded any more: is the storage gone?"
+    expected = "train.py: 8 pairs in a row cannot be decoded any more (no such file): is the storage gone?"
     assert status == 1 and one_line_of(text) == expected
 
 

@@ -36,11 +36,16 @@ def test_the_pairs_are_a_folder_like_any_other(quick_tiny):
     """Pick-a-Pic's schema, all of it usable, and a file of prompts that are in no pair."""
     folder = tiny.part("pairs")
     pairs = data.ImagePairs(str(folder), tiny.SIZE)
-    assert pairs.report() == {"rows": 1500, "used": 1500, "ties": 0, "unlabelled": 0, "unreadable": []}
-    assert list(pairs.table.select(range(3))) == tiny.pair_rows(3)
+    counts = {"rows": 1500, "used": 1500, "ties": 0, "unlabelled": 0}
+    assert pairs.report() == counts | {"unreadable": {}, "left_out": {}}
+    for number, row in enumerate(tiny.pair_rows(3)):
+        (winner, _), (loser, _) = pairs.load(number)
+        first, second = (read_image(row[f"jpg_{side}"]).tobytes() for side in (0, 1))
+        expected = [first, second] if row["label_0"] else [second, first]
+        assert [winner.tobytes(), loser.tobytes()] == expected
     prompts = (folder / "prompts.txt").read_text().splitlines()
     assert prompts == [tiny.caption(scene) for scene in tiny.HELD_OUT]
-    assert not {*prompts} & {*pairs.table["caption"]}
+    assert not {*prompts} & {*map(pairs.caption, pairs.rows)}
 
 
 def test_the_pairs_are_those_of_the_published_figures():
