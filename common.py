@@ -38,8 +38,8 @@ def fingerprint(network):
 
 
 def is_hidden(path):
-    """Whether a relative path is of what systems and editors leave: ._x, .ipynb_checkpoints, _temporary."""
-    return any(part[0] in "._" for part in Path(path).parts)
+    """Whether a relative path is of what systems and editors leave: .DS_Store, ._x, .ipynb_checkpoints."""
+    return any(part.startswith(".") for part in Path(path).parts)
 
 
 class InputError(ValueError):

@@ -22,6 +22,7 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
 """
 
 import concurrent.futures
+import glob
 import hashlib
 import importlib
 import io
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 
-from common import InputError, brief, digest, hub_id, is_hidden, keyed_generator
+from common import InputError, brief, digest, fingerprint, hub_id, keyed_generator
 
 SCAN_LIMIT = 10_000  # pairs; up to here train.py decodes all once at the start, and data.json is complete at once
 COLUMNS = ()  # further columns of the data, a number per pair, that a loss may name: add yours
@@ -47,7 +48,8 @@ SPLITS = {  # the words of datasets.data_files; of a name that has both kinds, t
     "validation": ("validation", "valid", "dev", "val"),
     "train": ("train", "training"),
 }
-IMAGES = ("bytes or paths", "null|struct.*|(large_)?(binary|string)")  # as pyarrow's types are written
+CELL = "null|(large_)?(binary|string)"  # as pyarrow's types are written
+IMAGES = ("bytes or paths", rf"{CELL}|struct<((, )?(bytes|path): ({CELL}))+>")
 NUMBERS = ("numbers", "null|bool|u?int.*|halffloat|float|double|decimal.*")
 KINDS = {"caption": ("strings", "null|.*string.*"), "jpg_0": IMAGES, "jpg_1": IMAGES}
 HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
@@ -76,7 +78,7 @@ def find_prompts(source):
     """The prompts of a txt file, one a line; of "tiny" those that no pair shows."""
     file = Path(find_source(source)) / "prompts.txt" if source == "tiny" else Path(source).expanduser()
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        return file.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"--sample_prompts {source} cannot be read: {brief(error)}")
 
@@ -93,29 +95,33 @@ def split_of(name):
 def source_files(source):
     """({name: path} of the files of a local source, {name: why} of those that are left out).
 
-    A file is taken as it is. Of a folder the parquet files at any depth, else its .jsonl files: not what is
-    hidden, not a file that is there already by another name, and where any is of a training split, those alone.
-    InputError where all that is there is of other splits.
+    A file is taken as it is. Of a folder, at any depth, the parquet files, else the .jsonl files: not what is
+    hidden; where any is of a training split, those alone; and a file that has several names once. InputError
+    where all that is there is of other splits, or a link leads nowhere.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return {path.name: path}, {}
-    found = sorted(path.rglob("*.parquet")) or sorted(path.glob("*.jsonl")) or sorted(path.rglob("*.jsonl"))
-    files, splits, left_out, places = {}, {}, {}, set()
-    for file in filter(Path.is_file, found):
-        name, place = file.relative_to(path).as_posix(), file.resolve()
-        if is_hidden(name):
-            left_out[name] = "hidden"
+    found = walk(path)
+    left_out = {name: "hidden" for name in found if any(part[0] in "._" for part in Path(name).parts)}
+    parquet, lists = ([name for name in found if name.endswith(suffix) and name not in left_out]
+                      for suffix in (".parquet", ".jsonl"))
+    if parquet:
+        left_out |= {name: "beside parquet" for name in lists}
+    splits = {name: split_of(name) for name in parquet or lists}
+    wanted = "train" if "train" in splits.values() else None
+    files, places = {}, set()
+    for name, split in splits.items():
+        place = found[name].resolve()
+        if split != wanted:
+            left_out[name] = f"{split} split" if split else "not of the training split"
+        elif not place.exists():
+            raise InputError(f"--data {found[name]} is a link to a file that is not there")
         elif place in places:
             left_out[name] = "another name of a file that is read"
         else:
+            files[name] = found[name]
             places.add(place)
-            files[name], splits[name] = file, split_of(name)
-    wanted = "train" if "train" in splits.values() else None
-    for name, split in splits.items():
-        if split != wanted:
-            left_out[name] = f"{split} split" if split else "not of the training split"
-            del files[name]
     if splits and not files:
         raise InputError(f"--data {source} has no training split, but {', '.join(splits)}; to train on one of "
                          f"them name it: --data {path / min(splits)}")
@@ -123,6 +129,24 @@ def source_files(source):
         hidden = f", but for hidden ones: {', '.join(left_out)}" if left_out else ""
         raise InputError(f"--data {source} holds no parquet and no .jsonl file{hidden}")
     return files, left_out
+
+
+def walk(folder):
+    """{name: path} of the parquet and .jsonl files under a folder, in their order, through links, each folder once."""
+    found, seen = {}, {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+        for name in names:
+            file = Path(root, name)
+            if file.suffix in (".parquet", ".jsonl"):
+                found[file.relative_to(folder).as_posix()] = file
+    return dict(sorted(found.items()))
+
+
+def is_list(files):
+    """Whether {name: path} of a source are .jsonl files."""
+    return min(files).endswith(".jsonl")
 
 
 def column_types():
@@ -160,6 +184,11 @@ def conform(table):
         if pyarrow.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         arrays[name] = column.cast(kind)
+    try:
+        arrays["caption"].validate(full=True)
+    except pyarrow.ArrowInvalid:  # of bytes that are no UTF-8: no text
+        cells = arrays["caption"].cast(pyarrow.large_binary()).to_pylist()
+        arrays["caption"] = pyarrow.array([as_text(cell) for cell in cells], pyarrow.large_string())
     return pyarrow.table(arrays)
 
 
@@ -188,7 +217,6 @@ def read_rows(source):
     encode.stream_rows reads the same without a copy, in order. InputError names what cannot be read.
     """
     import datasets
-    import pyarrow.dataset
 
     if not Path(source).expanduser().exists():
         try:
@@ -205,22 +233,37 @@ def read_rows(source):
         return Rows(conform(columns), table, {}, {})
 
     files, left_out = source_files(source)
-    if min(files).endswith(".jsonl"):
+    if is_list(files):
         columns, images = read_jsonl(files)
         return Rows(columns, images, files, left_out)
-    try:
-        fragments = [*pyarrow.dataset.dataset([*map(str, files.values())], format="parquet").get_fragments()]
-    except Exception as error:
-        raise InputError(unreadable_file(files, error))
+    fragments = open_parquet(files.values())
     columns = read_columns(fragments)
     image = datasets.Image(decode=False)  # of bytes, paths or both, whatever a file has
+    with_rows = [glob.escape(fragment.path) for fragment in fragments if fragment.count_rows()]
     try:
         table = datasets.load_dataset(
-            "parquet", data_files=[*map(str, files.values())], split="train", columns=["jpg_0", "jpg_1"],
-            features=datasets.Features({"jpg_0": image, "jpg_1": image}))
+            "parquet", data_files=with_rows, split="train", columns=["jpg_0", "jpg_1"],
+            features=datasets.Features({"jpg_0": image, "jpg_1": image})) if with_rows else []
     except Exception as error:
         raise InputError(unreadable_file(files, error.__cause__ or error))
+    if len(table) != len(columns):
+        raise InputError(f"--data {source} was read in part: {len(table)} of {len(columns)} rows; has it changed?")
     return Rows(columns, table, files, left_out)
+
+
+def open_parquet(paths, filesystem=None):
+    """pyarrow's fragments of parquet files, one a file. InputError names one that is none."""
+    import pyarrow.dataset
+
+    def fragment(path):
+        try:
+            (only,) = pyarrow.dataset.dataset(str(path), format="parquet", filesystem=filesystem).get_fragments()
+            return only
+        except Exception as error:
+            raise InputError(f"--data {path} cannot be read: {brief(error)}")
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(fragment, paths))
 
 
 def read_jsonl(files):
@@ -243,7 +286,7 @@ def read_jsonl(files):
                 record |= {column: float(row[column]) for column in COLUMNS}
             except KeyError as error:
                 raise InputError(f"line {number} of {file} lacks {error}; it takes prompt, chosen and rejected")
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise InputError(f"line {number} of {file} cannot be read: {brief(error)}")
             images.append({"jpg_0": chosen, "jpg_1": rejected})
             for column, of_rows in values.items():
@@ -253,12 +296,11 @@ def read_jsonl(files):
 
 
 def as_text(value):
-    """A string that can be written as UTF-8; None of anything else, half a surrogate pair among them."""
+    """A string that can be written as UTF-8, or such bytes; None of anything else, half a surrogate pair too."""
     try:
-        value.encode()
-    except (AttributeError, UnicodeEncodeError):
+        return value.decode() if isinstance(value, bytes) else value.encode().decode()
+    except (AttributeError, UnicodeError):
         return None
-    return value
 
 
 def unreadable_file(files, error):
@@ -283,7 +325,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 def stored_bytes(source):
     """The encoded bytes of a cell: bytes, a path, or the {"bytes", "path"} of a `datasets.Image`."""
     if isinstance(source, dict):
-        source = source["bytes"] or source["path"]
+        source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
         source = Path(source).read_bytes()
     if not source:
@@ -307,11 +349,16 @@ def read_image(content):
     ValueError above PIL's limit of pixels (a decompression bomb) or where the scale of its numbers is unknown.
     """
     image = Image.open(io.BytesIO(content))
+    kind = image.format
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError("a decompression bomb?")
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # PIL would clip to 8 bits what has more of them, or lies in [0, 1]
-        image = Image.fromarray(to_8_bits(np.asarray(image), image.mode))
+        grey = Image.fromarray(to_8_bits(np.asarray(image), image.mode, kind))
+        if "transparency" in image.info:
+            is_seen = np.asarray(image) != image.info["transparency"]
+            grey.putalpha(Image.fromarray(np.where(is_seen, 255, 0).astype(np.uint8)))
+        image = grey
     if image.mode in ("La", "RGBa"):  # premultiplied by their transparency
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
@@ -319,18 +366,19 @@ def read_image(content):
     return image.convert("RGB")
 
 
-def to_8_bits(values, mode):
+def to_8_bits(values, mode, kind):
     """Grey values [H, W] of 16 or 32 bits or floating point as uint8; ValueError where their scale is unknown.
 
-    16 bits are 16 bits. In other modes the range tells: [0, 1] of floating point, else 8 bits, else 16.
+    mode, kind  PIL's mode and format. 16 bits are 16 bits, also in a PGM, whatever values they hold. Else the range
+                tells: up to 1 (floating point), 255 or 65535, with a little room for what resampling overshoots
     """
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
-        raise ValueError("pixel values of unknown scale")
-    if mode.startswith("I;16") or values.max() > 255:
-        scale = 255 / 65535
-    else:
-        scale = 255 if mode == "F" and values.max() <= 1 else 1
-    return (values * scale).round().astype(np.uint8)
+    top = 65535
+    if not (mode.startswith("I;16") or kind == "PPM"):
+        tops = [1, 255, 65535] if mode == "F" else [255, 65535]
+        top = next((top for top in tops if values.max() <= 1.05 * top), None)
+        if top is None or values.min() < -0.05 * top or mode == "F" and 1.05 < values.max() < 16:
+            raise ValueError("pixel values of unknown scale")
+    return (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
 
 
 def reason_of(error):
@@ -341,7 +389,9 @@ def reason_of(error):
         return "no such file"
     if isinstance(error, Image.DecompressionBombError):
         return "a decompression bomb?"
-    return re.sub(r"\s*[(<:\d].*", "", brief(error)) or type(error).__name__
+    text = getattr(error, "strerror", None) or brief(error)
+    text = re.sub(r"\([^)]*\)|<[^>]*>|\W*\d+", "", text)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def crop_and_resize(image, size, y, x, flip):
@@ -538,20 +588,18 @@ class ImagePairs(Pairs):
         """16 hex digits over the pairs: rows, winners, captions, COLUMNS; names, sizes and footers of the files.
 
         Not over where they lie, nor over the bytes of the images: a picture that was replaced by another one of
-        the same size is not noticed.
+        the same size is not noticed, nor one that a parquet file names by its path.
         """
-        files = []
-        for name, file in self.source_rows.files.items():
-            is_parquet = file.suffix == ".parquet"
-            content = parquet_footer(file) if is_parquet else file.read_bytes()
-            files.append([name, file.stat().st_size, digest(content)])
-            if not is_parquet:
-                paths = [image[side] for image in self.images for side in ("jpg_0", "jpg_1")]
-                sizes = [os.path.exists(path) and os.path.getsize(path) for path in paths]
-                files.append(sizes)
-        captions = [self.caption(row) for row in self.rows]
-        files.append({name: values[self.rows].tolist() for name, values in self.columns.items()})
-        return digest([self.rows.tolist(), self.winner_side[self.rows].tolist(), captions, files])
+        files = self.source_rows.files
+        content = [self.rows.tolist(), self.winner_side[self.rows].tolist(), [self.caption(row) for row in self.rows],
+                   {name: values[self.rows].tolist() for name, values in self.columns.items()}]
+        for name, file in files.items():
+            identity = file.read_bytes() if is_list(files) else parquet_footer(file)
+            content.append([name, file.stat().st_size, digest(identity)])
+        if files and is_list(files):
+            paths = [image[side] for image in self.images for side in ("jpg_0", "jpg_1")]
+            content.append([os.path.exists(path) and os.path.getsize(path) for path in paths])
+        return digest(content)
 
     def caption(self, row):
         return self.captions[int(row)].as_py() or ""
@@ -665,8 +713,8 @@ class EncodedPairs(Pairs):
 
     def digest(self):
         """16 hex digits over what the cache holds, not over the paths that it was made from."""
-        paths = ("model", "data", "clip")
-        return digest({name: value for name, value in read_manifest(self.folder).items() if name not in paths})
+        names = ("model", "data", "clip", "config", "init_lora", "left_out")
+        return digest({name: value for name, value in read_manifest(self.folder).items() if name not in names})
 
     def load(self, row):
         """The place of a row among the encoded. Unreadable where it could not be decoded."""
@@ -786,6 +834,12 @@ class Clip:
         """[N, E] float32 of N pictures, stacked after `transform`."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model.encode_image(pixels.to(self.device)).float()
+
+    def digest(self):
+        """16 hex digits of what embeds: weights, architecture, preprocessing, tokenizer."""
+        tokenizer = [type(self.tokenizer).__name__, getattr(self.tokenizer, "context_length", None)]
+        preprocess = str(self.model.visual.preprocess_cfg)
+        return digest([fingerprint(self.model), str(self.model), preprocess, tokenizer])
 
     def embed(self, captions, clip_pixels=None):
         """[B, 3, E]: text, image_w, image_l of B captions and clip_pixels [B, 2, 3, h, w]; without, zeros."""

@@ -3,7 +3,7 @@
     python encode.py --model sd15 --out CACHE                       then: train.py --model sd15 --data CACHE
     torchrun --nproc_per_node=8 encode.py --model sdxl --data pickapic --store fp16 --out CACHE
 
-VAE, text encoders and CLIP never change in training, and take a third of a step. The folder CACHE holds
+VAE, text encoders and CLIP never change in training, and take a quarter of a step or more. The folder CACHE holds
 
     manifest.json               what it was made of and how, the counts of data.json, the bytes of every file
     prompts.json                the distinct prompts; the first is ""
@@ -39,8 +39,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief
-from data import (Clip, ImagePairs, Rows, Unreadable, by_reason, crop_summary, find_source, is_cache, read_columns,
-                  read_manifest, read_rows, source_files)
+from data import (Clip, ImagePairs, Rows, Unreadable, by_reason, crop_summary, find_source, is_cache, is_list,
+                  open_parquet, read_columns, read_manifest, read_rows, source_files)
 from models import by_rows, fuse_lora, load_model
 from options import H14, encode_args
 
@@ -106,28 +106,25 @@ class StreamedImages:
 
 def stream_rows(source):
     """What `data.read_rows` gives of a source, without a copy of it: its images are to be read in order."""
-    import datasets
-    import fsspec
-    import pyarrow.dataset
-
-    files, left_out, filesystem = {}, {}, None
     if Path(source).expanduser().exists():
         files, left_out = source_files(source)
-        if not min(files).endswith(".parquet"):
+        if is_list(files):
             return read_rows(source)
-        paths = [*map(str, files.values())]
+        fragments = open_parquet(files.values())
+        return Rows(read_columns(fragments), StreamedImages(fragments), files, left_out)
+
+    import datasets
+    import fsspec
+
     try:
-        if not files:
-            builder = datasets.load_dataset_builder(common.hub_id(source))
-            paths = builder.config.data_files["train"]
-            if not paths[0].endswith(".parquet"):
-                raise ValueError("it is not kept as parquet and cannot be streamed; download it, give its folder")
-            filesystem, _ = fsspec.core.url_to_fs(paths[0])
-            paths = [filesystem._strip_protocol(path) for path in paths]
-        fragments = [*pyarrow.dataset.dataset(paths, format="parquet", filesystem=filesystem).get_fragments()]
+        paths = datasets.load_dataset_builder(common.hub_id(source)).config.data_files["train"]
+        if not paths[0].endswith(".parquet"):
+            raise ValueError("it is not kept as parquet and cannot be streamed; download it, give its folder")
+        filesystem, _ = fsspec.core.url_to_fs(paths[0])
     except Exception as error:
         raise InputError(f"--data {source} cannot be read: {brief(error)}")
-    return Rows(read_columns(fragments), StreamedImages(fragments), files, left_out)
+    fragments = open_parquet([filesystem._strip_protocol(path) for path in paths], filesystem)
+    return Rows(read_columns(fragments), StreamedImages(fragments), {}, {})
 
 
 # Encode once
@@ -137,7 +134,7 @@ class Encoder:
     """Writes this process's share of a cache: the models, the pairs, and what becomes of a shard of either."""
 
     def __init__(self, args):
-        self.args, self.out, self.has_told_crop = args, Path(args.out), common.torchrun_env()[0] > 0
+        self.args, self.out = args, Path(args.out)
         device, self.dtype = common.get_device(args.device), common.DTYPES[args.precision]
         source = find_source(args.data)
         self.pairs = ImagePairs(args.data, None, args.seed, args.random_crop, args.random_flip,
@@ -186,9 +183,6 @@ class Encoder:
         pictures = batch.pop("clip_pixels").flatten(0, 1)                                # [2 B, 3, h, w]
         embeds = by_rows(self.clip.embed_images, pictures, self.clip.device, len(pictures),
                          torch.get_num_threads())
-        if not self.has_told_crop:
-            tqdm.write(crop_summary(batch["time_ids"]))
-            self.has_told_crop = True
         part = batch | {"mean": mean, "clip_embeds": torch.cat(embeds).unflatten(0, (-1, 2))}
         if self.args.vae_sample == "sample":
             part["std"] = std
@@ -226,7 +220,7 @@ class Encoder:
     def manifest(self):
         settings = {name: getattr(self.args, name) for name in SETTINGS}
         return settings | {"edition": 2, "encoders": self.model.encoder_digests, "pairs": self.pairs.digest(),
-                           "clip_weights": common.fingerprint(self.clip.model),
+                           "clip_digest": self.clip.digest(),
                            "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
 
 
@@ -305,7 +299,10 @@ def encode(args):
         if shard_note(file):
             progress.update(len(items))
         else:
-            write_shard(file, *function(items, progress))
+            tensors, unreadable = function(items, progress)
+            write_shard(file, tensors, unreadable)
+            if file.name == "pairs-00000.safetensors" and len(tensors["row"]):
+                tqdm.write(crop_summary(tensors["time_ids"]))
     progress.close()
 
     notes = {file.name: shard_note(file) for file, _, _ in work}
@@ -333,17 +330,18 @@ class ReferenceErrors:
     not see (loss, beta, tau, group, learning rate, LoRA rank) share one file. With every position lies the
     record of its draw (see data.Stream): where the code draws otherwise by now, it is refused.
 
-    raises  InputError where the file is of another run, by what differs
+    digests  {name: digest} of the pairs and of what the model is made of
+    raises   InputError where the file is of another run, by what differs
     """
 
     SETTINGS = ("seed", "batch_size", "resolution", "random_flip", "random_crop", "prompt_dropout", "vae_sample",
                 "group_noise", "precision")
 
-    def __init__(self, args, pairs, model):
+    def __init__(self, args, digests):
         self.file, self.saved, self.is_new = Path(args.reference_errors).expanduser(), time.time(), False
         self.identity = {name: getattr(args, name) for name in self.SETTINGS}
         self.identity |= {"group_size": args.group_size if args.group_noise != "own" else None,
-                          "data": pairs.digest(), "edition": 2} | model.digests
+                          "edition": 2} | digests
         self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
         self.records = torch.full((args.steps, args.batch_size, 3), torch.nan, dtype=torch.float64)
         self.file.parent.mkdir(parents=True, exist_ok=True)

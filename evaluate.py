@@ -83,16 +83,29 @@ def read_prompt_file(path):
         dialect = {"strict": True}
         if suffix == ".tsv":  # as PartiPrompts wants it: there quotes belong to the prompt
             dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        rows = list(csv.DictReader(stream, **dialect))
-        for number, row in enumerate(rows, 1):
-            if None in row:  # a comma in the prompt, perhaps, which would be cut there
-                raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
-        return rows
+        return read_table(csv.DictReader(stream, **dialect), is_quoted=suffix == ".csv")
     if suffix != ".json":
         raise ValueError("it is none of txt, tsv, csv, json, jsonl")
     rows = json.loads(text)
     if not isinstance(rows, list):
         raise ValueError("it is no list")
+    return rows
+
+
+def read_table(reader, is_quoted):
+    """The rows of a csv.DictReader. ValueError by the row, where a field or a line may have been cut."""
+    names = [str(name).strip().lower() for name in reader.fieldnames or []]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"its header {names} has an empty name, or one twice")
+    rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row:  # a comma in the prompt, perhaps, which would be cut there
+            raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
+        if is_quoted and None in row.values():  # a line break in the prompt, perhaps
+            raise ValueError(f"row {number} has less fields than the header")
+        for cell in row.values():
+            if not is_quoted and cell and cell.startswith('"') and cell.count('"') % 2:
+                raise ValueError(f"row {number} begins a quote that it does not end; quote no field of a tsv")
     return rows
 
 
@@ -259,7 +272,7 @@ def generate(args):
 
 
 def score(args):
-    """Score folders: scores.csv, a row per image and a column per scorer, and scores.json, who scored."""
+    """Score folders: scores.csv, a row per image, a column per scorer; scores.json, also who scored."""
     import scorers  # here, because its libraries take seconds
 
     device = common.get_device(args.device)
@@ -289,10 +302,13 @@ def score_missing(folder, column, scorer, identity, batch_size):
     is_known = identities.get(column) == identity
     missing = [i for i, row in enumerate(rows) if not is_known or column not in row]
     values, written = {}, time.time()
+    batches = [missing[start:start + batch_size] for start in range(0, len(missing), batch_size)]
+    opened = open_batches([folder.files[i] for i in missing], batch_size, f"{column} of {folder.path}")
     try:
-        for images in open_batches([folder.files[i] for i in missing], batch_size, f"{column} of {folder.path}"):
-            batch = missing[len(values):len(values) + len(images)]
+        for batch, images in zip(batches, opened):
             scores = scorer(images, [folder.prompts[i] for i in batch])
+            if scores.shape != (len(batch),):
+                raise InputError(f"{column} gave scores {[*scores.shape]} for {len(batch)} images")
             for i, score in zip(batch, scores.tolist()):
                 if not math.isfinite(score):
                     raise InputError(f"the {column} of {folder.files[i]} is {score}")
@@ -415,7 +431,7 @@ def parse_args(argv=None):
         return sub.add_argument
 
     add = command(generate)
-    add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id [%(default)s]")
+    add("--model", default="tiny", help="tiny, sd15, sdxl, folder, hub id or .safetensors [%(default)s]")
     add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights for it, one on top of the other: "
         "folders, files or hub ids")
     add("--config", metavar="DIR", help="a diffusers folder that describes a --model in one .safetensors file")

@@ -14,10 +14,12 @@ import functools
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from common import InputError, brief, clip_tokenizer, digest, fingerprint, hub_id
 from loss import DDPM
@@ -369,16 +371,15 @@ def load_pipeline(source, family):
 
 
 def load_network(network_class, source, name):
-    """(network in float32, what the library says of its loading), of the fp16 files where there are no others."""
-    load = functools.partial(network_class.from_pretrained, source, subfolder=name, dtype=torch.float32,
-                             output_loading_info=True)
-    try:
-        return load()
-    except OSError as error:
-        try:
-            return load(variant="fp16")
-        except OSError:
-            raise error
+    """(network in float32, what the library says of its loading), of the one variant that a folder has."""
+    variants = set()
+    for file in Path(source, name).glob("*model*"):  # NAME[.VARIANT][-00001-of-00002].(safetensors|bin)[.index.json]
+        match = re.fullmatch(r"[^.]+?(\.\w+?)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?", file.name)
+        if match:
+            variants.add((match[1] or match[5] or "").removeprefix("."))
+    variant = variants.pop() if len(variants) == 1 else None
+    return network_class.from_pretrained(source, subfolder=name, dtype=torch.float32, variant=variant or None,
+                                         output_loading_info=True)
 
 
 def published_config(file):
@@ -425,9 +426,14 @@ def fuse_lora(model, source):
             without it
     """
     pipe, below = model.pipe, Path(source) / BELOW
-    if below.exists():
-        fuse_lora(model, json.loads(below.read_text())["init_lora"])
     try:
+        lower = json.loads(below.read_text())["init_lora"] if below.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{below} cannot be read: {error!r}")
+    if lower:
+        fuse_lora(model, lower)
+    try:
+        refuse_dora(source)
         weights, *_ = pipe.lora_state_dict(source, unet_config=model.denoiser.config)
         pipe.load_lora_weights(source)
         loaded = set()
@@ -443,6 +449,17 @@ def fuse_lora(model, source):
         model.init_lora = source
     except Exception as error:
         raise InputError(f"LoRA weights {source} cannot be loaded into this model: {brief(error)}")
+
+
+def refuse_dora(source):
+    """ValueError where a local file holds magnitudes, which diffusers leaves out of such LoRA weights."""
+    path = Path(source)
+    for file in [path] if path.is_file() else path.glob("*.safetensors"):
+        if file.suffix != ".safetensors":
+            continue
+        with safe_open(file, "pt") as weights:
+            if any("dora_scale" in name for name in weights.keys()):
+                raise ValueError("they are DoRA's, whose magnitudes diffusers leaves out")
 
 
 def tensor_digest(tensor):

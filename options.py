@@ -31,6 +31,7 @@ PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Di
 # When a run goes on these may differ; anything else would make it another run.
 MAY_CHANGE = {"steps", "micro_batch", "save_every", "sample_every", "gradient_checkpointing", "compile",
               "reference_errors", "workers", "data_timeout", "device", "out", "dry_run"}
+MAY_MOVE = {"model", "config", "init_lora", "data", "clip"}  # names of what is known by its content
 # What a loss is given by name; any other parameter of it is a hyperparameter. See the head of loss.py.
 VECTORS = {"err_w", "err_l", "ref_err_w", "ref_err_l", "t", "snr", "weights", *COLUMNS}
 
@@ -277,10 +278,14 @@ def fit_micro_batch(args, group_size):
     return args.micro_batch or max(whole_groups or sizes)
 
 
-def check_same_run(args, before, out):
-    """InputError where a folder holds a run of other arguments, {name: value}, than those that may change."""
+def check_same_run(args, before, out, has_digests=False):
+    """InputError where a folder holds a run of other arguments, {name: value}, than those that may change.
+
+    has_digests  of a checkpoint that knows its model and its data by their content: those may have moved
+    """
+    may_change = MAY_CHANGE | MAY_MOVE if has_digests else MAY_CHANGE
     for name, value in vars(args).items():
         recorded = before.get(name, value)
-        if name not in MAY_CHANGE and value not in (None, recorded):  # None will become what it became then
+        if name not in may_change and value not in (None, recorded):  # None will become what it became then
             raise InputError(f"{out} holds a run with --{name} {recorded}, not {value}; give another --out, or "
                              "remove it")

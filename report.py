@@ -124,11 +124,24 @@ class ImageFolder:
 
     def read_scores(self):
         """({scorer: identity}, a row per image), a row with the scores of this very image and prompt, if any."""
-        file = self.path / "scores.json"
-        content = read_json(file) if file.exists() else {}
-        scored = {(row["file"], row["sha256"], row["prompt"]): row for row in content.get("images", [])}
-        rows = [scored.get(tuple(row.values()), row) for row in self.unscored_rows]
-        return content.get("scorers", {}), rows
+        file, keys = self.path / "scores.json", ("file", "sha256", "prompt")
+        content = read_json(file) if file.exists() else {"scorers": {}, "images": []}
+        try:
+            if "images" not in content:  # of the first edition, whose scores stand in scores.csv alone
+                content["images"] = self.read_csv(content["scorers"], content["csv"])
+            scored = {tuple(row[key] for key in keys): row for row in content["images"]}
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise InputError(f"{file} is damaged ({error!r:.100}); remove it, and `score` makes it anew")
+        rows = [scored.get(tuple(row[key] for key in keys), row) for row in self.unscored_rows]
+        return content["scorers"], rows
+
+    def read_csv(self, scorers, expected):
+        """The rows of scores.csv, if it has the digest that scores.json knows."""
+        content = (self.path / "scores.csv").read_bytes()
+        if digest(content) != expected:
+            return []
+        rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+        return [row | {name: float(row[name]) for name in scorers} for row in rows]
 
     def write_scores(self, column, identity, values):
         """Adds a scorer's scores {number of the image: score} to what is there by now: another may have come by.

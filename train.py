@@ -108,12 +108,12 @@ class Trainer:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
         self.digests = model.digests | {"data": pairs.digest()}  # of what the run is a function of
-        if self.clip:
-            self.digests["CLIP"] = common.fingerprint(self.clip.model)
         self.first_time_ids = []  # of some micro-batches, [B, S, 6] each: to say what the crop takes away
         self.reference_errors = None
         if args.reference_errors:
-            self.reference_errors = ReferenceErrors(args, pairs, model)
+            self.reference_errors = ReferenceErrors(args, self.digests)
+        if self.clip:
+            self.digests = self.digests | {"CLIP": self.clip.digest()}
 
     def place_models(self):
         """Puts the networks on the device and says what trains. Frozen weights are held as autocast casts them."""
@@ -663,7 +663,7 @@ def main(argv=None):
         common.end_with_launcher()
         with common.run_folder(args.out) as out:
             state, arguments = common.load_checkpoint(out)
-            check_same_run(args, arguments, out)
+            check_same_run(args, arguments, out, "digests" in state)
             steps_taken = state.get("step", 0)
             if steps_taken > args.steps:
                 raise InputError(f"{out} has taken {steps_taken} steps already; --steps {args.steps} is less")

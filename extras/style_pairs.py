@@ -3,7 +3,7 @@
     python -m extras.style_pairs --model sdxl --prompts prompts.txt --style van-gogh --held_out 1000 --out van-gogh
     python -m extras.style_pairs --images photos --prompts captions.txt --editor timbrooks/instruct-pix2pix ...
     torchrun --nproc_per_node=8 -m extras.style_pairs ...                                       on eight GPUs
-    python train.py --model sd15 --data van-gogh/pairs --steps 500 --batch_size 64 --lr 6.4e-7 --out out/vg
+    python train.py --model sd15 --data van-gogh/pairs --steps 500 --batch_size 64 --lr 6.4e-7 --warmup 50 --out out/vg
     python evaluate.py generate --model sd15 --prompts van-gogh/prompts.json --out images/vg-base
     python evaluate.py generate --model out/vg/model --prompts van-gogh/prompts.json --out images/vg-rpo
     python evaluate.py style images/vg-rpo --reference van-gogh/reference --base images/vg-base
@@ -106,7 +106,8 @@ def read_prompts(args):
         if len(found) != len(listed):
             raise InputError(f"--images {args.images} holds {len(found)} images, {args.prompts} {len(listed)} "
                              "prompts")
-        images = [found[listed.index(prompt)] for prompt in prompts]
+        first = dict(zip(reversed(listed), reversed(found)))
+        images = [first[prompt] for prompt in prompts]
     if not 0 <= args.held_out < len(prompts):
         raise InputError(f"--held_out {args.held_out} leaves no pair of {len(prompts)} different prompts")
     order = torch.randperm(len(prompts), generator=keyed_generator(args.seed, "held out")).tolist()

@@ -127,11 +127,42 @@ def test_hidden_files_are_no_pairs(tmp_path, hidden, content):
 
 
 def test_a_file_by_two_names_counts_once(tmp_path):
-    parquet(tmp_path / "a.parquet", 0, 1)
-    (tmp_path / "b.parquet").symlink_to(tmp_path / "a.parquet")
-    (tmp_path / "c.parquet").mkdir()  # as other writers name a folder
-    parquet(tmp_path / "c.parquet" / "part-0.parquet", 2)
-    assert captions(read_by_both(tmp_path)) == ["pair 0", "pair 1", "pair 2"]
+    """Whichever name is of the training split; a folder may be named as a file, or be a link."""
+    parquet(tmp_path / "pairs" / "train-a.parquet", 0, 1)
+    (tmp_path / "pairs" / "a.parquet").symlink_to(tmp_path / "pairs" / "train-a.parquet")
+    (tmp_path / "pairs" / "z-train.parquet").symlink_to(tmp_path / "pairs" / "train-a.parquet")
+    parquet(tmp_path / "pairs" / "train-c.parquet" / "part-0.parquet", 2)
+    parquet(tmp_path / "elsewhere" / "more.parquet", 3)
+    (tmp_path / "pairs" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "pairs")
+    pairs = read_by_both(tmp_path / "pairs")
+    assert captions(pairs) == ["pair 0", "pair 1", "pair 2", "pair 3"]
+    assert pairs.left_out == {"a.parquet": "not of the training split", "z-train.parquet": "another name of a file that is read"}
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path):
+    parquet(tmp_path / "train-0.parquet", 0)
+    (tmp_path / "train-1.parquet").symlink_to(tmp_path / "unmounted.parquet")
+    with pytest.raises(InputError, match="train-1.parquet is a link to a file that is not there"):
+        read_by_both(tmp_path)
+
+
+def test_lists_in_folders_are_one_data_set(tmp_path):
+    """Hidden parquet beside them does not hide them; of two kinds the one that is not read is told."""
+    jsonl(tmp_path / "train" / "pairs.jsonl", 0, 1), jsonl(tmp_path / "test.jsonl", 2)
+    jsonl(tmp_path / "more" / "train.jsonl", 3), parquet(tmp_path / "._x.parquet", 4)
+    assert captions(read_by_both(tmp_path)) == ["pair 0", "pair 1", "pair 3"]
+    parquet(tmp_path / "train.parquet", 5)
+    pairs = read_by_both(tmp_path)
+    assert captions(pairs) == ["pair 5"] and pairs.left_out["test.jsonl"] == "beside parquet"
+
+
+def test_a_path_that_looks_like_a_pattern_is_a_path(tmp_path):
+    """`datasets` would read the images of run1 for those of run[12]."""
+    parquet(tmp_path / "run1" / "a.parquet", 0, 1), parquet(tmp_path / "run[12]" / "a.parquet", 8, 9)
+    pairs = read_by_both(tmp_path / "run[12]")
+    assert captions(pairs) == ["pair 8", "pair 9"]
+    assert {round((float(pairs[k]["pixels"][0].mean()) + 1) * 127.5) for k in (0, 1)} == {64, 72}
 
 
 TYPES = {
@@ -146,6 +177,8 @@ TYPES = {
     "large binary": {"jpg_0": pyarrow.array([pair(2)["jpg_0"], pair(3)["jpg_0"]], pyarrow.large_binary())},
     "images of datasets": {"jpg_0": pyarrow.array([{"bytes": pair(k)["jpg_0"], "path": None} for k in (2, 3)])},
     "a further column": {"has_label": pyarrow.array([True, False])},
+    "images by their paths": {"jpg_0": pyarrow.array([{"path": "a.png"}, {"path": "b.png"}])},
+    "no rows": {},
     "another order": {"caption": pyarrow.array(["pair 2", "pair 3"]), "jpg_1": pyarrow.array([pair(2)["jpg_1"], pair(3)["jpg_1"]])},
 }
 
@@ -156,6 +189,16 @@ def test_shards_of_other_types_are_one_data_set(tmp_path, kind, first):
     """Whichever comes first, and read alike by train.py and encode.py."""
     parquet(tmp_path / first, 0, 1)
     parquet(tmp_path / "b.parquet", 2, 3, **TYPES[kind])
+    if kind == "no rows":
+        empty = pyarrow.parquet.read_table(tmp_path / "b.parquet").slice(0, 0)
+        pyarrow.parquet.write_table(empty, tmp_path / "b.parquet")
+        assert captions(read_by_both(tmp_path)) == ["pair 0", "pair 1"]
+        return
+    if kind == "images by their paths":  # which are not there
+        pairs = read_by_both(tmp_path)
+        pairs.scan()
+        assert pairs.report()["unreadable"] == {"no such file": [0, 1] if first == "c.parquet" else [2, 3]}
+        return
     alone = read_by_both(tmp_path / "b.parquet") if kind != "no label at all" else None
     pairs = read_by_both(tmp_path)
     report = pairs.report()
@@ -243,6 +286,17 @@ def test_a_run_does_not_go_on_with_another_reference(tmp_path, small_run, what):
     assert left(tmp_path / "out")[1] == log
 
 
+def test_a_run_that_moved_goes_on(tmp_path, small_run):
+    """By other names of the same model and the same pairs: a checkpoint knows them by their content."""
+    small_run(1)
+    (tmp_path / "model").rename(tmp_path / "renamed")
+    (tmp_path / "pairs").rename(tmp_path / "moved")
+    small_run(2, "--model", str(tmp_path / "renamed"), "--data", str(tmp_path / "moved"))
+    assert len(log_of(tmp_path / "out")) == 2
+    with pytest.raises(SystemExit, match="holds a run with --beta"):
+        small_run(3, "--model", str(tmp_path / "renamed"), "--data", str(tmp_path / "moved"), "--beta", "7")
+
+
 @pytest.mark.parametrize("what", ["vae", "text_encoder", "tokenizer"])
 def test_encoded_pairs_of_another_encoder_are_not_trained_on(tmp_path, small_run, what):
     encode.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs"), "--clip", "tiny",
@@ -308,6 +362,10 @@ PROMPT_FILES = {
     "a null": ("p.jsonl", '{"prompt": "a"}\n{"prompt": null, "text": "b"}\n', "row 2 has no prompt"),
     "a number": ("p.json", '["a", 7]', "row 2 has no prompt.*not '7'"),
     "half a surrogate pair": ("p.jsonl", '{"prompt": "a \\ud83d"}\n', "row 1 has no prompt"),
+    "a line break cuts a prompt": ("p.csv", "prompt,category\na cat\nsitting,animals\n", "row 1 has less fields"),
+    "a quoted tsv": ("p.tsv", 'Prompt\tCategory\n"two\nlines"\tx\n', "row 1 begins a quote that it does not end"),
+    "two columns of a name": ("p.csv", "prompt,Prompt\na,b\n", "an empty name, or one twice"),
+    "a header that hides the cut": ("p.csv", "prompt,category,\na cat, sitting,animals\n", "an empty name, or one twice"),
     "nothing": ("p.csv", "prompt,category\na cat,animals\n,animals\n", "row 2 has no prompt"),
 }
 
@@ -344,6 +402,15 @@ def test_images_are_not_scored_against_what_is_no_prompt(tmp_path, prompt):
         evaluate.main(["score", str(tmp_path)])
 
 
+def test_a_caption_that_is_no_utf8_is_listed(tmp_path):
+    """Half a surrogate pair, as Java writes it."""
+    captions = pyarrow.array([b"pair 0", b"a \xed\xa0\xbd"]).view(pyarrow.string())
+    parquet(tmp_path / "a.parquet", 0, 1, caption=captions)
+    pairs = read_by_both(tmp_path)
+    pairs.scan()
+    assert pairs.report()["unreadable"] == {"its prompt is no text": [1]}
+
+
 @pytest.mark.parametrize("prompt", [None, 7, "a \ud83d"])
 def test_a_pair_without_a_prompt_is_listed_and_the_rest_trained(tmp_path, prompt):
     jsonl(tmp_path / "pairs.jsonl", 0, 1, 2)
@@ -372,6 +439,9 @@ PICTURES = {
     "8 bits": (Image.fromarray(gradient(np.uint8, 255)), "PNG"),
     "palette": (Image.fromarray(gradient(np.uint8, 255)).convert("P"), "PNG"),
     "with transparency": (Image.fromarray(gradient(np.uint8, 255)).convert("LA"), "PNG"),
+    "floating point that overshoots": (Image.fromarray(gradient(np.float32, 1.004)), "TIFF"),
+    "8 bits in floating point that overshoot": (Image.fromarray(gradient(np.float32, 255.6)), "TIFF"),
+    "16 bits in a PGM": (Image.fromarray(gradient(np.uint16, 65535)), "PPM"),
     "cmyk": (Image.fromarray(gradient(np.uint8, 255)).convert("RGB").convert("CMYK"), "TIFF"),
 }
 
@@ -383,7 +453,15 @@ def test_no_picture_becomes_black_or_white(mode):
     assert np.abs(pixels - gradient(float, 255)[:, :, None]).max() <= 2
 
 
-@pytest.mark.parametrize("value", [float("nan"), -1.0, 1e6])
+def test_a_dark_picture_of_16_bits_stays_dark_and_a_transparent_one_white():
+    dark = Image.fromarray(np.full((8, 8), 200, np.uint16))
+    for kind in ("PNG", "PPM"):
+        assert np.asarray(data.read_image(saved(dark, kind))).max() == 1
+    clear = saved(Image.fromarray(np.full((8, 8), 30000, np.uint16)), transparency=30000)
+    assert np.asarray(data.read_image(clear)).min() == 255
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, 8.0, 1e6])
 def test_a_picture_of_unknown_scale_is_listed_with_the_reason(tmp_path, value):
     values = gradient(np.float32, 1)
     values[3, 3] = value
@@ -437,6 +515,16 @@ def test_a_folder_with_the_fp16_variant_alone_is_loaded(tmp_path, small_model, k
         for key, value in network.state_dict().items():
             expected = getattr(pipe, name).state_dict()[key]
             assert value.dtype != torch.float16 and torch.equal(value, expected.to(value.dtype))
+
+
+def test_a_damaged_file_is_not_replaced_by_its_fp16_variant(tmp_path, small_model):
+    """Other weights than those that were asked for, without a word."""
+    folder = copy_of(small_model, tmp_path / "model")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        models.load_model(str(folder))
 
 
 def test_a_model_that_wants_the_guidance_is_refused(tmp_path, small_model):
