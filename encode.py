@@ -219,9 +219,9 @@ class Encoder:
 
     def manifest(self):
         settings = {name: getattr(self.args, name) for name in SETTINGS}
-        return settings | {"edition": 2, "encoders": self.model.encoder_digests, "pairs": self.pairs.digest(),
-                           "clip_digest": self.clip.digest(),
-                           "columns": [*self.pairs.columns], "shard": SHARD, "batch": BATCH}
+        return settings | {"edition": 2, "encoders": self.model.encoder_digests, "clip_digest": self.clip.digest(),
+                           "columns": [*self.pairs.columns], "pairs": self.pairs.digest(), "shard": SHARD,
+                           "batch": BATCH}
 
 
 def write_shard(file, tensors, unreadable):

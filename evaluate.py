@@ -101,11 +101,10 @@ def read_table(reader, is_quoted):
     for number, row in enumerate(rows, 1):
         if None in row:  # a comma in the prompt, perhaps, which would be cut there
             raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
-        if is_quoted and None in row.values():  # a line break in the prompt, perhaps
-            raise ValueError(f"row {number} has less fields than the header")
-        for cell in row.values():
-            if not is_quoted and cell and cell.startswith('"') and cell.count('"') % 2:
-                raise ValueError(f"row {number} begins a quote that it does not end; quote no field of a tsv")
+        last = [cell for cell in row.values() if cell is not None][-1]
+        is_cut = is_quoted or last.startswith('"')  # a line break in the prompt; PartiPrompts may lack its notes
+        if None in row.values() and is_cut:
+            raise ValueError(f"row {number} has less fields than the header: it ends with {last!r}")
     return rows
 
 

@@ -363,7 +363,7 @@ PROMPT_FILES = {
     "a number": ("p.json", '["a", 7]', "row 2 has no prompt.*not '7'"),
     "half a surrogate pair": ("p.jsonl", '{"prompt": "a \\ud83d"}\n', "row 1 has no prompt"),
     "a line break cuts a prompt": ("p.csv", "prompt,category\na cat\nsitting,animals\n", "row 1 has less fields"),
-    "a quoted tsv": ("p.tsv", 'Prompt\tCategory\n"two\nlines"\tx\n', "row 1 begins a quote that it does not end"),
+    "a quoted tsv": ("p.tsv", 'Prompt\tCategory\n"two\nlines"\tx\n', "row 1 has less fields than the header"),
     "two columns of a name": ("p.csv", "prompt,Prompt\na,b\n", "an empty name, or one twice"),
     "a header that hides the cut": ("p.csv", "prompt,category,\na cat, sitting,animals\n", "an empty name, or one twice"),
     "nothing": ("p.csv", "prompt,category\na cat,animals\n,animals\n", "row 2 has no prompt"),
