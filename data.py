@@ -22,6 +22,7 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
 """
 
 import concurrent.futures
+import contextlib
 import glob
 import hashlib
 import importlib
@@ -352,7 +353,9 @@ def read_image(content):
     kind = image.format
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError("a decompression bomb?")
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):  # EXIF that is damaged: the picture is whole, and upright for all we know
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # PIL would clip to 8 bits what has more of them, or lies in [0, 1]
         grey = Image.fromarray(to_8_bits(np.asarray(image), image.mode, kind))
         if "transparency" in image.info:

@@ -481,6 +481,16 @@ def test_a_picture_with_a_long_text_beside_it_is_read():
         assert data.read_image(saved(image, pnginfo=info)).tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\0\0"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_with_damaged_exif_is_read(exif, kind):
+    """And one that is cut off is not, whatever its EXIF."""
+    content = saved(Image.new("RGB", (40, 30), (200, 0, 0)), kind, exif=exif)
+    assert data.read_image(content).size == (40, 30)
+    with pytest.raises(Exception):
+        data.read_image(content[: len(content) * 2 // 3])
+
+
 # 5. Model folders
 
 
