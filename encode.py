@@ -29,7 +29,6 @@ import os
 import re
 import shutil
 import time
-import types
 from pathlib import Path
 
 import numpy as np

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -22,7 +21,6 @@ import models
 import train
 from common import InputError
 from conftest import log_of
-from extras import tiny
 from test_resume import left
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
@@ -106,13 +104,20 @@ def test_held_out_pairs_are_not_trained_on(tmp_path, layout):
         read_by_both(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["contest.parquet", "latest-valide.parquet", "strained/a.parquet", "0.parquet"])
+@pytest.mark.parametrize(
+    "name", ["contest.parquet", "latest-valide.parquet", "strained/a.parquet", "0.parquet"]
+)
 def test_a_word_within_a_word_names_no_split(tmp_path, name):
     parquet(tmp_path / name, 0, 1)
     assert len(read_by_both(tmp_path)) == 2
 
 
-HIDDEN = [".ipynb_checkpoints/pairs-checkpoint.parquet", "._pairs.parquet", "_temporary/0/pairs.parquet", ".git/x.parquet"]
+HIDDEN = [
+    ".ipynb_checkpoints/pairs-checkpoint.parquet",
+    "._pairs.parquet",
+    "_temporary/0/pairs.parquet",
+    ".git/x.parquet",
+]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
@@ -137,7 +142,10 @@ def test_a_file_by_two_names_counts_once(tmp_path):
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "pairs")
     pairs = read_by_both(tmp_path / "pairs")
     assert captions(pairs) == ["pair 0", "pair 1", "pair 2", "pair 3"]
-    assert pairs.left_out == {"a.parquet": "not of the training split", "z-train.parquet": "another name of a file that is read"}
+    assert pairs.left_out == {
+        "a.parquet": "not of the training split",
+        "z-train.parquet": "another name of a file that is read",
+    }
 
 
 def test_a_shard_that_is_gone_is_named(tmp_path):
@@ -179,7 +187,10 @@ TYPES = {
     "a further column": {"has_label": pyarrow.array([True, False])},
     "images by their paths": {"jpg_0": pyarrow.array([{"path": "a.png"}, {"path": "b.png"}])},
     "no rows": {},
-    "another order": {"caption": pyarrow.array(["pair 2", "pair 3"]), "jpg_1": pyarrow.array([pair(2)["jpg_1"], pair(3)["jpg_1"]])},
+    "another order": {
+        "caption": pyarrow.array(["pair 2", "pair 3"]),
+        "jpg_1": pyarrow.array([pair(2)["jpg_1"], pair(3)["jpg_1"]]),
+    },
 }
 
 
@@ -229,7 +240,14 @@ def small_run(tmp_path, small_model, few_pairs):
 
     def run(steps, *options, out="out"):
         argv = f"--loss dpo --steps {steps} --batch_size 4 --sample_every 0 --device cpu --lr 1e-4".split()
-        paths = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs"), "--out", str(tmp_path / out)]
+        paths = [
+            "--model",
+            str(tmp_path / "model"),
+            "--data",
+            str(tmp_path / "pairs"),
+            "--out",
+            str(tmp_path / out),
+        ]
         train.main([*paths, *argv, *options])
         return log_of(tmp_path / out)
 
@@ -251,11 +269,18 @@ def changed_row(folder):
 
 
 CHANGES = {
-    "unet": lambda root: change_weights(root / "model/unet/diffusion_pytorch_model.safetensors", "conv_in.bias"),
-    "vae": lambda root: change_weights(root / "model/vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.bias"),
+    "unet": lambda root: change_weights(
+        root / "model/unet/diffusion_pytorch_model.safetensors", "conv_in.bias"
+    ),
+    "vae": lambda root: change_weights(
+        root / "model/vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.bias"
+    ),
     "text_encoder": lambda root: change_weights(
-        root / "model/text_encoder/model.safetensors", "final_layer_norm.bias"),
-    "noise schedule": lambda root: rewrite(root / "model/scheduler/scheduler_config.json", '"beta_end": 0.012', '"beta_end": 0.02'),
+        root / "model/text_encoder/model.safetensors", "final_layer_norm.bias"
+    ),
+    "noise schedule": lambda root: rewrite(
+        root / "model/scheduler/scheduler_config.json", '"beta_end": 0.012', '"beta_end": 0.02'
+    ),
     "tokenizer": lambda root: another_pad(root / "model"),
     "data": lambda root: changed_row(root / "pairs"),
 }
@@ -299,8 +324,20 @@ def test_a_run_that_moved_goes_on(tmp_path, small_run):
 
 @pytest.mark.parametrize("what", ["vae", "text_encoder", "tokenizer"])
 def test_encoded_pairs_of_another_encoder_are_not_trained_on(tmp_path, small_run, what):
-    encode.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs"), "--clip", "tiny",
-                 "--out", str(tmp_path / "cache"), "--device", "cpu"])
+    encode.main(
+        [
+            "--model",
+            str(tmp_path / "model"),
+            "--data",
+            str(tmp_path / "pairs"),
+            "--clip",
+            "tiny",
+            "--out",
+            str(tmp_path / "cache"),
+            "--device",
+            "cpu",
+        ]
+    )
     small_run(1, "--data", str(tmp_path / "cache"))
     CHANGES[what](tmp_path)
     with pytest.raises(SystemExit, match=f"whose {what} is not that of"):
@@ -333,7 +370,10 @@ def test_the_same_pairs_elsewhere_are_the_same_pairs(tmp_path):
     parquet(tmp_path / "copies" / "a" / "train.parquet", 0, 2)
     (tmp_path / "copies" / "b" / "1-0.png").write_bytes(saved(Image.new("RGB", (40, 40))))
     for name in "ab":
-        assert data.ImagePairs(str(tmp_path / "copies" / name), 32).digest() != data.ImagePairs(str(tmp_path / name), 32).digest()
+        assert (
+            data.ImagePairs(str(tmp_path / "copies" / name), 32).digest()
+            != data.ImagePairs(str(tmp_path / name), 32).digest()
+        )
 
 
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler"])
@@ -343,8 +383,21 @@ def test_images_are_not_drawn_with_another_schedule_than_the_manifest_says(tmp_p
     file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}
     file.write_text(json.dumps(config))
-    argv = ["generate", "--model", str(tmp_path / "model"), "--prompts", "tiny", "--limit", "1", "--steps", "2",
-            "--device", "cpu", "--out", str(tmp_path / "images")]
+    argv = [
+        "generate",
+        "--model",
+        str(tmp_path / "model"),
+        "--prompts",
+        "tiny",
+        "--limit",
+        "1",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "images"),
+    ]
     with pytest.raises(SystemExit, match=f"{scheduler} ignores the model's rescale_betas_zero_snr"):
         evaluate.main([*argv, "--scheduler", scheduler])
     evaluate.main([*argv, "--scheduler", "DDIMScheduler"])
@@ -355,17 +408,37 @@ def test_images_are_not_drawn_with_another_schedule_than_the_manifest_says(tmp_p
 
 
 PROMPT_FILES = {
-    "a comma cuts a prompt": ("p.csv", "prompt,category\na cat, sitting,animals\n", "row 1 has more fields than the header"),
-    "in the second row": ("p.csv", "prompt,category\na cat,animals\na dog, a cat,animals\n", "row 2 has more fields"),
+    "a comma cuts a prompt": (
+        "p.csv",
+        "prompt,category\na cat, sitting,animals\n",
+        "row 1 has more fields than the header",
+    ),
+    "in the second row": (
+        "p.csv",
+        "prompt,category\na cat,animals\na dog, a cat,animals\n",
+        "row 2 has more fields",
+    ),
     "a quote that is not closed eats the rest": ("p.csv", 'prompt\n"a cat\na dog\n', "unexpected end of data"),
-    "a tab cuts a prompt": ("p.tsv", "Prompt\tCategory\na\tcat\tanimals\n", "row 1 has more fields than the header"),
+    "a tab cuts a prompt": (
+        "p.tsv",
+        "Prompt\tCategory\na\tcat\tanimals\n",
+        "row 1 has more fields than the header",
+    ),
     "a null": ("p.jsonl", '{"prompt": "a"}\n{"prompt": null, "text": "b"}\n', "row 2 has no prompt"),
     "a number": ("p.json", '["a", 7]', "row 2 has no prompt.*not '7'"),
     "half a surrogate pair": ("p.jsonl", '{"prompt": "a \\ud83d"}\n', "row 1 has no prompt"),
-    "a line break cuts a prompt": ("p.csv", "prompt,category\na cat\nsitting,animals\n", "row 1 has less fields"),
+    "a line break cuts a prompt": (
+        "p.csv",
+        "prompt,category\na cat\nsitting,animals\n",
+        "row 1 has less fields",
+    ),
     "a quoted tsv": ("p.tsv", 'Prompt\tCategory\n"two\nlines"\tx\n', "row 1 has less fields than the header"),
     "two columns of a name": ("p.csv", "prompt,Prompt\na,b\n", "an empty name, or one twice"),
-    "a header that hides the cut": ("p.csv", "prompt,category,\na cat, sitting,animals\n", "an empty name, or one twice"),
+    "a header that hides the cut": (
+        "p.csv",
+        "prompt,category,\na cat, sitting,animals\n",
+        "an empty name, or one twice",
+    ),
     "nothing": ("p.csv", "prompt,category\na cat,animals\n,animals\n", "row 2 has no prompt"),
 }
 
@@ -387,8 +460,12 @@ GOOD_FILES = {
 
 
 def test_good_prompts_are_read_as_they_are(tmp_path):
-    expected = {"p.csv": ["a cat, sitting", "two\nlines", 'he said "hi"'], "p.tsv": ['a "cat", sitting'],
-                "p.jsonl": ["a cat", "\U0001f600"], "p.txt": ["a cat, sitting", "a dog"]}
+    expected = {
+        "p.csv": ["a cat, sitting", "two\nlines", 'he said "hi"'],
+        "p.tsv": ['a "cat", sitting'],
+        "p.jsonl": ["a cat", "\U0001f600"],
+        "p.txt": ["a cat, sitting", "a dog"],
+    }
     for name, text in GOOD_FILES.items():
         (tmp_path / name).write_bytes(text.encode())
         assert evaluate.read_prompts(str(tmp_path / name)) == expected[name]
@@ -397,7 +474,9 @@ def test_good_prompts_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("prompt", [None, 7, "a \ud83d", ["a"]])
 def test_images_are_not_scored_against_what_is_no_prompt(tmp_path, prompt):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    (tmp_path / "manifest.json").write_text(json.dumps({"toy": True, "images": [{"file": "a.png", "prompt": prompt}]}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"toy": True, "images": [{"file": "a.png", "prompt": prompt}]})
+    )
     with pytest.raises(SystemExit, match="the prompt of a.png in .* is no text"):
         evaluate.main(["score", str(tmp_path)])
 
@@ -465,7 +544,12 @@ def test_a_dark_picture_of_16_bits_stays_dark_and_a_transparent_one_white():
 def test_a_picture_of_unknown_scale_is_listed_with_the_reason(tmp_path, value):
     values = gradient(np.float32, 1)
     values[3, 3] = value
-    parquet(tmp_path / "a.parquet", 0, 1, jpg_0=pyarrow.array([saved(Image.fromarray(values), "TIFF"), pair(1)["jpg_0"]]))
+    parquet(
+        tmp_path / "a.parquet",
+        0,
+        1,
+        jpg_0=pyarrow.array([saved(Image.fromarray(values), "TIFF"), pair(1)["jpg_0"]]),
+    )
     pairs = data.ImagePairs(str(tmp_path), 32)
     pairs.scan()
     assert pairs.report()["unreadable"] == {"pixel values of unknown scale": [0]}
@@ -547,23 +631,43 @@ def test_a_model_that_wants_the_guidance_is_refused(tmp_path, small_model):
 
 
 UNET_NAMES = {  # diffusers' -> the original's, of the small model's two blocks of one layer each; in this order
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-    "down_blocks.1.resnets.0": "input_blocks.3.0", "down_blocks.1.attentions.0": "input_blocks.3.1",
-    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
-    "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.attentions.0": "output_blocks.0.1",
-    "up_blocks.0.resnets.1": "output_blocks.1.0", "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
     "up_blocks.0.upsamplers.0": "output_blocks.1.2",
-    "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.resnets.1": "output_blocks.3.0",
-    ".norm1.": ".in_layers.0.", ".conv1.": ".in_layers.2.", ".time_emb_proj.": ".emb_layers.1.",
-    ".norm2.": ".out_layers.0.", ".conv2.": ".out_layers.3.", ".conv_shortcut.": ".skip_connection.",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    ".norm1.": ".in_layers.0.",
+    ".conv1.": ".in_layers.2.",
+    ".time_emb_proj.": ".emb_layers.1.",
+    ".norm2.": ".out_layers.0.",
+    ".conv2.": ".out_layers.3.",
+    ".conv_shortcut.": ".skip_connection.",
 }
 VAE_NAMES = {
-    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
 }
 
 
@@ -580,7 +684,9 @@ def original_names(pipe):
         name = re.sub(r"encoder\.down_blocks\.(\d)\.resnets", r"encoder.down.\1.block", name)
         name = re.sub(r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample", name)
         name = re.sub(r"decoder\.up_blocks\.(\d)\.resnets", lambda m: f"decoder.up.{2 - int(m[1])}.block", name)
-        name = re.sub(r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"decoder.up.{2 - int(m[1])}.upsample", name)
+        name = re.sub(
+            r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"decoder.up.{2 - int(m[1])}.upsample", name
+        )
         is_attention = "attentions" in name
         for old, new in VAE_NAMES.items():
             name = name.replace(old, new)
@@ -610,11 +716,48 @@ def test_a_checkpoint_in_one_file_is_a_model(tmp_path, checkpoint, small_model, 
         got = getattr(model.pipe, name).state_dict()
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[key], expected[key]) for key in got), name
-    train.main(["--model", str(file), "--config", small_model("sd"), "--data", few_pairs, "--clip", "tiny", "--steps", "1",
-                "--batch_size", "8", "--sample_every", "0", "--device", "cpu", "--out", str(tmp_path / "out")])
+    train.main(
+        [
+            "--model",
+            str(file),
+            "--config",
+            small_model("sd"),
+            "--data",
+            few_pairs,
+            "--clip",
+            "tiny",
+            "--steps",
+            "1",
+            "--batch_size",
+            "8",
+            "--sample_every",
+            "0",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert models.load_model(str(tmp_path / "out" / "model"))
-    evaluate.main(["generate", "--model", str(file), "--config", small_model("sd"), "--prompts", "tiny", "--limit", "1",
-                   "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "images")])
+    evaluate.main(
+        [
+            "generate",
+            "--model",
+            str(file),
+            "--config",
+            small_model("sd"),
+            "--prompts",
+            "tiny",
+            "--limit",
+            "1",
+            "--steps",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "images"),
+        ]
+    )
     assert (tmp_path / "images" / "00000.png").exists()
 
 
@@ -625,8 +768,11 @@ def test_a_checkpoint_that_cannot_be_described_or_lacks_a_tensor_is_refused(tmp_
     with pytest.raises(InputError, match="--config is for a --model in one file"):
         models.load_model(small_model("sd"), config=small_model("sd"))
     weights = load_file(file)
-    for lacking in ("model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.bias",
-                    "cond_stage_model.transformer.text_model.final_layer_norm.bias"):
+    for lacking in (
+        "model.diffusion_model.out.2.bias",
+        "first_stage_model.decoder.conv_out.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+    ):
         save_file({name: value for name, value in weights.items() if name != lacking}, file)
         with pytest.raises(InputError, match="cannot be loaded"):
             models.load_model(str(file), config=small_model("sd"))
@@ -649,8 +795,21 @@ def test_a_crop_that_cuts_much_away_is_told(tmp_path, small_model, capsys):
     argv = ["--model", small_model("sd"), "--data", str(tmp_path), "--device", "cpu", "--clip", "tiny"]
     encode.main([*argv, "--out", str(tmp_path / "cache")])
     assert told in capsys.readouterr().out
-    train.main([*argv, "--loss", "dpo", "--steps", "1", "--batch_size", "2", "--out", str(tmp_path / "out"),
-                "--sample_every", "0"])
+    train.main(
+        [
+            *argv,
+            "--loss",
+            "dpo",
+            "--steps",
+            "1",
+            "--batch_size",
+            "2",
+            "--out",
+            str(tmp_path / "out"),
+            "--sample_every",
+            "0",
+        ]
+    )
     assert told in capsys.readouterr().out
 
 

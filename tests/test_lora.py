@@ -266,7 +266,7 @@ def check_second_stage(log, log_from_base):
 
 
 @pytest.mark.parametrize("model, rank", [("sd", 4), ("sdxl", 0)])
-def test_the_first_stages_adapter_is_policy_and_reference_of_the_second(run, command, tmp_path, small_model, model, rank):
+def test_the_first_stages_adapter_is_policy_and_reference(run, command, tmp_path, small_model, model, rank):
     """Whatever the second stage trains: it is the run from a pipeline into which the adapter was fused."""
     adapter = run(model, f"{LORA} --loss sft").out / "model"
     second = run(model, f"--lora_rank {rank} --lr 1e-2 --init_lora {adapter}")

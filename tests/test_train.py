@@ -674,8 +674,8 @@ def test_every_command_of_the_documents_parses():
     commands = re.findall(r"(train|encode)\.py((?: --\w+(?: [\w./=-]+)*)+|$)", "\n".join(texts), re.M)
     parsers = {"train": train_args, "encode": encode_args}
     assert len(commands) >= 12
-    for program, options in commands:
-        parsers[program](shlex.split(options))
+    for program, typed in commands:
+        parsers[program](shlex.split(typed))
 
 
 @pytest.mark.parametrize("model, warmup, optimizer", [("sd15", 500, "adamw"), ("sdxl", 200, "adafactor")])
