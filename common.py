@@ -24,24 +24,6 @@ import torch.distributed as dist
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
 
 
-def fingerprint(network):
-    """16 hex digits of a network by its tensors' names, shapes and first, middle and last values in float32.
-
-    Quick at any size, and the same whatever files it was read from. It misses a change of other values alone.
-    """
-    samples = []
-    for name, tensor in sorted(network.state_dict().items()):
-        flat, middle = tensor.flatten(), tensor.numel() // 2
-        ends = torch.cat([flat[:16], flat[middle:middle + 16], flat[-16:]])
-        samples.append([name, [*tensor.shape], ends.float().cpu().numpy().tobytes().hex()])
-    return digest(samples)
-
-
-def is_hidden(path):
-    """Whether a relative path is of what systems and editors leave: .DS_Store, ._x, .ipynb_checkpoints."""
-    return any(part.startswith(".") for part in Path(path).parts)
-
-
 class InputError(ValueError):
     """What the caller can mend: a command prints it as one line. Any other error keeps its traceback."""
 
@@ -147,6 +129,24 @@ def digest(content):
     else:
         sha.update(json.dumps(content, sort_keys=True).encode())
     return sha.hexdigest()[:16]
+
+
+def fingerprint(network):
+    """16 hex digits of a network by its tensors' names, shapes and first, middle and last values in float32.
+
+    Quick at any size, and the same whatever files it was read from. It misses a change of other values alone.
+    """
+    samples = []
+    for name, tensor in sorted(network.state_dict().items()):
+        flat, middle = tensor.flatten(), tensor.numel() // 2
+        ends = torch.cat([flat[:16], flat[middle:middle + 16], flat[-16:]])
+        samples.append([name, [*tensor.shape], ends.float().cpu().numpy().tobytes().hex()])
+    return digest(samples)
+
+
+def is_hidden(path, marks="."):
+    """Whether a part of a relative path begins with one of `marks`, as .DS_Store, ._x, .ipynb_checkpoints do."""
+    return any(part[0] in marks for part in Path(path).parts)
 
 
 def hub_id(source):

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 
-from common import InputError, brief, digest, fingerprint, hub_id, keyed_generator
+from common import InputError, brief, digest, fingerprint, hub_id, is_hidden, keyed_generator
 
 SCAN_LIMIT = 10_000  # pairs; up to here train.py decodes all once at the start, and data.json is complete at once
 COLUMNS = ()  # further columns of the data, a number per pair, that a loss may name: add yours
@@ -104,7 +104,7 @@ def source_files(source):
     if path.is_file():
         return {path.name: path}, {}
     found = walk(path)
-    left_out = {name: "hidden" for name in found if any(part[0] in "._" for part in Path(name).parts)}
+    left_out = {name: "hidden" for name in found if is_hidden(name, "._")}
     parquet, lists = ([name for name in found if name.endswith(suffix) and name not in left_out]
                       for suffix in (".parquet", ".jsonl"))
     if parquet:

@@ -327,8 +327,6 @@ def quiet_libraries():
 
 def find_model(name, config=None):
     """(folder, hub id or file, class) of a model, by its model_index.json alone. InputError if it will not do."""
-    from diffusers import DiffusionPipeline
-
     if config and not Path(name).is_file():
         raise InputError(f"--config is for a --model in one file; {name} is none, or has its own")
     source = HUB_IDS.get(name, name)
@@ -338,8 +336,7 @@ def find_model(name, config=None):
     is_local, is_file = Path(source).is_dir(), Path(source).is_file()
     try:
         described_by = (config or published_config(source)) if is_file else source
-        is_folder = Path(described_by).is_dir()
-        index = DiffusionPipeline.load_config(described_by if is_folder else hub_id(described_by))
+        index = model_index(described_by)
         kind = index["_class_name"]
     except Exception as error:
         way_out = "; give its configuration by --config DIR, a diffusers folder of such a model" if is_file else ""
@@ -351,6 +348,13 @@ def find_model(name, config=None):
         if not is_listed or is_local and not (Path(source) / part).is_dir():
             raise InputError(f"--model {source} lacks its {part}")
     return source, FAMILIES[kind]
+
+
+def model_index(source):
+    """The content of model_index.json of a diffusers folder or a hub id."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.load_config(source if Path(source).is_dir() else hub_id(source))
 
 
 def load_pipeline(source, family):
@@ -382,6 +386,7 @@ def load_network(network_class, source, name):
                                          output_loading_info=True)
 
 
+@functools.cache  # it reads the whole file
 def published_config(file):
     """The hub id of the published model whose architecture a checkpoint in one file has."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint

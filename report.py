@@ -202,12 +202,12 @@ def comparable_scores(folders):
     """({scorer: identity}, {scorer: [F, N] scores}) of F folders. InputError unless all have the same scorers."""
     identities, rows = zip(*[folder.read_scores() for folder in folders])
     every_name = set().union(*identities)
-    for folder, scored_by in zip(folders, identities):
+    for folder, scored_by, folder_rows in zip(folders, identities, rows):
         for name, identity in scored_by.items():
             if identities[0].get(name, identity) != identity:
                 raise InputError(f"{folder.path} was scored by another {name}: {identity}, not "
                                  f"{identities[0][name]}")
-        missing = {name for name in every_name if not all(name in row for row in rows[folders.index(folder)])}
+        missing = {name for name in every_name if not all(name in row for row in folder_rows)}
         if missing:
             raise InputError(f"{folder.path} was not scored by {', '.join(sorted(missing))}, or its images "
                              "changed since; run `score` on it")

@@ -26,14 +26,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
 import evaluate
 from common import InputError, keyed_generator
-from models import StableDiffusion, StableDiffusionXL, cast_for_autocast, load_model, load_pipeline
+from models import StableDiffusion, StableDiffusionXL, cast_for_autocast, load_model, load_pipeline, model_index
 
 STYLES = {  # of the paper, in words of ours; anything else with a {} for the prompt is a style, too
     "van-gogh": "{}, an oil painting in the style of Vincent van Gogh, swirling thick brush strokes",
@@ -117,8 +117,7 @@ def read_prompts(args):
 def load_editor(source):
     """The frozen float32 InstructPix2Pix model of a diffusers folder or hub id, as its family."""
     try:
-        index = DiffusionPipeline.load_config(source if Path(source).is_dir() else common.hub_id(source))
-        kind = index["_class_name"]
+        kind = model_index(source)["_class_name"]
         if kind not in EDITORS:
             raise ValueError(f"it is a {kind}, not a pipeline of InstructPix2Pix")
         return EDITORS[kind](load_pipeline(source, EDITORS[kind]))

@@ -41,7 +41,8 @@ def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, 
     assert len(rows) == 3 and len(held_out) == 2 == len(list((out / "reference").glob("*.png")))
     assert {*rows["caption"]} | {*held_out} == {*PROMPTS} and not {*rows["caption"]} & {*held_out}
     pairs = data.ImagePairs(str(out / "pairs"), 32)
-    assert pairs.report()["used"] == 3
+    counts = {"rows": 3, "used": 3, "ties": 0, "unlabelled": 0}
+    assert pairs.report() == counts | {"unreadable": {}, "left_out": {}}
     assert evaluate.read_prompts(str(out / "prompts.json")) == held_out
     (winner, _), (loser, _) = pairs.load(0)
     prompts = list(dict.fromkeys(PROMPTS))
