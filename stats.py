@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -49,6 +50,33 @@ def against_base(ours, base, prompts):
     return {"n": len(ours), "mean": ours.mean(), "mean_95": bootstrap(ours, prompts), "median": np.median(ours),
             "win_rate": result.rate, "win_rate_95": bootstrap(outcomes, prompts), "wins": result.wins,
             "ties": result.ties, "losses": result.losses}
+
+
+def paired_difference(ours, theirs):
+    """Mean of ours - theirs [n], its 95% t interval, and the p of a two-sided paired t test: (mean, low, high, p).
+
+    raises  ValueError of fewer than two pairs, which have no interval
+    """
+    difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    if len(difference) < 2:
+        raise ValueError(f"a paired interval needs at least 2 pairs, not {len(difference)}")
+    mean = float(difference.mean())
+    if not np.ptp(difference):  # no spread: the test has no answer, the interval is a point
+        return mean, mean, mean, 0.0 if mean else 1.0
+    test = scipy.stats.ttest_1samp(difference, 0)
+    low, high = test.confidence_interval(0.95)
+    return mean, float(low), float(high), float(test.pvalue)
+
+
+def holm(p_values):
+    """Holm's adjusted p values (Scand. J. Statist. 6, 1979), in the order given: below .05, that test is rejected
+    at a chance of 5% that any true hypothesis of the family is."""
+    n, largest = len(p_values), 0.0
+    adjusted = [0.0] * n
+    for rank, i in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, (n - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def compare_scores(names, scores, prompts):

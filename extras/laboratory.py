@@ -1,246 +1,291 @@
-"""The laboratory: SFT, Diffusion-DPO and RPO on the embedded task, in regimes that can tell them apart.
+"""The laboratory: where, if anywhere, is RPO better than Diffusion-DPO, and is it the weights?
 
-    python -m extras.laboratory        all runs, tables and the figure; killed, the same command goes on
+    python -m extras.laboratory                 all runs, tables and the figure; killed, the same command goes on
+    python -m extras.laboratory --rows extras   tables and figure of the rows that are committed there
+    python -m extras.laboratory --again 3       three random lots of each study once more: are the rows the same?
 
-Every run is `train.py --model tiny` with the values PINNED below, on 1,500 clean pairs, on 256 or 64 of them
-or on 1,500 of which 20% have their labels swapped. The pairs picked and swapped follow from the run's
-seed. Each method is tuned in each regime by the same small sweep, one seed, on one half of the held-out
-prompts; its best setting is trained anew with three other seeds and reported on the other half. The ablations
-of RPO look at the tuning half alone: what they decide is not decided on what is reported.
-
-Of 256 samples per run: sketches, share in the preferred style; shape, share that shows the prompt's shape;
-both, share with both, by which settings are chosen; CMMD, the distance to drawn sketches of the same prompts;
-diversity, mean cosine distance of two samples. Shares are the judge's, the others the embedded CLIP's.
-What it found is in laboratory.md.
+Two studies, vectors.py and drawings.py, train ARMS in regimes. Every arm is tuned anew in every regime by as many runs
+as any other, on seeds and prompts that are not reported; where the best setting lies at the edge of the grid, the grid
+grows there, once. The setting that is best by a criterion is trained with the report's seeds and measured on the
+report's prompts by that criterion: the share that is right, or a Frechet distance to what is wished. A seed is one
+set of pairs, one order, one noise, for all arms alike, so differences are paired by seed: t intervals, and Holm's
+correction over all differences of a table. What was found is in laboratory.md.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
+import csv
+import inspect
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
-import shutil
-import time
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision.transforms.functional import pil_to_tensor
+import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
-import evaluate
-import models
 import stats
-import train
-from common import InputError
-from data import Clip
-from extras import tiny
+from common import InputError, atomic_write, digest, one_line_errors
+from extras import drawings, vectors
+from loss import LOSSES, dpo_loss
 
-REGIMES = {"clean": (1500, 0.0), "256 pairs": (256, 0.0), "64 pairs": (64, 0.0), "20% swapped": (1500, 0.2)}
-PINNED = dict(steps=120, batch_size=16, lr=2e-5, warmup=10, tau=0.5, group_size=8, similarity="both",
-              weight_position="inside", group_noise="own")  # else a new default would be another experiment
-STRENGTHS = [{"beta": beta} for beta in (30, 125, 500, 2000, 8000, 32000)]
-RATES = [{"lr": lr} for lr in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4)]
-SWEEP = {"sft": RATES, "dpo": STRENGTHS, "rpo": STRENGTHS}
-SEEDS, TUNING_SEED = (0, 1, 2), 3
-PROMPTS = {"tuning": tiny.HELD_OUT[:18], "report": tiny.HELD_OUT[18:]}
-ABLATED = "20% swapped"  # the regime that leaves most to choose; labels of people are noisy, too
-ABLATIONS = [  # of RPO at its best beta there; "times" multiplies that beta
-    {}, {"tau": 0.05}, {"tau": 0.15}, {"tau": 2.0}, {"group_size": 2, "times": 0.25}, {"group_size": 2},
-    {"group_size": 16}, {"group_size": 16, "times": 4}, {"weight_position": "outside", "times": 1 / 16},
-    {"weight_position": "outside", "times": 1 / 4}, {"weight_position": "outside"}, {"similarity": "text"},
-    {"similarity": "image"}, {"group_noise": "timestep"}, {"group_noise": "both"},
-]
-N = 256  # samples per run
-SHARES = ("sketches", "shape", "both")
-COLUMNS = (*SHARES, "cmmd", "diversity")
-LOOKS = {"sft": ("#777777", "s"), "dpo": ("#0072b2", "o"), "rpo": ("#d55e00", "^")}  # color, marker of the figure
+# Losses beside the project's, as a fork would add them
 
 
-class Spec(NamedTuple):
-    """What is trained, on what, and measured on which half of the held-out prompts."""
-
-    loss: str  # or base, the model before training, or floor, drawn sketches instead of samples
-    regime: str
-    seed: int
-    half: str
-    options: dict  # of train.py, beside PINNED
-
-    def name(self):
-        words = [f"{key}={value}" for key, value in self.options.items()]
-        return "_".join([self.loss, self.regime.replace(" ", "-"), *words, f"seed{self.seed}", self.half])
+def shuffled_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
+    """DPO with the loser of another pair in the place of the winner's own."""
+    return dpo_loss(err_w, err_l.roll(1), ref_err_w, ref_err_l.roll(1), beta)
 
 
-# A run
+def pointwise_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
+    """No contrast at all: mean_i -log sigmoid( -beta/2 D_i^w ) - log sigmoid( beta/2 D_i^l )."""
+    chosen = -beta / 2 * (err_w - ref_err_w)
+    rejected = -beta / 2 * (err_l - ref_err_l)
+    return -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean(), {}
 
 
-def pairs(regime, seed, out):
-    """The parquet file of a regime's pairs for one seed."""
-    import datasets
-
-    name = f"{regime}-{seed}".replace(" ", "-")
-    file = out / "pairs" / f"{name}.parquet"
-    if file.exists():
-        return file
-    n, swapped = REGIMES[regime]
-    rng = random.Random(seed)
-    clean = tiny.pair_rows()
-    rows = [clean[i] for i in rng.sample(range(len(clean)), n)]
-    for k in rng.sample(range(n), round(swapped * n)):
-        row = rows[k]
-        row["label_0"], row["label_1"] = row["label_1"], row["label_0"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")  # runs side by side may need the same file
-    datasets.Dataset.from_list(rows).to_parquet(part)
-    part.replace(file)
-    return file
+def dpo_sft_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
+    """DPO plus SFT on the winners, at a fifth of the slope that DPO has along D^w where it is steepest."""
+    loss, metrics = dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta)
+    return loss + 0.2 * beta / 2 * (err_w - ref_err_w).mean(), metrics
 
 
-def in_turn(scenes):
-    """N scenes: all of them in turn."""
-    return [scenes[i % len(scenes)] for i in range(N)]
+LOSSES |= {"shuffled": shuffled_loss, "pointwise": pointwise_loss, "dpo_sft": dpo_sft_loss}
 
 
-def sketches(scenes, seed):
-    """N drawn sketches of the scenes in turn, [N, 3, 32, 32] in [0, 1]."""
-    rng = random.Random(seed)
-    return torch.stack([pil_to_tensor(tiny.draw(scene, True, rng)) / 255 for scene in in_turn(scenes)])
+class Arm(NamedTuple):
+    """A way of training. `loss` is of LOSSES; or base, the model before; or ideal, what is wished itself."""
+
+    loss: str
+    options: dict = {}  # tau, similarity, weight_position
+    pull: float = 1.0  # every beta of the grid is multiplied by it: inside, the weights divide beta by the group
+    after_sft: bool = False
 
 
-def samples(name, half, seed):
-    """N samples of a model, [N, 3, 32, 32] in [0, 1], for one half of the held-out prompts in turn."""
-    model = models.load_model(name)
-    prompts = [tiny.caption(scene) for scene in in_turn(PROMPTS[half])]
-    noise = [common.keyed_generator(seed, half, i) for i in range(N)]
-    latents = []
-    for start in range(0, N, 64):
-        batch = slice(start, start + 64)
-        latents.append(model.sample(prompts[batch], noise[batch], steps=10, guidance=3.0))
-    return model.decode(torch.cat(latents))
+ARMS = {
+    "base": Arm("base"),
+    "ideal": Arm("ideal"),
+    "SFT": Arm("sft"),
+    "DPO": Arm("dpo"),
+    "RPO tau .01": Arm("rpo", {"tau": 0.01}),
+    "RPO tau .1": Arm("rpo", {"tau": 0.1}),
+    "RPO tau .5": Arm("rpo", {"tau": 0.5}),
+    "RPO uniform": Arm("rpo", {"tau": math.inf}),
+    "RPO tau .5, text alone": Arm("rpo", {"tau": 0.5, "similarity": "text"}),
+    "RPO tau .5, inside": Arm("rpo", {"tau": 0.5, "weight_position": "inside"}, pull=8.0),
+    "one shuffled loser": Arm("shuffled"),
+    "DPO + SFT": Arm("dpo_sft"),
+    "pointwise": Arm("pointwise"),
+    "SFT, then DPO": Arm("dpo", after_sft=True),
+    "SFT, then RPO tau .5": Arm("rpo", {"tau": 0.5}, after_sft=True),
+    "SFT, then RPO uniform": Arm("rpo", {"tau": math.inf}, after_sft=True),
+    "SFT, then pointwise": Arm("pointwise", after_sft=True),
+}
+FRAME = ("base", "ideal")  # that nothing is chosen for
+STUDIES = {"vectors": vectors, "drawings": drawings}
+TRIED = {"vectors": [*ARMS],
+         "drawings": ["base", "ideal", "SFT", "DPO", "RPO tau .5", "RPO uniform", "DPO + SFT"]}
+QUESTIONS = {  # the first against the second
+    "do the weights help?": ("RPO tau .5", "RPO uniform"),
+    "does a smaller tau help?": ("RPO tau .1", "RPO tau .5"),
+    "do the images help the text?": ("RPO tau .5", "RPO tau .5, text alone"),
+    "weights outside or inside?": ("RPO tau .5", "RPO tau .5, inside"),
+    "all losers or one other?": ("RPO uniform", "one shuffled loser"),
+    "all pairs or each alone?": ("RPO uniform", "pointwise"),
+    "all pairs or DPO + SFT?": ("RPO uniform", "DPO + SFT"),
+    "winners alone?": ("SFT", "RPO uniform"),
+    "all pairs or the diagonal, after SFT?": ("SFT, then RPO uniform", "SFT, then DPO"),
+    "does an SFT stage help DPO?": ("SFT, then DPO", "DPO"),
+    "does an SFT stage help RPO?": ("SFT, then RPO uniform", "RPO uniform"),
+}
+CRITERIA = {"right": max, "distance": min}  # and which of two values is the better one
+KEYS = ("regime", "arm", "rate", "beta", "seed", "half")
+COLUMNS = ("right", "style", "content", "distance")
 
 
-def embed(pictures):
-    """[n, E] embeddings of pictures [n, 3, 32, 32] in [0, 1], by the embedded CLIP."""
-    clip = Clip("tiny")
-    return clip.embed_images(torch.stack([clip.transform(image) for image in evaluate.to_pil(pictures)]))
+# The runs
 
 
-def judge(pictures, scenes, seed):
-    """The COLUMNS of N pictures of the scenes in turn, held against drawings of the same scenes."""
-    is_sketch, shape = tiny.judge(pictures * 2 - 1)
-    wanted = torch.tensor([tiny.SHAPES.index(scene[0]) for scene in in_turn(scenes)])
-    is_right = shape == wanted
-    embeddings = embed(pictures)
-    reference = embed(sketches(scenes, seed=1000 + seed))
-    distance, _ = stats.cmmd(embeddings, reference)
-    return {"sketches": is_sketch.float().mean().item(),
-            "shape": is_right.float().mean().item(),
-            "both": (is_sketch & is_right).float().mean().item(),
-            "cmmd": distance,
-            "diversity": stats.diversity(embeddings)}
+def measure(study_name, arm_name, regime, settings, half, out):
+    """The rows of settings [(rate, beta, seed)]; a lot of them that is measured has a file, and is not run again."""
+    study, arm = STUDIES[study_name], ARMS[arm_name]
+    loss = inspect.getsource(LOSSES[arm.loss]) if arm.loss in LOSSES else arm.loss
+    rows = []
+    for i in range(0, len(settings), study.SIDE_BY_SIDE):
+        lot = settings[i:i + study.SIDE_BY_SIDE]
+        recipe = [Path(study.__file__).read_text(), loss, arm, regime, half, lot]
+        file = out / "rows" / study_name / f"{digest(repr(recipe))}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, json.dumps(run_lot(study_name, arm_name, regime, lot, half, out)))
+        rows += json.loads(file.read_text())
+    return rows
 
 
-def train_and_sample(out, spec, folder):
-    """The N pictures of a run; `folder` is for training."""
-    if spec.loss == "base":
-        return samples("tiny", spec.half, spec.seed)
-    if spec.loss == "floor":
-        return sketches(PROMPTS[spec.half], seed=2000 + spec.seed)
-    data = pairs(spec.regime, spec.seed, out)
-    argv = ["--loss", spec.loss, "--data", str(data), "--seed", str(spec.seed), "--out", str(folder)]
-    argv += ["--sample_every", "0", "--save_every", "0"]
-    for key, value in (PINNED | spec.options).items():
-        argv += [f"--{key}", str(value)]
-    train.main(argv)
-    return samples(str(folder / "model"), spec.half, spec.seed)
+def run_lot(study_name, arm_name, regime, lot, half, out):
+    """The rows of some settings that a study runs at once."""
+    columns = STUDIES[study_name].run(ARMS[arm_name], regime, lot, half, out / study_name)
+    rows = []
+    for (rate, beta, seed), numbers in zip(lot, columns):
+        keys = dict(zip(KEYS, (regime, arm_name, rate, beta, seed, half)))
+        rows.append(keys | {name: as_written(number) for name, number in numbers.items()})
+    return rows
 
 
-def run(out, spec):
-    """Trains and measures once; its row is kept in a file, and a run that has one is not made again."""
-    name = spec.name()
-    folder, file = out / "runs" / name, out / "runs" / f"{name}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    began = time.time()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(out / "runs" / f"{name}.txt", "w") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            pictures = train_and_sample(out, spec, folder)
-            columns = judge(pictures, PROMPTS[spec.half], spec.seed)
-    shutil.rmtree(folder)
-    row = spec._asdict() | {"seconds": time.time() - began} | columns
-    common.atomic_write(file, json.dumps(row, indent=1))
-    return row
+def as_written(number):
+    """A number as the csv has it, so that what is chosen from the csv is what was chosen."""
+    return float(f"{number:.4g}")
 
 
-def run_all(out, pool, title, specs):
-    """The rows of all specs, made side by side, in their order."""
-    jobs = [pool.submit(run, out, spec) for spec in specs]
+def grid(rates, betas, seeds):
+    return [(rate, beta, seed) for rate in rates for beta in betas for seed in seeds]
+
+
+def beyond(values, chosen, count):
+    """`count` values further on, at the ratio of the last two, at each end at which one of the chosen lies."""
+    if len(values) < 2:
+        return []
+    values, further = sorted(values), []
+    for edge, inner in ((values[0], values[1]), (values[-1], values[-2])):
+        if edge in chosen:
+            further += [as_written(edge * (edge / inner) ** k) for k in range(1, count + 1)]
+    return further
+
+
+def choose(rows, criterion):
+    """The (rate, beta) whose mean over the tuning seeds is the best; of equal ones the first."""
+    values = {}
+    for row in rows:
+        if row["half"] == "tuning":
+            values.setdefault((row["rate"], row["beta"]), []).append(row[criterion])
+    means = {setting: sum(of_seeds) / len(of_seeds) for setting, of_seeds in values.items()}
+    best = CRITERIA[criterion](means.values())
+    return next(setting for setting, mean in means.items() if mean == best)
+
+
+def run_cell(study_name, arm_name, regime, out):
+    """The rows of an arm in a regime: tuned, the grid extended once, and reported."""
+    study, arm = STUDIES[study_name], ARMS[arm_name]
+    if arm_name in FRAME:
+        return measure(study_name, arm_name, regime, grid([0.0], [0.0], study.REPORT_SEEDS), "report", out)
+    rates, betas = (study.SFT_RATES, [0.0]) if arm.loss == "sft" else (study.RATES, study.BETAS)
+    rates = [as_written(rate) for rate in rates]
+    rows = measure(study_name, arm_name, regime, grid(rates, betas, study.TUNING_SEEDS), "tuning", out)
+
+    chosen = [choose(rows, criterion) for criterion in study.CHOSEN_BY]
+    more_rates = beyond(rates, [rate for rate, _ in chosen], study.FURTHER)
+    more_betas = beyond(betas, [beta for _, beta in chosen], study.FURTHER)
+    more = grid([*rates, *more_rates], [*betas, *more_betas], study.TUNING_SEEDS)
+    more = [(rate, beta, seed) for rate, beta, seed in more if rate in more_rates or beta in more_betas]
+    rows += measure(study_name, arm_name, regime, more, "tuning", out)
+
+    chosen = dict.fromkeys(choose(rows, criterion) for criterion in study.CHOSEN_BY)
+    settings = [(rate, beta, seed) for rate, beta in chosen for seed in study.REPORT_SEEDS]
+    return rows + measure(study_name, arm_name, regime, settings, "report", out)
+
+
+def run_study(name, out, pool):
+    """All rows of a study; its cells side by side."""
+    STUDIES[name].prepare(out / name)
+    cells = [(name, arm, regime, out) for arm in TRIED[name] for regime in STUDIES[name].REGIMES]
+    jobs = [pool.submit(run_cell, *cell) for cell in cells]
     try:
-        for job in tqdm(concurrent.futures.as_completed(jobs), title, len(jobs)):
+        for job in tqdm(concurrent.futures.as_completed(jobs), name, len(jobs)):
             job.result()
     except BaseException:
         pool.shutdown(cancel_futures=True)  # else a failure would wait for all that is queued
         raise
-    return [job.result() for job in jobs]
+    rows = []
+    for job in jobs:
+        rows += job.result()
+    return rows
 
 
-# The experiment
+def check_again(out, count, names):
+    """Runs `count` random lots of each study once more, from nothing; the rows must be the same to the bit."""
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        for name in names:
+            STUDIES[name].prepare(Path(folder) / name)
+            files = sorted((out / "rows" / name).glob("*.json"))
+            for file in random.sample(files, min(count, len(files))):
+                rows = json.loads(file.read_text())
+                settings = [(row["rate"], row["beta"], row["seed"]) for row in rows]
+                arm, regime, half = rows[0]["arm"], rows[0]["regime"], rows[0]["half"]
+                repeated = run_lot(name, arm, regime, settings, half, Path(folder))
+                verdict = "the same" if repeated == rows else "NOT the same"
+                print(f"{name}, {regime}, {arm}, {half}: {len(rows)} rows, {verdict}", flush=True)
 
 
-def grouped(rows, *keys):
-    """{values of the keys: rows that share them}, in the rows' order."""
-    groups = {}
+# Rows as csv
+
+
+def write_rows(file, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, (*KEYS, *COLUMNS), lineterminator="\n")
+    writer.writeheader()
     for row in rows:
-        values = tuple(str(row[key]) for key in keys)
-        groups.setdefault(values, []).append(row)
-    return groups
+        writer.writerow(row | {name: f"{row[name]:.4g}" for name in ("rate", "beta", *COLUMNS)})
+    atomic_write(file, text.getvalue())
 
 
-def choose(tuned):
-    """{(regime, loss): the best row of the sweep}: the most of both, then the nearest to the sketches."""
-    return {key: max(rows, key=lambda row: (row["both"], -row["cmmd"]))
-            for key, rows in grouped(tuned, "regime", "loss").items()}
+def read_rows(file):
+    if not file.exists():
+        raise InputError(f"{file}: there is no such file of rows")
+    with open(file, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    for row in rows:
+        for name in ("rate", "beta", *COLUMNS):
+            row[name] = float(row[name])
+        row["seed"] = int(row["seed"])
+    return rows
 
 
-def tuning_specs():
-    return [Spec(loss, regime, TUNING_SEED, "tuning", options)
-            for regime in REGIMES for loss in SWEEP for options in SWEEP[loss]]
+# Tables
 
 
-def ablation_specs(beta):
-    """RPO at its best beta, times what an ablation says, and what else it changes."""
-    specs = []
-    for ablation in ABLATIONS:
-        options = {key: value for key, value in ablation.items() if key != "times"}
-        options["beta"] = beta * ablation.get("times", 1)
-        specs += [Spec("rpo", ABLATED, seed, "tuning", options) for seed in SEEDS]
-    return specs
+class Cells:
+    """The rows of a study by arm and regime."""
 
+    def __init__(self, study, rows):
+        self.study = study
+        self.arms = list(dict.fromkeys(row["arm"] for row in rows))
+        self.regimes = list(dict.fromkeys(row["regime"] for row in rows))
+        self.rows = {}
+        for row in rows:
+            self.rows.setdefault((row["arm"], row["regime"]), []).append(row)
+        self.criteria = STUDIES[study].CHOSEN_BY
 
-# Tables and the figure
+    def setting(self, arm, regime, criterion):
+        """The (rate, beta) chosen by a criterion: the one of a study with one criterion, for both columns."""
+        if arm in FRAME:
+            return 0.0, 0.0
+        return choose(self.rows[arm, regime], criterion if criterion in self.criteria else self.criteria[0])
 
+    def reported(self, arm, regime, criterion):
+        """[seeds] the reported values of a criterion, in percent where it is a share."""
+        rate, beta = self.setting(arm, regime, criterion)
+        of_seed = {}
+        for row in self.rows[arm, regime]:
+            if row["half"] == "report" and (row["rate"], row["beta"]) == (rate, beta):
+                of_seed[row["seed"]] = row[criterion] * (100 if criterion == "right" else 1)
+        return torch.tensor([of_seed[seed] for seed in sorted(of_seed)], dtype=torch.float64)
 
-def cells(rows):
-    """Mean and standard deviation over seeds, as the tables show them."""
-    words = []
-    for column in COLUMNS:
-        values = torch.tensor([row[column] for row in rows], dtype=torch.float64)
-        mean, std = values.mean(), values.std()
-        if column in SHARES:
-            words.append(f"{100 * mean:.1f} ± {100 * std:.1f}%")
-        else:
-            words.append(f"{mean:.3f} ± {std:.3f}")
-    return words
-
-
-def setting(options):
-    words = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-             for key, value in options.items()]
-    return ", ".join(words)
+    def edges(self, arm, regime, criterion):
+        """Words for the ends of the grid, extended, at which the chosen setting lies."""
+        words = []
+        for name, i in (("lr", 0), ("beta", 1)):
+            key = ("rate", "beta")[i]
+            tuned = {row[key] for row in self.rows[arm, regime] if row["half"] == "tuning"}
+            chosen = self.setting(arm, regime, criterion)[i]
+            if len(tuned) > 1 and chosen in (min(tuned), max(tuned)):
+                words.append(f"{name} at the edge")
+        return words
 
 
 def markdown(head, lines):
@@ -250,64 +295,109 @@ def markdown(head, lines):
     return text
 
 
-def report_table(frame, reported):
-    """Base and floor, then the chosen setting of each method in each regime."""
-    lines = [["", kind, "", *cells(rows)] for (kind,), rows in grouped(frame, "loss").items()]
-    for (regime, loss), rows in grouped(reported, "regime", "loss").items():
-        lines.append([regime, loss.upper(), setting(rows[0]["options"]), *cells(rows)])
-    return markdown(["regime", "", "setting", *COLUMNS], lines)
+def differences(cells, criterion, pairs):
+    """[(mean, low, high, p, seeds ahead, seeds)] of arms a - b in every regime, and Holm's p over all of them."""
+    results = []
+    for a, b in pairs:
+        for regime in cells.regimes:
+            ours, theirs = cells.reported(a, regime, criterion), cells.reported(b, regime, criterion)
+            ahead = (ours > theirs) if criterion == "right" else (ours < theirs)
+            results.append((*stats.paired_difference(ours, theirs), int(ahead.sum()), len(ours)))
+    return results, stats.holm([result[3] for result in results])
 
 
-def ablation_table(ablated):
-    groups = grouped(ablated, "options").values()
-    return markdown(["setting", *COLUMNS], [[setting(rows[0]["options"]), *cells(rows)] for rows in groups])
+def difference_cells(cells, criterion, pairs):
+    """Per pair of arms a list of texts, one a regime: the difference, its interval; bold where Holm's p < .05."""
+    digits = 1 if criterion == "right" else 3
+    results, adjusted = differences(cells, criterion, pairs)
+    texts = []
+    for (mean, low, high, _, ahead, n), p in zip(results, adjusted):
+        number = f"{mean:+.{digits}f}"
+        if p < 0.05:
+            number = f"**{number}**"
+        texts.append(f"{number} [{low:+.{digits}f}, {high:+.{digits}f}] {ahead}/{n}")
+    width = len(cells.regimes)
+    return [texts[i:i + width] for i in range(0, len(texts), width)]
 
 
-def sweep_table(tuned):
+def against_dpo(cells, criterion):
+    """DPO's own mean, and what every other arm differs from it."""
+    others = [arm for arm in cells.arms if arm not in (*FRAME, "DPO")]
     lines = []
-    for row in tuned:
-        values = [f"{row[column]:.3f}" for column in COLUMNS]
-        lines.append([row["regime"], row["loss"].upper(), setting(row["options"]), *values])
-    return markdown(["regime", "", "setting", *COLUMNS], lines)
+    for arm in (*FRAME, "DPO"):
+        values = [cells.reported(arm, regime, criterion) for regime in cells.regimes]
+        digits = 1 if criterion == "right" else 3
+        lines.append([arm, *(f"{value.mean():.{digits}f} ± {value.std():.{digits}f}" for value in values)])
+    for arm, texts in zip(others, difference_cells(cells, criterion, [(arm, "DPO") for arm in others])):
+        lines.append([f"{arm} - DPO", *texts])
+    return markdown(["", *cells.regimes], lines)
 
 
-def figure(file, base, rows):
-    """Sketches against right shapes: the settings of the sweep small, the chosen ones' seeds large."""
+def questions(cells, criterion):
+    asked = {text: pair for text, pair in QUESTIONS.items() if {*pair} <= {*cells.arms}}
+    lines = []
+    for (text, (a, b)), texts in zip(asked.items(), difference_cells(cells, criterion, [*asked.values()])):
+        lines.append([text, f"{a} - {b}", *texts])
+    return markdown(["question", "difference", *cells.regimes], lines)
+
+
+def chosen_settings(cells, criterion):
+    """Of every cell: the chosen rate and beta, and all columns at them."""
+    lines = []
+    for regime in cells.regimes:
+        for arm in cells.arms:
+            rate, beta = cells.setting(arm, regime, criterion)
+            rows = [row for row in cells.rows[arm, regime] if row["half"] == "report"]
+            rows = [row for row in rows if (row["rate"], row["beta"]) == (rate, beta)]
+            values = []
+            for column in COLUMNS:
+                mean = sum(row[column] for row in rows) / len(rows)
+                values.append(f"{mean:.3f}" if column == "distance" else f"{100 * mean:.1f}%")
+            edges = "; ".join(cells.edges(arm, regime, criterion))
+            setting = ["", ""] if arm in FRAME else [f"{rate:.2g}", f"{beta * ARMS[arm].pull:g}"]
+            lines.append([regime, arm, *setting, edges, *values])
+    return markdown(["regime", "arm", "lr", "beta", "", *COLUMNS], lines)
+
+
+def tables(of_study):
+    """All tables as Markdown, by their titles; of_study {study: rows}."""
+    texts = {}
+    for name, rows in of_study.items():
+        cells = Cells(name, rows)
+        for criterion in CRITERIA:
+            by = criterion if criterion in cells.criteria else cells.criteria[0]
+            what = f"{name}, {criterion}{', %' if criterion == 'right' else ''}, chosen by {by}"
+            texts[f"{what}: against DPO"] = against_dpo(cells, criterion)
+            texts[f"{what}: questions"] = questions(cells, criterion)
+        for criterion in cells.criteria:
+            texts[f"{name}: settings chosen by {criterion}, and all columns at them"] = chosen_settings(cells, criterion)
+    return texts
+
+
+def figure(file, of_study):
+    """The differences of the share that is right to DPO's, with their intervals: a panel per study and regime."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    def scatter(axis, rows, size, color, **look):
-        x, y = ([100 * row[column] for row in rows] for column in ("sketches", "shape"))
-        axis.scatter(x, y, size, color, **look)
-
-    panels, axes = pyplot.subplots(1, len(REGIMES), figsize=(13, 3.6), sharex=True, sharey=True)
-    groups = grouped(rows, "loss", "regime", "half")
-    for regime, axis in zip(REGIMES, axes):
-        for loss, (color, marker) in LOOKS.items():
-            swept, chosen = (groups.get((loss, regime, half), []) for half in ("tuning", "report"))
-            scatter(axis, swept, 20, color, marker=marker, alpha=0.4)
-            scatter(axis, chosen, 60, color, marker=marker, alpha=0.9, label=loss.upper())
-        scatter(axis, base, 60, "k", marker="x", label="base")
-        axis.set(title=regime, xlabel="sketches, %")
-    axes[0].set_ylabel("right shape, %")
-    axes[-1].legend(loc="lower right")
-    panels.tight_layout()
-    panels.savefig(file, dpi=100)
-
-
-def experiment(out, pool):
-    """All rows: of base and floor, of the sweep, of the chosen settings, of the ablations."""
-    specs = [Spec(kind, "none", seed, "report", {}) for kind in ("base", "floor") for seed in SEEDS]
-    frame = run_all(out, pool, "base and floor", specs)
-    tuned = run_all(out, pool, "tuning", tuning_specs())
-    best = choose(tuned)
-    specs = [Spec(loss, regime, seed, "report", row["options"])
-             for (regime, loss), row in best.items() for seed in SEEDS]
-    reported = run_all(out, pool, "reported", specs)
-    beta = best[ABLATED, "rpo"]["options"]["beta"]
-    ablated = run_all(out, pool, "ablations of RPO", ablation_specs(beta))
-    return {"frame": frame, "tuned": tuned, "reported": reported, "ablated": ablated}
+    panels = [(Cells(name, rows), regime) for name, rows in of_study.items() for regime in STUDIES[name].REGIMES]
+    shown = [arm for arm in ARMS if arm not in (*FRAME, "DPO")]
+    picture, axes = pyplot.subplots(1, len(panels), figsize=(16, 4.6), sharey=True)
+    for (cells, regime), axis in zip(panels, axes):
+        for y, arm in enumerate(shown):
+            if arm in cells.arms:
+                ours, dpo = (cells.reported(name, regime, "right") for name in (arm, "DPO"))
+                mean, low, high, _ = stats.paired_difference(ours, dpo)
+                color = "#d55e00" if arm.startswith("RPO") else "#444444"
+                axis.plot([low, high], [y, y], color=color)
+                axis.plot(mean, y, "o", color=color)
+        axis.axvline(0, color="#0072b2", linewidth=1)
+        axis.set_title(f"{cells.study}\n{regime}", fontsize=9)
+        axis.set_xlabel("right, points above DPO", fontsize=8)
+    axes[0].set_yticks(range(len(shown)), shown, fontsize=8)
+    axes[0].invert_yaxis()
+    picture.tight_layout()
+    picture.savefig(file, dpi=80)
 
 
 def parse_args(argv=None):
@@ -315,29 +405,37 @@ def parse_args(argv=None):
         raise InputError(message)
 
     parser = argparse.ArgumentParser(prog="laboratory.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default="out/laboratory", help="folder of the runs, the tables and the figure")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, a thread each")
+    parser.add_argument("--out", default="out/laboratory", help="folder of the runs, their rows, tables and figure")
+    parser.add_argument("--studies", nargs="+", default=[*STUDIES], choices=[*STUDIES], help="[all]")
+    parser.add_argument("--rows", metavar="DIR", help="trains nothing: tables and figure of DIR/STUDY.csv")
+    parser.add_argument("--again", type=int, metavar="N", help="measures N random lots of each study of --out anew")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="side by side, a thread each")
     parser.error = refuse
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    with common.one_line_errors("laboratory.py"):
+    with one_line_errors("laboratory.py"):
         args = parse_args(argv)
         out = Path(args.out)
-        for name in ("pipeline", "clip", "judge"):  # before several processes ask for them
-            tiny.part(name)
-        with concurrent.futures.ProcessPoolExecutor(
-                args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            rows = experiment(out, pool)
-
-        text = report_table(rows["frame"], rows["reported"])
-        text += f"\nAblations of RPO, {ABLATED}, tuning prompts\n\n{ablation_table(rows['ablated'])}"
-        text += f"\nThe sweep, tuning prompts, one seed\n\n{sweep_table(rows['tuned'])}"
-        seconds = [row["seconds"] for kind in rows.values() for row in kind]
-        text += f"\n{len(seconds)} runs of {sum(seconds) / 60:.0f} minutes in all, {args.processes} at a time\n"
-        common.atomic_write(out / "tables.md", text)
-        figure(out / "frontier.png", rows["frame"][:len(SEEDS)], rows["tuned"] + rows["reported"])
+        out.mkdir(parents=True, exist_ok=True)
+        if args.again:
+            torch.set_num_threads(1)  # as the runs had it
+            return check_again(out, args.again, args.studies)
+        of_study = {}
+        if args.rows:
+            of_study = {name: read_rows(Path(args.rows) / f"{name}.csv") for name in args.studies}
+        else:
+            with concurrent.futures.ProcessPoolExecutor(
+                    args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+                for name in args.studies:
+                    write_rows(out / f"{name}.csv", run_study(name, out, pool))
+            of_study = {name: read_rows(out / f"{name}.csv") for name in args.studies}
+        text = ""
+        for title, table in tables(of_study).items():
+            text += f"{title}\n\n{table}\n"
+        atomic_write(out / "tables.md", text)
+        figure(out / "laboratory.png", of_study)
         print(text)
 
 

@@ -14,6 +14,7 @@ parts are made on first use and kept in $XDG_CACHE_HOME or ~/.cache, under diffu
 """
 
 import argparse
+import inspect
 import io
 import json
 import math
@@ -134,10 +135,9 @@ def pair_rows(n=1500):
 # The parts
 
 
-def fit(name, parameters, lr, batch_loss):
-    """Trains for STEPS[name] steps: AdamW with short memory, warm-up, a linear decay over the last 40%."""
+def fit(name, steps, parameters, lr, batch_loss):
+    """Trains for some steps: AdamW with short memory, warm-up, a linear decay over the last 40%."""
     params = [parameter for parameter in parameters if parameter.requires_grad]
-    steps = STEPS[name]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
     for step in tqdm(range(steps), f"building the embedded task, once: {name:5}", mininterval=1):
         warmup, decay = (step + 1) / 50, (steps - step) / (0.4 * steps)
@@ -150,9 +150,15 @@ def fit(name, parameters, lr, batch_loss):
 
 
 def build_pipeline(folder):
+    pixels, scenes, _, _ = drawings(8192, seed=1, sketches=1 / 6)
+    prompts = [caption(scene) for scene in scenes]
+    train_pipeline(pixels, prompts, (64, 128), STEPS["unet"]).save_pretrained(folder)
+
+
+def train_pipeline(pixels, prompts, channels, steps):
+    """A StableDiffusionPipeline for pixels [N, 3, 32, 32] in [-1, 1] and their N prompts; see train_denoiser."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pixels, scenes, _, _ = drawings(8192, seed=1, sketches=1 / 6)
     vae = train_vae(pixels)
     with torch.no_grad():
         latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])    # [8192, 4, 8, 8]
@@ -160,11 +166,10 @@ def build_pipeline(folder):
     tokenizer = clip_tokenizer(16)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # Stable Diffusion's
-    prompts = [caption(scene) for scene in scenes]
-    text_encoder, unet = train_denoiser(latents * vae.config.scaling_factor, prompts, tokenizer, scheduler)
-    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
+    latents = latents * vae.config.scaling_factor
+    text_encoder, unet = train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps)
+    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
-    pipe.save_pretrained(folder)
 
 
 def train_vae(pixels):
@@ -185,12 +190,12 @@ def train_vae(pixels):
         pull = z.square() + (posterior.logvar - math.log(0.1 ** 2)).square()
         return F.mse_loss(decoded, x) + 1e-4 * pull.mean()
 
-    fit("vae", vae.parameters(), 2e-3, batch_loss)
+    fit("vae", STEPS["vae"], vae.parameters(), 2e-3, batch_loss)
     return vae
 
 
-def train_denoiser(latents, prompts, tokenizer, scheduler):
-    """(text encoder, UNet), trained together on scaled latents [N, 4, 8, 8] and their N prompts."""
+def train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps):
+    """(text encoder, UNet of two levels of channels), trained on scaled latents [N, 4, 8, 8] and their N prompts."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -200,7 +205,7 @@ def train_denoiser(latents, prompts, tokenizer, scheduler):
     words = text_encoder.get_input_embeddings().requires_grad_(False)  # random vectors tell words well apart
     nn.init.normal_(words.weight, std=0.5)
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 4, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=64,
+        sample_size=SIZE // 4, block_out_channels=channels, layers_per_block=1, cross_attention_dim=64,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=16, attention_head_dim=4,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     unet.to(memory_format=LAST)
@@ -215,7 +220,7 @@ def train_denoiser(latents, prompts, tokenizer, scheduler):
         prompt_embeds = text_encoder(ids[torch.where(is_empty, len(prompts), rows)])[0]     # [64, 16, 64]
         return F.mse_loss(unet(x_t, t, prompt_embeds).sample, noise)
 
-    fit("unet", [*unet.parameters(), *text_encoder.parameters()], 1e-3, batch_loss)
+    fit("unet", steps, [*unet.parameters(), *text_encoder.parameters()], 1e-3, batch_loss)
     return text_encoder, unet
 
 
@@ -249,17 +254,17 @@ def build_clip(folder):
         logits = scale * image @ text.T                                                     # [128, 128]
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    fit("clip", model.parameters(), 1e-3, batch_loss)
+    fit("clip", STEPS["clip"], model.parameters(), 1e-3, batch_loss)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
-def judge_network():
+def judge_network(logits=2 + len(SHAPES)):
     """Four convolutions and a linear layer: 2 logits for the style, 6 for the shape."""
     layers = []
     for channels, width, stride in ((3, 24, 1), (24, 48, 2), (48, 64, 2), (64, 64, 2)):
         layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 2 + len(SHAPES)))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, logits))
 
 
 def build_judge(folder):
@@ -272,17 +277,23 @@ def build_judge(folder):
         logits = network(pixels[rows] + noise)
         return F.cross_entropy(logits[:, :2], is_sketch[rows]) + F.cross_entropy(logits[:, 2:], shape[rows])
 
-    fit("judge", network.parameters(), 2e-3, batch_loss)
+    fit("judge", STEPS["judge"], network.parameters(), 2e-3, batch_loss)
     save_file(network.state_dict(), folder / "judge.safetensors")
 
 
-def part(name):
+BUILDERS = {"pipeline": build_pipeline, "pairs": build_pairs, "clip": build_clip, "judge": build_judge}
+
+
+def part(name, build_part=None):
     """The folder of "pipeline", "pairs", "clip" or "judge", made first where it is missing, damaged or outdated.
 
     A part is built aside and renamed, so that nobody sees half of one, with a list of its files' digests. The
-    path holds a digest of this file and STEPS: another recipe is another folder.
+    path holds a digest of this file, of that of `build_part`, a builder of other parts, and of STEPS: another recipe
+    is another folder.
     """
-    recipe = digest(Path(__file__).read_bytes() + repr(STEPS).encode())
+    build_part = build_part or BUILDERS[name]
+    sources = sorted({__file__, inspect.getfile(build_part)})
+    recipe = digest(b"".join(Path(source).read_bytes() for source in sources) + repr(STEPS).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "diffusion-rpo" / f"tiny-{recipe}" / name
     if is_whole(folder):
@@ -290,19 +301,18 @@ def part(name):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / f"{name}.lock"):  # of several processes one builds, the others wait
         if not is_whole(folder):
-            build(name, folder)
+            build(build_part, folder)
     return folder
 
 
-def build(name, folder):
-    builders = {"pipeline": build_pipeline, "pairs": build_pairs, "clip": build_clip, "judge": build_judge}
+def build(build_part, folder):
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        built = Path(aside) / name
+        built = Path(aside) / folder.name
         built.mkdir()
         # The same weights wherever a part is first asked for, and the caller's random state as it was.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
-            builders[name](built)
+            build_part(built)
         (built / "digests.json").write_text(json.dumps(file_digests(built)))
         shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)

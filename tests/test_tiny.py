@@ -71,8 +71,8 @@ def test_style_leaves_the_geometry_alone():
 
 def test_a_part_is_built_once_and_again_only_when_damaged(quick_tiny, monkeypatch):
     builds = []
-    monkeypatch.setattr(
-        tiny, "build_judge", lambda folder, build=tiny.build_judge: (builds.append(1), build(folder))
+    monkeypatch.setitem(
+        tiny.BUILDERS, "judge", lambda folder: (builds.append(1), tiny.build_judge(folder))
     )
     monkeypatch.setattr(tiny, "STEPS", {name: 1 for name in tiny.STEPS})  # a recipe of this test alone
     weights = tiny.part("judge") / "judge.safetensors"
