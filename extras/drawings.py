@@ -247,7 +247,7 @@ def prepare(out):
 
 
 def run(arm, regime, settings, half, out):
-    """[{column: number}] of one run, [(rate, beta, seed)], measured on the prompts of a half; its log stays in `out`."""
+    """[{column: number}] of one run, [(rate, beta, seed)], on the prompts of a half; its log stays in `out`."""
     ((rate, beta, seed),) = settings
     if arm.loss == "base":
         return [measure(samples(part("pipeline"), half, seed), half)]

@@ -105,6 +105,7 @@ QUESTIONS = {  # the first against the second
     "does an SFT stage help RPO?": ("SFT, then RPO uniform", "RPO uniform"),
 }
 CRITERIA = {"right": max, "distance": min}  # and which of two values is the better one
+DIGITS = {"right": 1, "distance": 2}
 KEYS = ("regime", "arm", "rate", "beta", "seed", "half")
 COLUMNS = ("right", "style", "content", "distance")
 
@@ -194,7 +195,7 @@ def run_study(name, out, pool):
     """All rows of a study; its cells side by side."""
     STUDIES[name].prepare(out / name)
     cells = [(name, arm, regime, out) for arm in TRIED[name] for regime in STUDIES[name].REGIMES]
-    jobs = [pool.submit(run_cell, *cell) for cell in cells]
+    jobs = [pool.submit(run_cell, *cell) for cell in reversed(cells)]  # the short ones last: none waits alone
     try:
         for job in tqdm(concurrent.futures.as_completed(jobs), name, len(jobs)):
             job.result()
@@ -202,7 +203,7 @@ def run_study(name, out, pool):
         pool.shutdown(cancel_futures=True)  # else a failure would wait for all that is queued
         raise
     rows = []
-    for job in jobs:
+    for job in reversed(jobs):
         rows += job.result()
     return rows
 
@@ -296,53 +297,54 @@ def markdown(head, lines):
 
 
 def differences(cells, criterion, pairs):
-    """[(mean, low, high, p, seeds ahead, seeds)] of arms a - b in every regime, and Holm's p over all of them."""
-    results = []
+    """Per pair (a, b) of arms a list of texts, one a regime: a - b, its interval, the seeds at which a is better.
+
+    Bold: Holm's p, over all of these differences, is below .05. A dagger: a setting of a or b lies at an edge.
+    """
+    digits = DIGITS[criterion]
+    numbers, texts = [], []
     for a, b in pairs:
         for regime in cells.regimes:
             ours, theirs = cells.reported(a, regime, criterion), cells.reported(b, regime, criterion)
-            ahead = (ours > theirs) if criterion == "right" else (ours < theirs)
-            results.append((*stats.paired_difference(ours, theirs), int(ahead.sum()), len(ours)))
-    return results, stats.holm([result[3] for result in results])
-
-
-def difference_cells(cells, criterion, pairs):
-    """Per pair of arms a list of texts, one a regime: the difference, its interval; bold where Holm's p < .05."""
-    digits = 1 if criterion == "right" else 3
-    results, adjusted = differences(cells, criterion, pairs)
-    texts = []
-    for (mean, low, high, _, ahead, n), p in zip(results, adjusted):
-        number = f"{mean:+.{digits}f}"
-        if p < 0.05:
-            number = f"**{number}**"
-        texts.append(f"{number} [{low:+.{digits}f}, {high:+.{digits}f}] {ahead}/{n}")
+            mean, low, high, p = stats.paired_difference(ours, theirs)
+            ahead = (ours > theirs).sum() if criterion == "right" else (ours < theirs).sum()
+            edge = "†" if cells.edges(a, regime, criterion) or cells.edges(b, regime, criterion) else ""
+            numbers.append((f"{mean:+.{digits}f}{edge}", p))
+            texts.append(f"[{low:+.{digits}f}, {high:+.{digits}f}] {ahead}/{len(ours)}")
+    adjusted = stats.holm([p for _, p in numbers])
+    cells_of_table = []
+    for (number, _), p, text in zip(numbers, adjusted, texts):
+        cells_of_table.append(f"**{number}** {text}" if p < 0.05 else f"{number} {text}")
     width = len(cells.regimes)
-    return [texts[i:i + width] for i in range(0, len(texts), width)]
+    return [cells_of_table[i:i + width] for i in range(0, len(cells_of_table), width)]
 
 
 def against_dpo(cells, criterion):
-    """DPO's own mean, and what every other arm differs from it."""
-    others = [arm for arm in cells.arms if arm not in (*FRAME, "DPO")]
-    lines = []
+    """DPO's own mean and standard deviation over the seeds, and what every other arm differs from it."""
+    digits, lines = DIGITS[criterion], []
     for arm in (*FRAME, "DPO"):
-        values = [cells.reported(arm, regime, criterion) for regime in cells.regimes]
-        digits = 1 if criterion == "right" else 3
-        lines.append([arm, *(f"{value.mean():.{digits}f} ± {value.std():.{digits}f}" for value in values)])
-    for arm, texts in zip(others, difference_cells(cells, criterion, [(arm, "DPO") for arm in others])):
+        line = [arm]
+        for regime in cells.regimes:
+            values = cells.reported(arm, regime, criterion)
+            line.append(f"{values.mean():.{digits}f} ± {values.std():.{digits}f}")
+        lines.append(line)
+    others = [arm for arm in cells.arms if arm not in (*FRAME, "DPO")]
+    for arm, texts in zip(others, differences(cells, criterion, [(arm, "DPO") for arm in others])):
         lines.append([f"{arm} - DPO", *texts])
     return markdown(["", *cells.regimes], lines)
 
 
 def questions(cells, criterion):
+    """Differences that answer QUESTIONS, where a study has both arms."""
     asked = {text: pair for text, pair in QUESTIONS.items() if {*pair} <= {*cells.arms}}
     lines = []
-    for (text, (a, b)), texts in zip(asked.items(), difference_cells(cells, criterion, [*asked.values()])):
+    for (text, (a, b)), texts in zip(asked.items(), differences(cells, criterion, asked.values())):
         lines.append([text, f"{a} - {b}", *texts])
     return markdown(["question", "difference", *cells.regimes], lines)
 
 
 def chosen_settings(cells, criterion):
-    """Of every cell: the chosen rate and beta, and all columns at them."""
+    """Of every cell: the chosen rate and beta, and the means of all columns at them."""
     lines = []
     for regime in cells.regimes:
         for arm in cells.arms:
@@ -366,11 +368,13 @@ def tables(of_study):
         cells = Cells(name, rows)
         for criterion in CRITERIA:
             by = criterion if criterion in cells.criteria else cells.criteria[0]
-            what = f"{name}, {criterion}{', %' if criterion == 'right' else ''}, chosen by {by}"
-            texts[f"{what}: against DPO"] = against_dpo(cells, criterion)
-            texts[f"{what}: questions"] = questions(cells, criterion)
+            title = f"{name}, {criterion}, chosen by {by}"
+            texts[f"{title}: against DPO"] = against_dpo(cells, criterion)
+            texts[f"{title}: questions"] = questions(cells, criterion)
+    for name, rows in of_study.items():
+        cells = Cells(name, rows)
         for criterion in cells.criteria:
-            texts[f"{name}: settings chosen by {criterion}, and all columns at them"] = chosen_settings(cells, criterion)
+            texts[f"{name}, settings chosen by {criterion}"] = chosen_settings(cells, criterion)
     return texts
 
 

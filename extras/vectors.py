@@ -27,11 +27,13 @@ from loss import DDPM, LOSSES, wants
 CONTENT, NUISANCE = 6, 5
 DIMENSIONS = CONTENT + 1 + NUISANCE
 HIDDEN = 64
+BASE_STEPS = 4000
 STEPS, BATCH, GROUP, WARMUP = 120, 16, 8, 10
 SFT_STEPS, SFT_RATE = 40, 4e-4  # of the stage that an arm "after SFT" begins with
 SIDE_BY_SIDE = 96  # models in one batch of matrix products
 SAMPLES, SAMPLE_STEPS = 240, 25
-PROCESS = DDPM(torch.cumprod(1 - torch.linspace(1e-3, 0.08, 100), dim=0))
+TIMESTEPS = 100
+PROCESS = DDPM(torch.cumprod(1 - torch.linspace(1e-3, 0.08, TIMESTEPS), dim=0))
 
 REGIMES = ("clean", "24 pairs", "30% swapped", "other content", "independent")
 TUNING_SEEDS, REPORT_SEEDS = range(20, 23), range(16)
@@ -39,7 +41,7 @@ SEEDS = [*REPORT_SEEDS, *TUNING_SEEDS]
 CHOSEN_BY = ("right", "distance")
 RATES = tuple(3e-5 * 2 ** k for k in range(5))
 BETAS = tuple(2.0 ** k for k in range(8))
-SFT_RATES = tuple(1e-5 * 2 ** (k / 6) for k in range(len(RATES) * len(BETAS)))  # as many settings as the others
+SFT_RATES = tuple(1e-5 * 2 ** (k / 4) for k in range(len(RATES) * len(BETAS)))  # as many settings as the others
 FURTHER = 2  # values beyond an edge at which the best one lies
 
 
@@ -97,8 +99,8 @@ def draw_pairs(regime, seed):
 
 def inputs(x_t, t, prompt):
     """What the network sees, [..., 34]: the noisy vector, 16 waves of the timestep, the prompt's content."""
-    frequency = torch.exp(torch.linspace(0, math.log(100), 8))
-    angle = 3 * frequency * t[..., None] / len(PROCESS.alphas_cumprod)
+    frequency = torch.logspace(0, 2, 8)
+    angle = 3 * frequency * t[..., None] / TIMESTEPS
     return torch.cat([x_t, angle.sin(), angle.cos(), PROMPTS[prompt]], dim=-1)
 
 
@@ -131,7 +133,7 @@ def diffuse(x, eps, t):
 def prepare(out):
     """Trains the base models, one for every seed, side by side, and keeps them in the folder `out`.
 
-    4,000 steps of Adam, a linear decay over the second half. A seed has its own weights and its own data, so that
+    Adam, with a linear decay over the second half of the steps. A seed has its own weights and its own data, so that
     what is reported does not hang on one model.
     """
     file = base_file(out)
@@ -140,15 +142,16 @@ def prepare(out):
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     params = [torch.cat(of_seeds).requires_grad_() for of_seeds in zip(*map(init, generators))]
     optimizer = torch.optim.Adam(params)
-    steps, n = 4000, 128
-    for step in tqdm(range(steps), "base models"):
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 * (steps - step) / steps)
+    n = 128  # vectors per step and model
+    for step in tqdm(range(BASE_STEPS), "base models"):
+        warmup, decay = (step + 1) / 50, (BASE_STEPS - step) / (0.5 * BASE_STEPS)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, warmup, decay)
         seen, noise = [], []
         for generator in generators:
             prompt = torch.randint(len(PROMPTS), (n,), generator=generator)
             style = torch.where(torch.rand(n, generator=generator) < 1 / 6, 1.0, -1.0)
             x = draw(prompt, style, generator)
-            t = torch.randint(len(PROCESS.alphas_cumprod), (n,), generator=generator)
+            t = torch.randint(TIMESTEPS, (n,), generator=generator)
             eps = torch.randn(n, DIMENSIONS, generator=generator)
             seen.append(inputs(diffuse(x, eps, t), t, prompt))
             noise.append(eps)
@@ -193,7 +196,7 @@ def stream(regime, seed, options):
         rows = torch.stack(rows)
     else:
         rows = torch.randint(n, (STEPS, BATCH), generator=generator)
-    t = torch.randint(len(PROCESS.alphas_cumprod), (STEPS, BATCH), generator=generator).repeat(1, 2)
+    t = torch.randint(TIMESTEPS, (STEPS, BATCH), generator=generator).repeat(1, 2)
     eps = torch.randn(STEPS, BATCH, DIMENSIONS, generator=generator).repeat(1, 2, 1)
     x = torch.cat([winner[rows], loser[rows]], dim=1)                                   # [steps, 2 B, 12]
     x_t = diffuse(x.flatten(0, 1), eps.flatten(0, 1), t.flatten()).view_as(x)
@@ -241,7 +244,7 @@ def train(loss, options, start, batch, rates, betas, steps):
     batch  {name: [R, steps, ...]}: the streams of the runs, and ref_err [R, steps, 2 B] where the loss wants it
     """
     params = [param.clone().requires_grad_() for param in start]
-    moments = [(torch.zeros_like(param), torch.zeros_like(param)) for param in start]
+    moments = [(torch.zeros_like(param), torch.zeros_like(param)) for param in start]  # Adam's, of grad and its square
     for step in range(steps):
         err = errors(params, batch["seen"][:, step], batch["eps"][:, step])             # [R, 2 B]
         values = {"beta": betas}
@@ -252,13 +255,16 @@ def train(loss, options, start, batch, rates, betas, steps):
             values["weights"] = batch["weights"][:, step]
         grads = torch.autograd.grad(losses(loss, options, values).sum(), params)
 
+        # Adam with its usual constants; torch's has one rate for all, and here every run has its own.
         rate = rates.view(-1, 1, 1) * min(1, (step + 1) / WARMUP)
+        correction_mean = 1 - 0.9 ** (step + 1)
+        correction_square = 1 - 0.999 ** (step + 1)
         with torch.no_grad():
             for param, grad, (mean, square) in zip(params, grads, moments):
                 mean.lerp_(grad, 0.1)
                 square.lerp_(grad.square(), 0.001)
-                scale = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-                param -= rate / (1 - 0.9 ** (step + 1)) * mean / scale
+                scale = (square / correction_square).sqrt() + 1e-8
+                param -= rate * (mean / correction_mean) / scale
     return [param.detach() for param in params]
 
 
@@ -268,13 +274,13 @@ def sample(params, prompt, seed=7):
     generator = torch.Generator().manual_seed(seed)
     models, n = len(params[0]), len(prompt)
     x = torch.randn(n, DIMENSIONS, generator=generator).expand(models, -1, -1)
-    alphas = PROCESS.alphas_cumprod
-    times = torch.linspace(len(alphas) - 1, 0, SAMPLE_STEPS).round().long()
-    for i, t in enumerate(times):
-        seen = inputs(x[0], t.expand(n), prompt)[:, DIMENSIONS:].expand(models, -1, -1)
-        eps = predict(params, torch.cat([x, seen], dim=-1))
-        clean = (x - (1 - alphas[t]).sqrt() * eps) / alphas[t].sqrt()
-        a_next = alphas[times[i + 1]] if i + 1 < len(times) else torch.tensor(1.0)
+    times = torch.linspace(TIMESTEPS - 1, 0, SAMPLE_STEPS).round().long()
+    alphas = PROCESS.alphas_cumprod[times]
+    alphas_next = torch.cat([alphas[1:], torch.ones(1)])
+    for t, a_t, a_next in zip(times, alphas, alphas_next):
+        seen = inputs(x, t.expand(models, n), prompt.expand(models, n))
+        eps = predict(params, seen)
+        clean = (x - (1 - a_t).sqrt() * eps) / a_t.sqrt()
         x = a_next.sqrt() * clean + (1 - a_next).sqrt() * eps
     return x
 
