@@ -253,7 +253,8 @@ def run(arm, regime, settings, half, out):
         return [measure(samples(part("pipeline"), half, seed), half)]
     if arm.loss == "ideal":
         return [measure(drawings(in_turn(HALVES[half]), 1, seed=3000 + seed)[0], half)]
-    log = out / f"{arm.loss}-{regime}-{rate:g}-{beta:g}-{seed}.txt"
+    words = [arm.loss, *arm.options.values(), regime, f"{rate:g}", f"{beta:g}", seed]
+    log = out / f"{'-'.join(map(str, words))}.txt"
     with tempfile.TemporaryDirectory(dir=out) as folder:
         with open(log, "w") as text, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             train.main([*train_argv(arm, regime, rate, beta, seed, out), "--out", folder])

@@ -4,9 +4,9 @@
     python -m extras.laboratory --rows extras   tables and figure of the rows that are committed there
     python -m extras.laboratory --again 3       three random lots of each study once more: are the rows the same?
 
-Two studies, vectors.py and drawings.py, train ARMS in regimes. Every arm is tuned anew in every regime by as many runs
-as any other, on seeds and prompts that are not reported; where the best setting lies at the edge of the grid, the grid
-grows there, once. The setting that is best by a criterion is trained with the report's seeds and measured on the
+Two studies, vectors.py and drawings.py, train ARMS in regimes. Every arm is tuned anew in every regime on a grid of as
+many settings as any other's, on seeds and prompts that are not reported; where the best setting lies at the edge of the
+grid, the grid grows there, once. The setting that is best by a criterion is trained with the report's seeds and measured on the
 report's prompts by that criterion: the share that is right, or a Frechet distance to what is wished. A seed is one
 set of pairs, one order, one noise, for all arms alike, so differences are paired by seed: t intervals, and Holm's
 correction over all differences of a table. What was found is in laboratory.md.
@@ -15,7 +15,6 @@ correction over all differences of a table. What was found is in laboratory.md.
 import argparse
 import concurrent.futures
 import csv
-import inspect
 import io
 import json
 import math
@@ -56,7 +55,13 @@ def dpo_sft_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
     return loss + 0.2 * beta / 2 * (err_w - ref_err_w).mean(), metrics
 
 
-LOSSES |= {"shuffled": shuffled_loss, "pointwise": pointwise_loss, "dpo_sft": dpo_sft_loss}
+FURTHER_LOSSES = {"shuffled": shuffled_loss, "pointwise": pointwise_loss, "dpo_sft": dpo_sft_loss}
+
+
+def begin_process():
+    """What a process needs before it runs: one thread, so that bits do not hang on their number, and the losses."""
+    torch.set_num_threads(1)
+    LOSSES.update(FURTHER_LOSSES)
 
 
 class Arm(NamedTuple):
@@ -104,7 +109,7 @@ QUESTIONS = {  # the first against the second
     "does an SFT stage help DPO?": ("SFT, then DPO", "DPO"),
     "does an SFT stage help RPO?": ("SFT, then RPO uniform", "RPO uniform"),
 }
-CRITERIA = {"right": max, "distance": min}  # and which of two values is the better one
+CRITERIA = ("right", "distance")  # the more, the better; the less, the better
 DIGITS = {"right": 1, "distance": 2}
 KEYS = ("regime", "arm", "rate", "beta", "seed", "half")
 COLUMNS = ("right", "style", "content", "distance")
@@ -113,25 +118,31 @@ COLUMNS = ("right", "style", "content", "distance")
 # The runs
 
 
+def folder_of(study_name, out):
+    """The folder of a study's rows, base models and pairs: another one for every change of the code."""
+    root = Path(vectors.__file__).parent.parent
+    sources = sorted([*root.glob("*.py"), *root.glob("extras/*.py")])
+    return out / study_name / digest(b"".join(source.read_bytes() for source in sources))
+
+
 def measure(study_name, arm_name, regime, settings, half, out):
     """The rows of settings [(rate, beta, seed)]; a lot of them that is measured has a file, and is not run again."""
-    study, arm = STUDIES[study_name], ARMS[arm_name]
-    loss = inspect.getsource(LOSSES[arm.loss]) if arm.loss in LOSSES else arm.loss
+    folder = folder_of(study_name, out)
+    size = STUDIES[study_name].SIDE_BY_SIDE
     rows = []
-    for i in range(0, len(settings), study.SIDE_BY_SIDE):
-        lot = settings[i:i + study.SIDE_BY_SIDE]
-        recipe = [Path(study.__file__).read_text(), loss, arm, regime, half, lot]
-        file = out / "rows" / study_name / f"{digest(repr(recipe))}.json"
+    for i in range(0, len(settings), size):
+        lot = settings[i:i + size]
+        file = folder / "rows" / f"{digest(repr([arm_name, regime, half, lot]))}.json"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps(run_lot(study_name, arm_name, regime, lot, half, out)))
+            atomic_write(file, json.dumps(run_lot(study_name, arm_name, regime, lot, half, folder)))
         rows += json.loads(file.read_text())
     return rows
 
 
-def run_lot(study_name, arm_name, regime, lot, half, out):
+def run_lot(study_name, arm_name, regime, lot, half, folder):
     """The rows of some settings that a study runs at once."""
-    columns = STUDIES[study_name].run(ARMS[arm_name], regime, lot, half, out / study_name)
+    columns = STUDIES[study_name].run(ARMS[arm_name], regime, lot, half, folder)
     rows = []
     for (rate, beta, seed), numbers in zip(lot, columns):
         keys = dict(zip(KEYS, (regime, arm_name, rate, beta, seed, half)))
@@ -160,14 +171,18 @@ def beyond(values, chosen, count):
 
 
 def choose(rows, criterion):
-    """The (rate, beta) whose mean over the tuning seeds is the best; of equal ones the first."""
-    values = {}
+    """The (rate, beta) whose mean over the tuning seeds is the best; of equal ones the nearest, then the first."""
+    of_setting = {}
     for row in rows:
         if row["half"] == "tuning":
-            values.setdefault((row["rate"], row["beta"]), []).append(row[criterion])
-    means = {setting: sum(of_seeds) / len(of_seeds) for setting, of_seeds in values.items()}
-    best = CRITERIA[criterion](means.values())
-    return next(setting for setting, mean in means.items() if mean == best)
+            of_setting.setdefault((row["rate"], row["beta"]), []).append(row)
+
+    def badness(setting):
+        rows = of_setting[setting]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in CRITERIA}
+        return (-means["right"] if criterion == "right" else means["distance"]), means["distance"]
+
+    return min(of_setting, key=badness)
 
 
 def run_cell(study_name, arm_name, regime, out):
@@ -193,7 +208,7 @@ def run_cell(study_name, arm_name, regime, out):
 
 def run_study(name, out, pool):
     """All rows of a study; its cells side by side."""
-    STUDIES[name].prepare(out / name)
+    STUDIES[name].prepare(folder_of(name, out))
     cells = [(name, arm, regime, out) for arm in TRIED[name] for regime in STUDIES[name].REGIMES]
     jobs = [pool.submit(run_cell, *cell) for cell in reversed(cells)]  # the short ones last: none waits alone
     try:
@@ -210,10 +225,12 @@ def run_study(name, out, pool):
 
 def check_again(out, count, names):
     """Runs `count` random lots of each study once more, from nothing; the rows must be the same to the bit."""
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        for name in names:
-            STUDIES[name].prepare(Path(folder) / name)
-            files = sorted((out / "rows" / name).glob("*.json"))
+    for name in names:
+        files = sorted((folder_of(name, out) / "rows").glob("*.json"))
+        if not files:
+            raise InputError(f"{out} holds no rows of {name} that this code has measured")
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            STUDIES[name].prepare(Path(folder))
             for file in random.sample(files, min(count, len(files))):
                 rows = json.loads(file.read_text())
                 settings = [(row["rate"], row["beta"], row["seed"]) for row in rows]
@@ -424,14 +441,14 @@ def main(argv=None):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         if args.again:
-            torch.set_num_threads(1)  # as the runs had it
+            begin_process()
             return check_again(out, args.again, args.studies)
         of_study = {}
         if args.rows:
             of_study = {name: read_rows(Path(args.rows) / f"{name}.csv") for name in args.studies}
         else:
             with concurrent.futures.ProcessPoolExecutor(
-                    args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+                    args.processes, multiprocessing.get_context("spawn"), begin_process) as pool:
                 for name in args.studies:
                     write_rows(out / f"{name}.csv", run_study(name, out, pool))
             of_study = {name: read_rows(out / f"{name}.csv") for name in args.studies}

@@ -12,7 +12,6 @@ those of loss.py and data.py. Of 240 samples per run:
 
 import functools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import stats
-from common import atomic_write, digest
+from common import atomic_write
 from data import cross_pair_weights
 from loss import DDPM, LOSSES, wants
 
@@ -136,7 +135,7 @@ def prepare(out):
     Adam, with a linear decay over the second half of the steps. A seed has its own weights and its own data, so that
     what is reported does not hang on one model.
     """
-    file = base_file(out)
+    file = out / "base.safetensors"
     if file.exists():
         return
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
@@ -164,14 +163,10 @@ def prepare(out):
     atomic_write(file, save(tensors))
 
 
-def base_file(out):
-    return out / f"base-{digest(Path(__file__).read_text())}.safetensors"
-
-
 @functools.cache
 def base_models(out):
     """The weights of all base models, [seeds, ...], in the order of SEEDS."""
-    tensors = load_file(base_file(out))
+    tensors = load_file(out / "base.safetensors")
     return [tensors[str(i)] for i in range(len(tensors))]
 
 

@@ -144,6 +144,7 @@ def test_drawings_lose_what_the_caption_names_no_more_than_what_it_does_not():
 @pytest.mark.slow
 def test_a_run_of_drawings_is_one_of_train_py(quick_tiny, tmp_path, monkeypatch):
     """From its command line to its columns; the same once more; losses that a fork adds run, too."""
+    monkeypatch.setitem(LOSSES, "dpo_sft", laboratory.FURTHER_LOSSES["dpo_sft"])
     monkeypatch.setattr(drawings, "STEPS", 2)
     monkeypatch.setattr(drawings, "PAIRS", 32)
     monkeypatch.setattr(drawings, "SAMPLES", 18)
@@ -209,14 +210,24 @@ def test_every_arm_is_tuned_alike_and_the_grid_grows_once(monkeypatch, tmp_path)
     assert laboratory.Cells("vectors", rows).edges("SFT", "one", "right") == []
 
 
+def test_of_equal_settings_the_nearest_is_chosen_then_the_first():
+    """One tuning seed of 180 samples gives equal shares often enough."""
+    rows = [dict(zip(laboratory.KEYS, ("one", "DPO", rate, 1.0, 7, "tuning"))) | COLUMNS for rate in (1.0, 2.0, 3.0)]
+    assert laboratory.choose(rows, "right") == (1.0, 1.0)
+    rows[1]["distance"] = 0.5
+    assert laboratory.choose(rows, "right") == laboratory.choose(rows, "distance") == (2.0, 1.0)
+    rows[2]["right"] = 0.1
+    assert laboratory.choose(rows, "right") == (3.0, 1.0)
+
+
 def test_what_is_measured_is_not_measured_again(monkeypatch, tmp_path):
-    """Killed, the same command goes on; but not with rows of another study, setting or loss."""
+    """Killed, the same command goes on; but not with rows of other code."""
     study, made = stand_in(best_rate=1e-4, best_beta=2.0)
     monkeypatch.setitem(STUDIES, "vectors", study)
     rows = laboratory.run_cell("vectors", "DPO", "one", tmp_path)
     n = len(made)
     assert laboratory.run_cell("vectors", "DPO", "one", tmp_path) == rows and len(made) == n
-    monkeypatch.setitem(LOSSES, "dpo", rpo_loss)
+    monkeypatch.setattr(laboratory, "digest", lambda content, digest=laboratory.digest: digest(content)[::-1])
     laboratory.run_cell("vectors", "DPO", "one", tmp_path)
     assert len(made) == 2 * n
 
@@ -227,7 +238,7 @@ def test_a_second_run_that_differs_is_told(monkeypatch, tmp_path, capsys):
     laboratory.run_cell("vectors", "DPO", "one", tmp_path)
     laboratory.check_again(tmp_path, 9, ["vectors"])
     assert "NOT" not in capsys.readouterr().out
-    file = next((tmp_path / "rows" / "vectors").glob("*.json"))
+    file = next((laboratory.folder_of("vectors", tmp_path) / "rows").glob("*.json"))
     rows = json.loads(file.read_text())
     rows[0]["right"] += 1e-4
     file.write_text(json.dumps(rows))
