@@ -12,6 +12,7 @@ Of 180 samples per run:
 """
 
 import contextlib
+import functools
 import io
 import random
 import tempfile
@@ -61,25 +62,9 @@ def draw(scene, is_outline, rng):
     y = side / 2 + rng.uniform(-0.1, 0.1) * side
     image = Image.new("RGB", (side, side), back)
     canvas = ImageDraw.Draw(image)
-    if shape in tiny.CORNERS:
-        corners = tiny.place_corners(tiny.CORNERS[shape], x, y, radius, tilt)
-        if is_outline:
-            canvas.line(corners + corners[:2], fill=color, width=12, joint="curve")
-        else:
-            canvas.polygon(corners, fill=color)
-    else:
-        draw_disc(canvas, x, y, radius, color, is_outline)
-    if shape == "ring":
-        draw_disc(canvas, x, y, radius / 2, color if is_outline else back, is_outline)
+    pen = (color, 12) if is_outline else None
+    tiny.draw_shape(canvas, shape, x, y, radius, tilt, color, back, pen)
     return image.resize((tiny.SIZE, tiny.SIZE), Image.LANCZOS)
-
-
-def draw_disc(canvas, x, y, radius, color, is_outline):
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if is_outline:
-        canvas.ellipse(box, outline=color, width=12)
-    else:
-        canvas.ellipse(box, fill=color)
 
 
 def drawings(scenes, outlines, seed):
@@ -158,15 +143,6 @@ def judge(pixels):
     return style.argmax(1), content, features.mean(dim=(2, 3))
 
 
-def judge_accuracy(n=1000):
-    """How often the judge is right on n drawings it has not seen, in style and in all that a caption names."""
-    scenes = random_scenes(n, seed=15)
-    pixels, is_outline = drawings(scenes, 0.5, seed=16)
-    style, content, _ = judge(pixels)
-    return {"style": (style == is_outline).float().mean().item(),
-            "content": (content == answers(scenes)).all(dim=1).float().mean().item()}
-
-
 # A run
 
 
@@ -228,14 +204,21 @@ def samples(model, half, seed):
     return torch.cat(pictures)
 
 
+@functools.cache
+def wished_features(half):
+    """The judge's features, [1800, 64], of outlines of the prompts of a half."""
+    pixels, _ = drawings(HALVES[half] * 100, 1, seed=17)
+    _, _, features = judge(pixels)
+    return features
+
+
 def measure(pixels, half):
     """{column: number} of samples [180, 3, 32, 32] for the prompts of a half in turn."""
     scenes = in_turn(HALVES[half])
     style, content, features = judge(pixels)
-    wished, _ = drawings(HALVES[half] * 100, 1, seed=17)
     is_right = (content == answers(scenes)).all(dim=1)
     return {"right": (is_right & (style == 1)).float().mean().item(), "style": style.float().mean().item(),
-            "content": is_right.float().mean().item(), "distance": stats.frechet(features, judge(wished)[2])}
+            "content": is_right.float().mean().item(), "distance": stats.frechet(features, wished_features(half))}
 
 
 def prepare(out):

@@ -285,14 +285,18 @@ class Cells:
             return 0.0, 0.0
         return choose(self.rows[arm, regime], criterion if criterion in self.criteria else self.criteria[0])
 
+    def report_rows(self, arm, regime, criterion):
+        """The rows of the report's seeds at the setting chosen by a criterion, in the order of the seeds."""
+        setting = self.setting(arm, regime, criterion)
+        rows = [row for row in self.rows[arm, regime] if row["half"] == "report"]
+        rows = [row for row in rows if (row["rate"], row["beta"]) == setting]
+        return sorted(rows, key=lambda row: row["seed"])
+
     def reported(self, arm, regime, criterion):
         """[seeds] the reported values of a criterion, in percent where it is a share."""
-        rate, beta = self.setting(arm, regime, criterion)
-        of_seed = {}
-        for row in self.rows[arm, regime]:
-            if row["half"] == "report" and (row["rate"], row["beta"]) == (rate, beta):
-                of_seed[row["seed"]] = row[criterion] * (100 if criterion == "right" else 1)
-        return torch.tensor([of_seed[seed] for seed in sorted(of_seed)], dtype=torch.float64)
+        scale = 100 if criterion == "right" else 1
+        values = [scale * row[criterion] for row in self.report_rows(arm, regime, criterion)]
+        return torch.tensor(values, dtype=torch.float64)
 
     def edges(self, arm, regime, criterion):
         """Words for the ends of the grid, extended, at which the chosen setting lies."""
@@ -366,8 +370,7 @@ def chosen_settings(cells, criterion):
     for regime in cells.regimes:
         for arm in cells.arms:
             rate, beta = cells.setting(arm, regime, criterion)
-            rows = [row for row in cells.rows[arm, regime] if row["half"] == "report"]
-            rows = [row for row in rows if (row["rate"], row["beta"]) == (rate, beta)]
+            rows = cells.report_rows(arm, regime, criterion)
             values = []
             for column in COLUMNS:
                 mean = sum(row[column] for row in rows) / len(rows)
@@ -443,15 +446,12 @@ def main(argv=None):
         if args.again:
             begin_process()
             return check_again(out, args.again, args.studies)
-        of_study = {}
-        if args.rows:
-            of_study = {name: read_rows(Path(args.rows) / f"{name}.csv") for name in args.studies}
-        else:
+        if not args.rows:
             with concurrent.futures.ProcessPoolExecutor(
                     args.processes, multiprocessing.get_context("spawn"), begin_process) as pool:
                 for name in args.studies:
                     write_rows(out / f"{name}.csv", run_study(name, out, pool))
-            of_study = {name: read_rows(out / f"{name}.csv") for name in args.studies}
+        of_study = {name: read_rows(Path(args.rows or out) / f"{name}.csv") for name in args.studies}
         text = ""
         for title, table in tables(of_study).items():
             text += f"{title}\n\n{table}\n"

@@ -70,26 +70,34 @@ def draw(scene, sketch, rng):
     y = side / 2 + rng.uniform(-0.06, 0.06) * side
     image = Image.new("RGB", (side, side), PAPER if sketch else COLORS[back])
     canvas = ImageDraw.Draw(image)
-    if shape in CORNERS:
-        draw_polygon(canvas, place_corners(CORNERS[shape], x, y, radius, tilt), COLORS[color], sketch)
-    else:
-        draw_disc(canvas, x, y, radius, COLORS[color], sketch)
-    if shape == "ring":
-        draw_disc(canvas, x, y, radius / 2, COLORS[back], sketch)
+    pen = (INK, 10) if sketch else None
+    draw_shape(canvas, shape, x, y, radius, tilt, COLORS[color], COLORS[back], pen)
     return image.resize((SIZE, SIZE), Image.LANCZOS)
 
 
-def draw_disc(canvas, x, y, radius, color, sketch):
+def draw_shape(canvas, shape, x, y, radius, tilt, color, back, pen):
+    """A shape filled with its color; or, with a pen (color, width in pixels), its outline."""
+    if shape in CORNERS:
+        draw_polygon(canvas, place_corners(CORNERS[shape], x, y, radius, tilt), color, pen)
+    else:
+        draw_disc(canvas, x, y, radius, color, pen)
+    if shape == "ring":
+        draw_disc(canvas, x, y, radius / 2, back, pen)
+
+
+def draw_disc(canvas, x, y, radius, color, pen):
     box = (x - radius, y - radius, x + radius, y + radius)
-    if sketch:
-        canvas.ellipse(box, outline=INK, width=10)
+    if pen:
+        ink, width = pen
+        canvas.ellipse(box, outline=ink, width=width)
     else:
         canvas.ellipse(box, fill=color)
 
 
-def draw_polygon(canvas, corners, color, sketch):
-    if sketch:
-        canvas.line(corners + corners[:2], fill=INK, width=10, joint="curve")
+def draw_polygon(canvas, corners, color, pen):
+    if pen:
+        ink, width = pen
+        canvas.line(corners + corners[:2], fill=ink, width=width, joint="curve")
     else:
         canvas.polygon(corners, fill=color)
 
