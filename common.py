@@ -192,8 +192,8 @@ def newest_checkpoint(folder):
     return max(folder.glob("checkpoint-*.pt"), default=None)
 
 
-def save_checkpoint(folder, state):
-    """Writes checkpoint-STEP.pt aside, flushes, renames it, and removes the one before: one is always whole."""
+def save_checkpoint(folder, state, kept=None):
+    """Writes checkpoint-STEP.pt aside, flushes, renames it, and removes those before, but one that is to be kept."""
     file = folder / f"checkpoint-{state['step']:06d}.pt"
     part = file.with_suffix(".part")
     try:
@@ -209,7 +209,7 @@ def save_checkpoint(folder, state):
                          f"{newest_checkpoint(folder) or 'no checkpoint'}. With more room the same command goes on")
     part.replace(file)
     for old in folder.glob("checkpoint-*.pt"):
-        if old != file:
+        if old not in (file, kept):
             old.unlink()
 
 
@@ -237,7 +237,10 @@ def load_checkpoint(folder):
 
 
 class Log:
-    """log.jsonl, a line a step, and TensorBoard where it is installed; lines from step `start` on are cut off."""
+    """log.jsonl, a line a step; TensorBoard where it is installed; Weights & Biases where WANDB_PROJECT names a project.
+
+    Lines from step `start` on are cut off. Weights & Biases keeps what it has of them: they come again the same.
+    """
 
     def __init__(self, folder, start):
         file = folder / "log.jsonl"
@@ -249,6 +252,22 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder / "tensorboard", purge_step=start)
+        self.wandb_run = None
+        if os.environ.get("WANDB_PROJECT"):
+            self.wandb_run = self.begin_wandb(folder)
+
+    @staticmethod
+    def begin_wandb(folder):
+        """A run of Weights & Biases, the same whenever the folder's run goes on."""
+        try:
+            import wandb
+        except ImportError:
+            return print("WANDB_PROJECT is set, but wandb is not installed: nothing is logged there")
+        id_file = folder / "wandb-id"
+        if not id_file.exists():
+            atomic_write(id_file, wandb.util.generate_id())
+        arguments = json.loads((folder / "config.json").read_text())
+        return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments)
 
     def write(self, step, record):
         line = json.dumps({"step": step} | record)
@@ -256,6 +275,8 @@ class Log:
         if self.board:
             for name, value in record.items():
                 self.board.add_scalar(name, value or 0, step)
+        if self.wandb_run:
+            self.wandb_run.log(record, step=step)
 
     def sync(self):
         os.fsync(self.stream.fileno())

@@ -49,6 +49,8 @@ SPLITS = {  # the words of datasets.data_files; of a name that has both kinds, t
     "validation": ("validation", "valid", "dev", "val"),
     "train": ("train", "training"),
 }
+TO_TRAIN = ("train", None)  # splits, the first of which that a folder has is read; None: files of no split
+TO_VALIDATE = ("validation", "test", None, "train")
 CELL = "null|(large_)?(binary|string)"  # as pyarrow's types are written
 IMAGES = ("bytes or paths", rf"{CELL}|struct<((, )?(bytes|path): ({CELL}))+>")
 NUMBERS = ("numbers", "null|bool|u?int.*|halffloat|float|double|decimal.*")
@@ -75,6 +77,15 @@ def find_source(source):
     return HUB_IDS.get(source, source)
 
 
+def find_held_out(source):
+    """The path of what --validate names; "tiny" is built where it is not there yet."""
+    if source == "tiny":
+        return str(importlib.import_module("extras.tiny").part("held_out"))
+    if not Path(source).expanduser().exists():
+        raise InputError(f"--validate {source}: there is no such file or folder; or give a share, as 0.02")
+    return source
+
+
 def find_prompts(source):
     """The prompts of a txt file, one a line; of "tiny" those that no pair shows."""
     file = Path(find_source(source)) / "prompts.txt" if source == "tiny" else Path(source).expanduser()
@@ -93,12 +104,12 @@ def split_of(name):
                 return split
 
 
-def source_files(source):
+def source_files(source, wanted_splits=TO_TRAIN):
     """({name: path} of the files of a local source, {name: why} of those that are left out).
 
     A file is taken as it is. Of a folder, at any depth, the parquet files, else the .jsonl files: not what is
-    hidden; where any is of a training split, those alone; and a file that has several names once. InputError
-    where all that is there is of other splits, or a link leads nowhere.
+    hidden; those of one split, the first of `wanted_splits` that is there; and a file that has several names
+    once. InputError where all that is there is of other splits, or a link leads nowhere.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -110,12 +121,12 @@ def source_files(source):
     if parquet:
         left_out |= {name: "beside parquet" for name in lists}
     splits = {name: split_of(name) for name in parquet or lists}
-    wanted = "train" if "train" in splits.values() else None
+    wanted = next((split for split in wanted_splits if split in splits.values()), None)
     files, places = {}, set()
     for name, split in splits.items():
         place = found[name].resolve()
         if split != wanted:
-            left_out[name] = f"{split} split" if split else "not of the training split"
+            left_out[name] = f"{split} split" if split else f"not of the {SPLITS[wanted][-1]} split"
         elif not place.exists():
             raise InputError(f"--data {found[name]} is a link to a file that is not there")
         elif place in places:
@@ -212,7 +223,7 @@ def read_columns(fragments):
         return pyarrow.concat_tables(pool.map(read, fragments))
 
 
-def read_rows(source):
+def read_rows(source, wanted_splits=TO_TRAIN):
     """The `Rows` of what `find_source` gives, images at random, by a memory-mapped copy that `datasets` makes.
 
     encode.stream_rows reads the same without a copy, in order. InputError names what cannot be read.
@@ -233,7 +244,7 @@ def read_rows(source):
                 table = table.cast_column(name, datasets.Image(decode=False))
         return Rows(conform(columns), table, {}, {})
 
-    files, left_out = source_files(source)
+    files, left_out = source_files(source, wanted_splits)
     if is_list(files):
         columns, images = read_jsonl(files)
         return Rows(columns, images, files, left_out)
@@ -438,15 +449,36 @@ class Pairs(torch.utils.data.Dataset):
         self.seed = seed
         self.prompt_dropout = prompt_dropout
         self.unreadable = {}  # {row number: why}
+        self.held_out = 0  # pairs that were taken away by `hold_out`
         self.epoch, self.order = None, None  # of the last item: the number, the shuffle [n]
 
     def __len__(self):
         return len(self.rows)
 
+    def use(self, rows):
+        """From now on these rows alone, some of those that are there."""
+        self.rows, self.epoch = rows, None
+        of_rows = set(rows.tolist())
+        self.unreadable = {row: why for row, why in self.unreadable.items() if row in of_rows}
+
+    def hold_out(self, share):
+        """Takes the pairs of a share of the prompts away; their rows. InputError where none or nothing else is left."""
+        is_held = np.array([is_held_out(self.caption(row), share) for row in self.rows])
+        if is_held.all() or not is_held.any():
+            raise InputError(f"--validate {share:g} of the prompts would hold out {is_held.sum()} of {len(self)} pairs; "
+                             "give another share, or pairs of their own")
+        held = self.rows[is_held]
+        self.use(self.rows[~is_held])
+        self.held_out = len(held)
+        return held
+
     def report(self):
         """What data.json holds; `unreadable` lists, by the reason, the rows that were met so far."""
-        return {"rows": self.num_rows, "used": len(self) - len(self.unreadable), "ties": self.ties,
-                "unlabelled": self.unlabelled, "unreadable": by_reason(self.unreadable), "left_out": self.left_out}
+        report = {"rows": self.num_rows, "used": len(self) - len(self.unreadable), "ties": self.ties,
+                  "unlabelled": self.unlabelled, "unreadable": by_reason(self.unreadable), "left_out": self.left_out}
+        if self.held_out:
+            report["held_out"] = self.held_out
+        return report
 
     def summary(self):
         """The same in one line."""
@@ -455,6 +487,8 @@ class Pairs(torch.utils.data.Dataset):
                 "cannot be read".format(bad=len(self.unreadable), **self.report()))
         if reasons:
             line += f" ({', '.join(reasons)})"
+        if self.held_out:
+            line += f", {self.held_out} held out"
         for name, reason in [*self.left_out.items()][:8]:
             line += f"; {name} left out ({reason})"
         if len(self.left_out) > 8:
@@ -487,6 +521,13 @@ class Pairs(torch.utils.data.Dataset):
         prompt = "" if drop < self.prompt_dropout else caption
         item = {"prompt": prompt, "caption": caption, "row": torch.tensor(row), "unreadable": unreadable}
         return item | self.content(row, pair, epoch, prompt)
+
+
+def is_held_out(caption, share):
+    """Whether a prompt is of the held-out share: by a hash of its words, so that all its pairs are, in every run."""
+    words = " ".join(caption.casefold().split())
+    number = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return int.from_bytes(number, "big") < share * 2 ** 64
 
 
 def crop_summary(time_ids):
@@ -691,6 +732,7 @@ class EncodedPairs(Pairs):
         self.num_rows, self.ties, self.unlabelled = (manifest[key] for key in ("rows", "ties", "unlabelled"))
         self.left_out, self.shard_size = manifest["left_out"], manifest["shard"]
         self.unreadable = {row: reason for reason, rows in manifest["unreadable"].items() for row in rows}
+        self.unreadable_prompts = manifest.get("unreadable_prompts", {})  # {row, a string: number of its prompt}
         self.prompts = json.loads((self.folder / "prompts.json").read_text())
         names = sorted(name for name in manifest["files"] if name.startswith("pairs-"))
         tables = [self.shard(name) for name in names]
@@ -717,7 +759,10 @@ class EncodedPairs(Pairs):
     def digest(self):
         """16 hex digits over what the cache holds, not over the paths that it was made from."""
         names = ("model", "data", "clip", "config", "init_lora", "left_out")
-        return digest({name: value for name, value in read_manifest(self.folder).items() if name not in names})
+        content = {name: value for name, value in read_manifest(self.folder).items() if name not in names}
+        if self.held_out:
+            content["rows in use"] = self.rows.tolist()
+        return digest(content)
 
     def load(self, row):
         """The place of a row among the encoded. Unreadable where it could not be decoded."""
@@ -726,7 +771,9 @@ class EncodedPairs(Pairs):
         return int(np.searchsorted(self.encoded_rows, row))
 
     def caption(self, row):
-        return "" if row in self.unreadable else self.prompts[self.prompt_numbers[self.load(row)]]
+        if row in self.unreadable:
+            return self.prompts[self.unreadable_prompts.get(str(row), 0)]
+        return self.prompts[self.prompt_numbers[self.load(row)]]
 
     def content(self, row, pair, epoch, prompt):
         file = int(np.searchsorted(self.starts, pair, side="right")) - 1
@@ -768,9 +815,12 @@ class Stream(torch.utils.data.Dataset):
         t_generator = keyed_generator(self.seed, "timestep", step, t_place)
         noise_generator = keyed_generator(self.seed, "noise", step, noise_place)
         vae_generator = keyed_generator(self.seed, "vae", step, place)
-        return {"t": self.process.sample_t(t_generator),
+        return {"t": self.sample_t(t_generator, place),
                 "noise": torch.randn(self.latent_shape, generator=noise_generator),
                 "vae_noise": torch.randn((2, *self.latent_shape), generator=vae_generator)}
+
+    def sample_t(self, generator, place):
+        return self.process.sample_t(generator)
 
     def __getitem__(self, position):
         item = self.pairs[position] | self.draw(position)
@@ -791,6 +841,23 @@ class Stream(torch.utils.data.Dataset):
             drawn = self.draw(position)
             records.append(self.record(self.pairs.row_at(position), drawn["t"], drawn["noise"]))
         return torch.stack(records)
+
+
+class HeldOutStream(Stream):
+    """The same `count` held-out pairs for ever: item p is pair p % count, with a timestep and a noise of its own.
+
+    The timestep of pair k lies in quarter k % 4 of the schedule. Nothing follows from the run's seed: all runs are
+    measured on the same draws.
+    """
+
+    def __init__(self, pairs, process, latent_shape, count):
+        super().__init__(pairs, process, latent_shape, "held out", count, 1, "own")
+
+    def sample_t(self, generator, place):
+        return self.process.sample_t(generator, quarter=place % 4)
+
+    def __getitem__(self, position):
+        return super().__getitem__(position % self.batch_size)
 
 
 # CLIP

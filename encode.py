@@ -25,6 +25,7 @@ import collections
 import concurrent.futures
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -33,15 +34,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief
-from data import (Clip, ImagePairs, Rows, Unreadable, by_reason, crop_summary, find_source, is_cache, is_list,
+from data import (Clip, HeldOutStream, ImagePairs, Rows, Unreadable, by_reason, crop_summary, find_source, is_cache, is_list,
                   open_parquet, read_columns, read_manifest, read_rows, source_files)
+from loss import preference_metrics
 from models import by_rows, fuse_lora, load_model
 from options import H14, encode_args
+from stats import wilson
 
 SHARD, BATCH = 256, 8  # pairs or prompts of a file; of a forward of the encoders, for results depend on it
 SETTINGS = ("model", "data", "resolution", "random_crop", "random_flip", "clip", "vae_sample", "store",
@@ -313,6 +317,7 @@ def encode(args):
         raise InputError(f"{args.data} holds no pair that can be read")
     sizes = {name: (out / name).stat().st_size for name in [*notes, "prompts.json"]}
     manifest |= pairs.report() | {"files": sizes}
+    manifest["unreadable_prompts"] = {row: encoder.prompt_numbers[pairs.caption(row)] for row in pairs.unreadable}
     manifest |= {"sha256": {name: note["sha256"] for name, note in notes.items()}}
     atomic_write(out / "manifest.json", json.dumps(manifest, indent=1), suffix=rank)  # two may finish at once
     print(f"{out}: {pairs.summary()}; {sum(sizes.values()) / 1e9:.3f} GB")
@@ -348,17 +353,7 @@ class ReferenceErrors:
             self.load()
 
     def load(self):
-        try:
-            with safe_open(self.file, "pt") as shard:
-                identity = json.loads(shard.metadata()["identity"])
-                errors, records = shard.get_tensor("errors"), shard.get_tensor("records")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"--reference_errors {self.file} cannot be read ({brief(error)}), or is of the first "
-                             "edition; give another file")
-        for name, value in self.identity.items():
-            if identity.get(name) != value:
-                raise InputError(f"--reference_errors {self.file} is of a run with {name} {identity.get(name)}, "
-                                 f"not {value}; give another file")
+        errors, records = read_errors(f"--reference_errors {self.file}", self.file, self.identity)
         self.errors = torch.cat([errors, self.errors[len(errors):]])
         self.records = torch.cat([records, self.records[len(records):]])
 
@@ -403,11 +398,7 @@ class ReferenceErrors:
         self.errors[step], self.records[step], self.is_new = errors.cpu(), records.cpu(), True
 
     def save(self):
-        content = save({"errors": self.errors, "records": self.records}, {"identity": json.dumps(self.identity)})
-        try:
-            atomic_write(self.file, content, suffix=os.getpid())  # the runs of a sweep may do so at once
-        except OSError as error:
-            raise InputError(f"--reference_errors {self.file} cannot be written ({brief(error)})")
+        write_errors(f"--reference_errors {self.file}", self.file, self.errors, self.records, self.identity)
         self.saved = time.time()
 
     def read(self, batch):
@@ -420,6 +411,29 @@ class ReferenceErrors:
         return self.errors[step, place].T.flatten()
 
 
+def write_errors(name, file, errors, records, identity):
+    """A file of errors, whole or not there, with the records of their draws and what they are of."""
+    content = save({"errors": errors, "records": records}, {"identity": json.dumps(identity)})
+    try:
+        atomic_write(file, content, suffix=os.getpid())  # the runs of a sweep may do so at once
+    except OSError as error:
+        raise InputError(f"{name} cannot be written ({brief(error)})")
+
+
+def read_errors(name, file, identity):
+    """(errors, records) of a file. InputError where it cannot be read or is of something else, by what differs."""
+    try:
+        with safe_open(file, "pt") as shard:
+            found = json.loads(shard.metadata()["identity"])
+            errors, records = shard.get_tensor("errors"), shard.get_tensor("records")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{name} cannot be read ({brief(error)}), or is of the first edition; give another file")
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise InputError(f"{name} is of a run with {key} {found.get(key)}, not {value}; give another file")
+    return errors, records
+
+
 def check_records(what, before, now, step, first=0):
     """InputError, by step and position, where pairs, timesteps or noise [n, 3] were other ones before."""
     differing = (before != now).any(dim=1).nonzero().flatten().tolist()
@@ -430,6 +444,124 @@ def check_records(what, before, now, step, first=0):
         drawn = [f"{name.format(a)}, not {name.format(b)}" for name, a, b in zip(names, old, new) if a != b]
         raise InputError(f"{what} by other code or on other data: step {step}, position {first + place} was drawn "
                          f"with {'; '.join(drawn)}. Give another one, or remove it")
+
+
+# Held-out pairs
+
+
+class Validation:
+    """What the policy prefers on held-out pairs, each with one timestep and one noise for ever: data.HeldOutStream.
+
+    The reference is the starting model, whatever the loss. Before the first step the policy is that model; its
+    errors are kept in a file, so that no second network is needed and a run that goes on has the same. The pairs
+    are encoded once and lie in the memory of the host, a share in each process: to measure is one forward of each.
+
+    trainer  a Trainer whose policy is still that of step 0
+    file     of the reference's errors
+    raises   InputError where the file is of other pairs or draws, or an error is not finite
+    """
+
+    def __init__(self, trainer, file):
+        args, pairs, model = trainer.args, trainer.held_out, trainer.model
+        self.trainer, self.count = trainer, min(args.validate_pairs, len(pairs))
+        stream = HeldOutStream(pairs, model.process, model.latent_shape(args.resolution), self.count)
+        forwards = math.ceil(self.count / (args.micro_batch * trainer.world_size))
+        places = trainer.places(0, forwards * args.micro_batch * trainer.world_size)
+        self.batches, records = [], []
+        for batch in tqdm(trainer.load_places(stream, places), "held out", forwards, disable=trainer.rank > 0):
+            pairs.unreadable |= dict(batch["unreadable"])
+            micro_batch = trainer.encoded(batch, images=2)
+            self.batches.append(send_to_device(micro_batch.inputs, "cpu"))
+            records.append(micro_batch.record)
+
+        # What fills the last forwards, and what stands for a pair that cannot be read, may be there twice.
+        records = self.gather(records)                                                  # [N, 3]
+        _, first_places = np.unique(records[:, 0], return_index=True)
+        self.is_first = torch.zeros(self.count, dtype=torch.bool)
+        self.is_first[first_places] = True
+        self.quarter = torch.arange(self.count) % 4                                     # of the schedule
+
+        identity = {"held-out pairs": pairs.digest(), "number of pairs": self.count, "resolution": args.resolution,
+                    "vae_sample": args.vae_sample, "precision": args.precision} | model.digests
+        if trainer.rank == 0:
+            self.say_what_is_held_out()
+        if any(common.all_gather_list([file.exists()])):
+            self.reference, before = read_errors(file, file, identity)
+            check_records(f"{file} was computed", before, records, 0)
+            return
+        self.reference = self.errors()
+        if not self.reference.isfinite().all():
+            raise InputError("the starting model's errors on the held-out pairs are not finite; try --precision fp32")
+        if trainer.rank == 0:
+            write_errors(file, file, self.reference, records, identity)
+
+    def say_what_is_held_out(self):
+        held_out, pairs = self.trainer.held_out, self.trainer.pairs
+        prompts = {held_out.caption(row) for row in held_out.rows}
+        trained = prompts & {pairs.caption(row) for row in pairs.rows}
+        print(f"validate: {len(held_out)} pairs of {len(prompts)} prompts, {len(trained)} of which are trained on; "
+              f"{self.is_first.sum()} are measured, {len(held_out.unreadable)} cannot be read")
+
+    def gather(self, micro_batches):
+        """[[B, ...]] of this process -> [N, ...] of all, on the CPU."""
+        if self.trainer.world_size > 1:
+            micro_batches = [values.to(self.trainer.device) for values in micro_batches]
+        return common.gather_micro_batches(micro_batches)[:self.count].cpu()
+
+    @torch.no_grad()
+    def errors(self):
+        """The policy's errors [N, 2] float32 (winner, loser) as it is now."""
+        errors = []
+        for inputs in self.batches:
+            inputs = send_to_device(inputs, self.trainer.device)
+            err = self.trainer.error(self.trainer.policy, inputs)                       # [2 B]
+            errors.append(torch.stack(err.chunk(2), 1))                                 # [B, 2]
+        return self.gather(errors)
+
+    def measure(self):
+        """{"validate/...": a number}: `preference_metrics`, and the accuracy's 95% interval and in quarters of t."""
+        errors = torch.cat([self.errors(), self.reference], 1)                          # [N, 4]
+        metrics = self.metrics(errors[self.is_first])
+        record = {f"validate/{name.split('/')[1]}": value for name, value in metrics.items()}
+        interval = wilson(metrics["reward/accuracy"], int(self.is_first.sum()))
+        record |= zip(("validate/accuracy_low", "validate/accuracy_high"), interval)
+        for quarter in range(4):
+            of_quarter = self.is_first & (self.quarter == quarter)
+            record[f"validate/accuracy_t{quarter}"] = self.metrics(errors[of_quarter])["reward/accuracy"]
+        return {name: value if math.isfinite(value) else None for name, value in record.items()}
+
+    def metrics(self, errors):
+        err_w, err_l, ref_err_w, ref_err_l = errors.unbind(1)
+        metrics = preference_metrics(err_w, err_l, ref_err_w, ref_err_l, self.trainer.args.beta)
+        return {name: value.item() for name, value in metrics.items()}
+
+
+def plot_validation(lines, file):
+    """The curves of a run's held-out pairs as a picture.
+
+    lines  the dicts of log.jsonl
+    """
+    from matplotlib.figure import Figure
+
+    lines = [line for line in lines if line.get("validate/accuracy") is not None]
+    steps = [line["step"] + 1 for line in lines]
+
+    def curve(name, at_start):
+        return [at_start, *(line[f"validate/{name}"] for line in lines)]
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.fill_between(steps, curve("accuracy_low", 0)[1:], curve("accuracy_high", 0)[1:], alpha=0.2)
+    left.plot([0, *steps], curve("accuracy", 0.5), linewidth=2, label="all, 95%")
+    for quarter, noise in enumerate(("least noise", "", "", "most noise")):
+        left.plot([0, *steps], curve(f"accuracy_t{quarter}", 0.5), linewidth=0.8, label=f"t{quarter} {noise}")
+    left.axhline(0.5, color="grey", linewidth=0.5)
+    left.set(xlabel="step", title="held-out accuracy")
+    left.legend(fontsize="small")
+    right.plot([0, *steps], curve("margin", 0), linewidth=2)
+    right.axhline(0, color="grey", linewidth=0.5)
+    right.set(xlabel="step", title="held-out margin")
+    figure.savefig(file, dpi=120)
 
 
 def main(argv=None):

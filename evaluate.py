@@ -5,20 +5,24 @@
     torchrun --nproc_per_node=8 evaluate.py generate --model sdxl --lora LORA --prompts P --out D
     python evaluate.py score images/base images/rpo --metrics clip,pickscore,hpsv2,imagereward,aesthetic
     python evaluate.py compare images/base images/rpo --out report.html
+    python evaluate.py pairs images/base images/rpo --by pickscore --min_gap 0.5 --out PAIRS
     python evaluate.py style images/rpo --reference paintings --base images/base
 
 A folder of images is DIR/00000.png ..., and manifest.json, which holds everything that made them. The noise
 of a prompt follows from --seed and its place in the list alone, so every model sees the same. `generate`,
-killed and given again, goes on; `score` keeps what it has. `compare` holds the others against the first.
+killed and given again, goes on; `score` keeps what it has. `compare` holds the others against the first; `pairs`
+makes pairs to train on, of the best and the worst image of a prompt in any number of folders.
 """
 
 import common  # first: it notes the launcher, before the imports that take seconds
 
 import argparse
+import collections
 import csv
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import time
@@ -27,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -191,12 +196,17 @@ def make_manifest(args, model, prompts, device, dtype):
     cut = [i for i, length in enumerate(lengths) if length > tokenizer.model_max_length]
     entries = []
     for i, prompt in enumerate(prompts):
-        seed = keyed_generator(args.seed, "sample", i).initial_seed()
-        entries.append({"file": f"{i:05d}.png", "index": i, "prompt": prompt, "seed": seed})
+        for k in range(args.per_prompt):  # the first of several is the one that is drawn alone
+            key = (args.seed, "sample", i, k) if k else (args.seed, "sample", i)
+            name = f"{i:05d}-{k}.png" if args.per_prompt > 1 else f"{i:05d}.png"
+            seed = keyed_generator(*key).initial_seed()
+            entries.append({"file": name, "index": i, "prompt": prompt, "seed": seed})
     schedule = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
     settings = {"seed": args.seed, "steps": args.steps, "guidance": args.guidance, "resolution": args.resolution,
                 "precision": str(dtype).removeprefix("torch."),
                 "scheduler": {"class": type(scheduler).__name__} | schedule}
+    if args.per_prompt > 1:
+        settings["per_prompt"] = args.per_prompt
     manifest = {
         "model": args.model, "lora": args.lora, "weights": None, "toy": model.is_toy,
         "prompts": {"source": args.prompts, "digest": digest(prompts), "count": len(prompts), "cut": cut},
@@ -248,7 +258,7 @@ def generate(args):
         claim_folder(out, manifest)
         if cut:
             print(f"{len(cut)} prompts have more than the {model.pipe.tokenizer.model_max_length} tokens that the "
-                  f"model reads and are cut; the first is that of {cut[0]:05d}.png")
+                  f"model reads and are cut; the first is prompt {cut[0]}")
     barrier()
 
     def files(i):
@@ -328,6 +338,123 @@ def compare(args):
     folders = comparable_folders(args.folders)
     identities, scores = comparable_scores(folders)
     write_report(out, folders, identities, scores)
+
+
+# Pairs out of scores
+
+
+def pairs(args):
+    """Preference pairs, in Pick-a-Pic's schema, of the best and the worst image of each prompt in scored folders."""
+    scorers, least = args.by.split("+"), parse_gaps(args.by, args.min_gap)
+    folders = [ImageFolder(path) for path in args.folders]
+    of_prompt, files, counts = {}, [], collections.Counter()
+    scores = scores_of(folders, scorers)                                                # [all images, scorers]
+    for folder in folders:
+        for file, prompt in zip(folder.files, folder.prompts):
+            of_prompt.setdefault(prompt, []).append(len(files))
+            files.append(file)
+
+    chosen = []
+    for prompt, images in of_prompt.items():
+        if len(images) < 2:
+            counts["prompts with one image"] += 1
+        for better, worse, fault in ranked_pairs(scores[images], least, args.all):
+            if fault:
+                counts[fault] += 1
+            else:
+                chosen.append((prompt, images[better], images[worse]))
+    dropped = "".join(f", {count} {fault}" for fault, count in counts.items())
+    if not chosen:
+        raise InputError(f"pairs: none is left of {len(of_prompt)} prompts{dropped}")
+    out = write_pairs(args.out, chosen, files, scores, scorers)
+    print(f"{out}: {len(chosen)} pairs of {len({prompt for prompt, _, _ in chosen})} of {len(of_prompt)} prompts{dropped}")
+
+
+def parse_gaps(by, min_gap):
+    """[S] least differences of the S scorers of --by, of "G" for all or "G1+G2"."""
+    count = len(by.split("+"))
+    try:
+        gaps = [float(gap) for gap in min_gap.split("+")]
+    except ValueError:
+        gaps = []
+    if len(gaps) not in (1, count) or not all(0 <= gap < math.inf for gap in gaps):
+        raise InputError(f"pairs: --min_gap {min_gap} must be a number, or one for each of {by}, joined by +")
+    return np.array(gaps * (count // len(gaps)))
+
+
+def scores_of(folders, scorers):
+    """Scores [images of all folders, S]. InputError where one is missing, or is of another scorer elsewhere."""
+    rows, identities = [], {}
+    for folder in folders:
+        scored_by, folder_rows = folder.read_scores()
+        for name in scorers:
+            if not all(name in row for row in folder_rows):
+                raise InputError(f"{folder.path} was not scored by {name}, or its images changed since; run `score` on it")
+            if identities.setdefault(name, scored_by[name]) != scored_by[name]:
+                raise InputError(f"{folder.path} was scored by another {name}: {scored_by[name]}, not {identities[name]}")
+        rows += [[float(row[name]) for name in scorers] for row in folder_rows]
+    return np.array(rows)
+
+
+def ranked_pairs(scores, least, every=False):
+    """(better, worse, fault) of the images of a prompt: the best against the worst by mean rank, or every two.
+
+    A scorer votes for the better of two where its scores differ, by `least` at least; the image with the votes of
+    more than half of the scorers is preferred. fault: why there is no preference, or None.
+
+    scores  [n, S] of n images by S scorers; least [S]
+    """
+    if len(scores) < 2:
+        return []
+    ranks = scipy.stats.rankdata(scores, axis=0).mean(axis=1)                           # [n], the best is highest
+    order = np.argsort(-ranks, kind="stable")
+    places = itertools.combinations(order, 2) if every else [(order[0], order[-1])]
+    found = []
+    for i, j in places:
+        difference = scores[i] - scores[j]                                              # [S]
+        votes = np.sign(difference) * (np.abs(difference) >= least)                     # [S] of -1, 0, 1
+        wins, losses = (votes > 0).sum(), (votes < 0).sum()
+        if wins > len(least) / 2:
+            found.append((i, j, None))
+        elif losses > len(least) / 2:
+            found.append((j, i, None))
+        elif not difference.any():
+            found.append((i, j, "ties"))
+        else:
+            found.append((i, j, "near-ties" if not (wins and losses) else "without a majority"))
+    return found
+
+
+def write_pairs(out, chosen, files, scores, scorers):
+    """A parquet file of (prompt, number of the better image, of the worse one), whole or not there; its path.
+
+    Beside Pick-a-Pic's columns: the files, and of each scorer both scores and by how much the winner's is higher.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    file = writable_file(out if str(out).endswith(".parquet") else Path(out) / "train.parquet")
+    if file.exists():
+        raise InputError(f"pairs: {file} is there already; remove it, or give another --out")
+    part, writer = file.with_suffix(".part"), None
+    for start in tqdm(range(0, len(chosen), 64), "pairs", unit="64 pairs"):  # so many in memory
+        rows = []
+        for number, (prompt, better, worse) in enumerate(chosen[start:start + 64], start):
+            # The winner's side is drawn, so that nothing can be learnt from it.
+            winner_side = int(torch.randint(2, (), generator=keyed_generator("side", number)))
+            sides = (worse, better) if winner_side else (better, worse)
+            row = {"caption": prompt, "label_0": 1.0 - winner_side, "label_1": float(winner_side), "has_label": True}
+            for side, image in enumerate(sides):
+                row |= {f"jpg_{side}": files[image].read_bytes(), f"file_{side}": str(files[image])}
+                row |= {f"{name}_{side}": score for name, score in zip(scorers, scores[image])}
+            row |= {f"{name}_gap": gap for name, gap in zip(scorers, scores[better] - scores[worse])}
+            rows.append(row)
+        table = pyarrow.Table.from_pylist(rows)
+        writer = writer or pyarrow.parquet.ParquetWriter(part, table.schema)
+        writer.write_table(table)
+    writer.close()
+    part.replace(file)
+    return file
 
 
 # Style
@@ -422,7 +549,7 @@ def parse_args(argv=None):
                                   description=function.__doc__, formatter_class=formatter)
         sub.error = lambda message: refuse(f"{function.__name__}: {message}")
         sub.set_defaults(function=function)
-        if function is not compare:
+        if function not in (compare, pairs):
             sub.add_argument("--device", help="cuda, mps or cpu [the best there is]")
             sub.add_argument("--batch_size", type=int, default=8, help="images at once [%(default)s]")
         if function is not generate:
@@ -437,6 +564,7 @@ def parse_args(argv=None):
     add("--prompts", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of the hub, or tiny")
     add("--out", metavar="DIR", required=True)
     add("--limit", type=int, metavar="N", help="the first N prompts alone")
+    add("--per_prompt", type=int, default=1, metavar="K", help="images of each prompt, each from a noise of its own [1]")
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=50, help="denoising steps [%(default)s]")
     add("--guidance", type=float, help="classifier-free guidance [7.5; SDXL 5.0; a toy model 3.0]")
@@ -448,6 +576,12 @@ def parse_args(argv=None):
         "imagereward, aesthetic; SOURCE is a local file or folder, of clip ARCH:WEIGHTS [%(default)s]")
     add = command(compare)
     add("--out", metavar="PAGE.html", default="report.html", help="and PAGE.json [%(default)s]")
+    add = command(pairs)
+    add("--by", required=True, metavar="A[+B...]", help="scorers, of several the majority")
+    add("--min_gap", default="0", metavar="G[+H...]", help="scores that differ by less are near-ties and dropped "
+        "[%(default)s]")
+    add("--all", action="store_true", help="every two images of a prompt, not the best and the worst alone")
+    add("--out", required=True, metavar="PAIRS", help="a .parquet file, or a folder for one")
     add = command(style)
     add("--reference", metavar="DIR", required=True, help="images in the style that were not trained on")
     add("--base", metavar="DIR", help="images of the model before alignment")
@@ -458,7 +592,7 @@ def parse_args(argv=None):
     add("--out", metavar="FILE.json", help="the table's numbers")
 
     args = parser.parse_args(argv)
-    for name in ("steps", "limit", "resolution", "batch_size"):
+    for name in ("steps", "limit", "per_prompt", "resolution", "batch_size"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             refuse(f"{args.command}: --{name} must be at least 1, not {value}")

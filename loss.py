@@ -53,9 +53,12 @@ class DDPM:
         """The same process on another device."""
         return DDPM(self.alphas_cumprod.to(device), self.prediction_type)
 
-    def sample_t(self, generator):
-        """The timestep of one pair, int64 in [0, T), uniform as in Eq. (14)."""
-        return torch.randint(len(self.alphas_cumprod), (), generator=generator)
+    def sample_t(self, generator, quarter=None):
+        """The timestep of one pair, int64 in [0, T), uniform as in Eq. (14); or in a quarter, 0 of the least noise."""
+        first, end = 0, len(self.alphas_cumprod)
+        if quarter is not None:
+            first, end = end * quarter // 4, end * (quarter + 1) // 4
+        return torch.randint(first, end, (), generator=generator)
 
     def snr(self, t):
         """The signal-to-noise ratio a_t / (1 - a_t) at t [N] int64 -> [N] float32."""

@@ -19,7 +19,7 @@ H14 = "ViT-H-14:laion2b_s32b_b79k"
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
     "tiny": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10,
-                 beta=500.0, prompt_dropout=0.1, sample_every=40, sample_steps=20, guidance=3.0, save_every=40,
+                 beta=500.0, prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0, save_every=40,
                  resolution=32),
     "tiny sft": dict(lr=1e-4),
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
@@ -29,8 +29,9 @@ PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Di
                  guidance=5.0, save_every=20),
 }
 # When a run goes on these may differ; anything else would make it another run.
-MAY_CHANGE = {"steps", "micro_batch", "save_every", "sample_every", "gradient_checkpointing", "compile",
-              "reference_errors", "workers", "data_timeout", "device", "out", "dry_run"}
+MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pairs", "save_every", "sample_every",
+              "gradient_checkpointing", "compile", "reference_errors", "workers", "data_timeout", "device", "out",
+              "dry_run"}
 MAY_MOVE = {"model", "config", "init_lora", "data", "clip"}  # names of what is known by its content
 # What a loss is given by name; any other parameter of it is a hyperparameter. See the head of loss.py.
 VECTORS = {"err_w", "err_l", "ref_err_w", "ref_err_l", "t", "snr", "weights", *COLUMNS}
@@ -132,6 +133,13 @@ def train_args(argv=None):
     add("lora_rank", 0, NATURAL, "of an adapter of the attention; 0 = train the whole network [0]")
     add("ema", 0.0, number(float, 0, 0.999999), "of an average of the weights, which model/ and samples then are; "
         "0 = none [0]", "DECAY")
+    add("skip_above", None, number(float, 1, above=True), "skip a step whose gradient norm is above K times the median "
+        "of the last 100 [no step]", "K")
+    # is it learning
+    add("validate", None, str, "held-out pairs to measure on: files, a folder or a cache as of --data, tiny, or a share "
+        "of --data's prompts, as 0.02", "PAIRS|SHARE")
+    add("validate_every", 100, COUNT, "steps between measurements [100]")
+    add("validate_pairs", 512, COUNT, "held-out pairs at most [512]")
     # machine
     add("gradient_checkpointing", False, bool, "less memory for a third more time")
     add("compile", False, bool, "torch.compile the network: minutes at first, then faster")
@@ -152,6 +160,7 @@ def train_args(argv=None):
         args.workers = 8 if args.device.startswith("cuda") else 0
     loss_fn = LOSSES[args.loss]
     args.loss_args = parse_loss_args(args, loss_fn)
+    held_out_share(args.validate)
     if args.reference_errors and not {"ref_err_w", "ref_err_l"} & wants(loss_fn).keys():
         raise InputError(f"--reference_errors: {args.loss} has no reference")
     args.micro_batch = fit_micro_batch(args, args.group_size if "weights" in wants(loss_fn) else 1)
@@ -228,6 +237,17 @@ def cache_settings(source):
     return settings
 
 
+def held_out_share(validate):
+    """The share that --validate names; 0 where it names pairs, or is None."""
+    try:
+        share = float(validate)
+    except (TypeError, ValueError):
+        return 0.0
+    if not 0 < share < 1:
+        raise InputError(f"--validate {validate}: a share is between 0 and 1")
+    return share
+
+
 def parse_loss_args(args, loss_fn):
     """{name: value} of the hyperparameters of a loss that are no options; InputError where one is amiss.
 
@@ -284,6 +304,10 @@ def check_same_run(args, before, out, has_digests=False):
     has_digests  of a checkpoint that knows its model and its data by their content: those may have moved
     """
     may_change = MAY_CHANGE | MAY_MOVE if has_digests else MAY_CHANGE
+    share, share_before = held_out_share(args.validate), held_out_share(before.get("validate"))
+    if before and share != share_before:
+        raise InputError(f"{out} holds a run that held out a share of {share_before:g}, not {share:g}, of the prompts "
+                         "(--validate); give another --out, or remove it")
     for name, value in vars(args).items():
         recorded = before.get(name, value)
         if name not in may_change and value not in (None, recorded):  # None will become what it became then

@@ -1,5 +1,6 @@
 """The numbers of the evaluation: win rates and intervals of scores, distances of sets of images."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,16 @@ def win_rate(ours, theirs):
     wins = int(np.sum(ours > theirs))
     ties = int(np.sum(ours == theirs))
     return WinRate((wins + ties / 2) / len(ours), wins, ties, len(ours) - wins - ties)
+
+
+def wilson(rate, n):
+    """Wilson's 95% interval (J. Am. Stat. Assoc. 22, 1927) of a rate of n independent trials; nan of none."""
+    if n == 0:
+        return math.nan, math.nan
+    z = scipy.stats.norm.ppf(TAILS[1])
+    middle = (rate + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z ** 2 / (4 * n ** 2)) / (1 + z ** 2 / n)
+    return middle - half, middle + half
 
 
 def bootstrap(values, prompts, draws=10_000, seed=0):

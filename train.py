@@ -20,6 +20,7 @@ import contextlib
 import json
 import math
 import shutil
+import statistics
 import sys
 import time
 from typing import NamedTuple
@@ -33,17 +34,18 @@ from tqdm import tqdm
 from transformers import Adafactor
 
 from common import InputError, atomic_write, print0
-from data import (COLUMNS, SCAN_LIMIT, Clip, EncodedPairs, ImagePairs, Stream, collate, crop_summary,
-                  cross_pair_weights, find_prompts, is_cache)
-from encode import ReferenceErrors, check_cache, check_records, encode_batch
+from data import (COLUMNS, SCAN_LIMIT, TO_VALIDATE, Clip, EncodedPairs, ImagePairs, Stream, collate, crop_summary,
+                  cross_pair_weights, find_held_out, find_prompts, is_cache, read_manifest, read_rows)
+from encode import ReferenceErrors, Validation, check_cache, check_records, encode_batch, plot_validation
 from loss import LOSSES, denoising_error, wants
 from models import cast_for_autocast, disabled_adapter, find_model, frozen_reference, fuse_lora, load_model
-from options import H14, check_same_run, hyperparameters, train_args
+from options import H14, check_same_run, held_out_share, hyperparameters, train_args
 
 ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no "
           "second network) or fewer --workers; in another --out, --lora_rank 16, --optimizer adafactor or a "
           "smaller --resolution help")
-SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "skipped": "skipped"}
+SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
+         "skipped": "skipped"}
 WEIGHED_BY = ("clip_embeds", "image_ids")  # of a batch, what the cross-pair weights are made of
 STAY_ON_CPU = ("pixels", "clip_pixels", "row", "position", "record")  # of a batch
 TERMS = {  # of a step, in the order of their computation
@@ -67,13 +69,14 @@ class Trainer:
     model      the family object of models.py; the policy is its denoiser
     params     {name: parameter} of what trains, always float32: the denoiser's, or its adapter's
     reference  the frozen network that the policy is held against; None where the loss wants none
+    held_out   the pairs of --validate, or None
     chunk      pairs whose errors are gathered for one evaluation of the loss: whole groups, and whole
                micro-batches of all processes
     """
 
-    def __init__(self, args, pairs, model, device):
+    def __init__(self, args, pairs, held_out, model, device):
         self.args, self.device = args, device
-        self.pairs, self.model = pairs, model
+        self.pairs, self.held_out, self.model = pairs, held_out, model
         self.dtype = common.DTYPES[args.precision]
         self.rank, _, self.world_size = common.torchrun_env()
         self.process = model.process.to(device)
@@ -128,7 +131,7 @@ class Trainer:
         for name, param in denoiser.named_parameters():
             if param.requires_grad:
                 self.params[name] = param
-        needs_encoders = args.sample_every or not self.is_encoded
+        needs_encoders = args.sample_every or isinstance(self.pairs, ImagePairs) or isinstance(self.held_out, ImagePairs)
         for network in model.networks().values():
             if network is denoiser or needs_encoders:
                 network.to(self.device)
@@ -147,30 +150,37 @@ class Trainer:
     def compiled(self, network):
         return torch.compile(network) if self.args.compile else network
 
+    def places(self, first, count):
+        """This process's micro-batches, ranges of positions, of some; the k-th of all processes are one stretch."""
+        micro_batch = self.args.micro_batch
+        for start in range(first, first + count, micro_batch * self.world_size):
+            start += self.rank * micro_batch
+            yield range(start, start + micro_batch)
+
     def load(self, steps):
-        """This process's micro-batches of some steps; the k-th of all processes are one stretch of the batch."""
+        """This process's micro-batches of some steps."""
+        batch_size = self.args.batch_size
+        return self.load_places(self.stream, (
+            places for step in steps for places in self.places(step * batch_size, batch_size)))
+
+    def load_places(self, stream, places):
         args = self.args
-
-        def positions():
-            for step in steps:
-                start = step * args.batch_size
-                for k in range(0, args.batch_size, args.micro_batch * self.world_size):
-                    first = start + k + self.rank * args.micro_batch
-                    yield range(first, first + args.micro_batch)
-
         return iter(torch.utils.data.DataLoader(
-            self.stream, batch_sampler=positions(), collate_fn=collate, num_workers=args.workers,
+            stream, batch_sampler=places, collate_fn=collate, num_workers=args.workers,
             worker_init_fn=common.ignore_signals, timeout=args.data_timeout if args.workers else 0,
             pin_memory=self.device.type == "cuda"))
 
     def prepare(self, batch):
-        """A batch of the loader -> a MicroBatch: encoded, on the device, noised by nothing yet."""
-        images = self.images_per_pair
+        """A batch of the loader -> a MicroBatch of what the loss wants."""
         self.pairs.unreadable |= dict(batch["unreadable"])
         if len(self.first_time_ids) < 64:
-            self.first_time_ids.append(batch["time_ids"][:, :images])
+            self.first_time_ids.append(batch["time_ids"][:, :self.images_per_pair])
+        return self.encoded(batch, self.images_per_pair, self.clip)
+
+    def encoded(self, batch, images, clip=None):
+        """The first images of each pair as a MicroBatch: encoded, on the device, noised by nothing yet."""
         if "pixels" in batch:
-            batch |= encode_batch(self.model, self.clip, batch, images, self.dtype)
+            batch |= encode_batch(self.model, clip, batch, images, self.dtype)
         for name, value in batch.items():
             if torch.is_tensor(value) and name not in STAY_ON_CPU:
                 batch[name] = value.to(self.device, non_blocking=True)
@@ -193,19 +203,18 @@ class Trainer:
                 values[name] = batch[name]
         return MicroBatch(inputs, values, batch["row"], batch["position"], batch["record"])
 
-    def error(self, network, batch):
-        return denoising_error(self.model.predict, network, self.process, dtype=self.dtype,
-                               **batch.inputs)
+    def error(self, network, inputs):
+        return denoising_error(self.model.predict, network, self.process, dtype=self.dtype, **inputs)
 
     def policy_error(self, batch):                                                      # [S B]
-        return self.error(self.policy, batch)
+        return self.error(self.policy, batch.inputs)
 
     @torch.no_grad()
     def reference_error(self, batch):                                                   # [S B]
         if not self.args.lora_rank:
-            return self.error(self.reference, batch)
+            return self.error(self.reference, batch.inputs)
         with disabled_adapter(self.model.denoiser):
-            return self.error(self.reference, batch)
+            return self.error(self.reference, batch.inputs)
 
     def loss_values(self, batch, err):
         """{name: [B, ...]} of what the loss names: the errors of policy and reference, and the batch's own."""
@@ -279,6 +288,8 @@ def train(args, out, state):
         if not trainer.reference_errors.complete(trainer, range(start, args.steps), stop):
             end_early("saved the reference's errors so far; the same command goes on")
         trainer.reference = None
+    if trainer.held_out:  # before a checkpoint is restored: the policy is the starting model
+        output.validation = Validation(trainer, out / "validation.safetensors")
     if args.gradient_checkpointing:
         trainer.model.denoiser.enable_gradient_checkpointing()
     if state:
@@ -322,10 +333,12 @@ def train(args, out, state):
         if not trainer.is_sound(record, scaler):
             raise InputError(explain_not_finite(trainer, out, step, record))
 
-        # A linear warm-up to a constant rate. fp16's scaler leaves out a step that overflowed.
+        # A linear warm-up to a constant rate. fp16's scaler leaves out a step that overflowed, --skip_above one
+        # whose gradient stands out.
         warmed_up = (step + 1) / max(1, args.warmup)
         optimizer.param_groups[0]["lr"] = args.lr * min(1, warmed_up)
-        scaler.step(optimizer)
+        if not output.is_spike(step, record["grad_norm"]):
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if output.ema:
@@ -336,6 +349,8 @@ def train(args, out, state):
 
     output.save_model()
     shown = f", {out}/samples shows it" if args.sample_every else ""
+    if trainer.held_out:
+        shown += f"; {out}/validation.png: whether it has learnt"
     print0(f"{time.time() - t_start:.0f} s; {out}/model is the result{shown}")
     if dist.is_initialized():
         dist.barrier()  # the first may still be saving; where one leaves, torchrun and NCCL end all
@@ -354,19 +369,23 @@ def set_up(args, out, state):
     else:
         pairs = ImagePairs(args.data, args.resolution, args.seed, args.random_crop,
                            args.random_flip, args.prompt_dropout)
+    held_out = open_held_out(args, pairs)
     if state and state["pairs"] != len(pairs):
         raise InputError(f"{out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
     model = load_model(args.model, args.random_init, args.config)
     if args.init_lora:
         fuse_lora(model, args.init_lora)
-    if is_encoded:
-        check_cache(args.data, model, args.model)
+    for source in (args.data, args.validate or ""):
+        if is_cache(source):
+            check_cache(source, model, args.model)
     if args.sample_every:
         model.check_scheduler()
     args.resolution = pairs.resolution = model.resolution(args.resolution)
+    if held_out:
+        held_out.resolution = args.resolution
     args.optimizer = args.optimizer or model.optimizer
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
-    trainer = Trainer(args, pairs, model, device)
+    trainer = Trainer(args, pairs, held_out, model, device)
     for name, value in state.get("digests", {}).items():
         if trainer.digests.get(name) != value:
             raise InputError(f"{out} was begun with another {name} ({value}, now {trainer.digests.get(name)}); "
@@ -387,6 +406,25 @@ def set_up(args, out, state):
     trainer.place_models()
     say_what_runs(trainer, steps_taken[0])
     return trainer
+
+
+def open_held_out(args, pairs):
+    """The pairs of --validate, as they are: no flip, no dropout. A share of --data's prompts leaves `pairs`."""
+    if not args.validate:
+        return None
+    share = held_out_share(args.validate)
+    source = args.data if share else find_held_out(args.validate)
+    if not is_cache(source):
+        rows = pairs.source_rows if share and not is_cache(args.data) else read_rows(source, TO_VALIDATE)
+        held_out = ImagePairs(source, source_rows=rows)
+    else:
+        held_out = EncodedPairs(source)
+        resolution = read_manifest(source)["resolution"]
+        if args.resolution and resolution != args.resolution:
+            raise InputError(f"--validate {source} was encoded at {resolution} pixels, not at {args.resolution}")
+    if share:
+        held_out.use(pairs.hold_out(share))
+    return held_out
 
 
 def say_what_runs(trainer, steps_taken):
@@ -470,6 +508,8 @@ class Output:
         self.out, self.trainer, self.args = out, trainer, trainer.args
         self.optimizer, self.scaler, self.skipped = optimizer, scaler, 0
         self.ema, self.is_one_hot = None, True
+        self.validation, self.measured = None, {}  # what it measured last
+        self.grad_norms, self.kept = [], None  # of the last steps; the checkpoint before the first spike
         self.is_writer = trainer.rank == 0
         if self.is_writer:
             self.write_json("config.json", vars(self.args))
@@ -506,15 +546,37 @@ class Output:
         return F.interpolate(torch.cat(images), scale_factor=enlarged)
 
     @contextlib.contextmanager
-    def averaged_weights(self):
-        """The average in the place of the weights, where there is one."""
+    def averaged_weights(self, everywhere=False):
+        """The average in the place of the weights, where there is one; of all processes, which share the weights."""
         params = self.trainer.params.values()
+        is_shared = everywhere and self.args.ema
         if self.ema:
             self.ema.store(params)
             self.ema.copy_to(params)
+        for param in params if is_shared else ():
+            common.broadcast(param)
         yield
         if self.ema:
             self.ema.restore(params)
+        for param in params if is_shared else ():
+            common.broadcast(param)
+
+    def is_spike(self, step, grad_norm):
+        """Whether --skip_above wants the step skipped, by the norms of the last 100 steps, once there are 20."""
+        above, is_spike = self.args.skip_above, False
+        if not above or not math.isfinite(grad_norm):  # what overflows fp16 is its scaler's
+            return False
+        if len(self.grad_norms) >= 20:
+            usual = statistics.median(self.grad_norms)
+            is_spike = grad_norm > above * usual
+        self.grad_norms = [*self.grad_norms, grad_norm][-100:]
+        if is_spike:
+            self.skipped += 1
+            if self.is_writer:
+                self.kept = self.kept or common.newest_checkpoint(self.out)
+                tqdm.write(f"step {step} is skipped: gradient norm {grad_norm:.3g}, {grad_norm / usual:.1f} times the "
+                           f"median; from before the first such step {self.kept or 'no checkpoint'} is kept")
+        return is_spike
 
     def restore(self, state):
         """Weights, optimizer, scaler and average of a checkpoint, which is then let go: its file is mapped."""
@@ -531,7 +593,9 @@ class Output:
             averages = zip(state["ema"]["shadow_params"], params.values())
             copies = [copy_in_layout(value, param) for value, param in averages]
             self.ema.load_state_dict(state["ema"] | {"shadow_params": copies})
-        self.skipped = state["skipped"]
+        self.skipped, self.grad_norms = state["skipped"], state.get("grad_norms", [])
+        if state.get("kept"):
+            self.kept = self.out / state["kept"]
         state.clear()
 
     def begin(self, start):
@@ -559,14 +623,20 @@ class Output:
             if not math.isfinite(record["grad_norm"]):
                 self.skipped += 1
                 record["grad_norm"] = None
+        if self.scaler.is_enabled() or args.skip_above:
             record["skipped"] = self.skipped
+        if self.validation and is_due(done, args.validate_every, is_last):
+            with self.averaged_weights(everywhere=True):
+                self.measured = self.validation.measure()
+            record |= self.measured
         if self.is_writer:
             self.log.write(step, record)
             if step == self.first_step:
                 tqdm.write(crop_summary(torch.cat(self.trainer.first_time_ids)))
             if args.group_size > 1 and "weights/own" in record:
                 self.say_what_weights(step, record["weights/own"])
-            progress.set_postfix({SHOWN[name]: record[name] for name in SHOWN if name in record})
+            shown = self.measured | record
+            progress.set_postfix({SHOWN[name]: shown[name] for name in SHOWN if name in shown})
             if is_due(done, args.sample_every, is_last and args.sample_every > 0):
                 self.save_samples(done)
         if is_due(done, args.save_every, is_last or is_stopping):
@@ -605,9 +675,11 @@ class Output:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "skipped": self.skipped,
+                "grad_norms": self.grad_norms,
+                "kept": self.kept and self.kept.name,
                 "ema": self.ema.state_dict() if self.ema else None,
             }
-            common.save_checkpoint(self.out, state)
+            common.save_checkpoint(self.out, state, self.kept)
 
     def save_model(self):
         """model/, aside and then renamed: it is whole or not there."""
@@ -620,6 +692,9 @@ class Output:
         (part / "README.md").write_text(model_card(self.args))
         self.write_json("data.json", self.trainer.pairs.report())
         part.rename(self.out / "model")
+        if self.validation:
+            lines = (self.out / "log.jsonl").read_text().splitlines()
+            plot_validation([json.loads(line) for line in lines], self.out / "validation.png")
 
 
 def is_due(done, every, at_once):

@@ -122,10 +122,13 @@ def drawings(n, seed, sketches):
     return pixels.contiguous(memory_format=LAST), scenes, torch.tensor(is_sketch).long(), shape
 
 
-def pair_rows(n=1500):
-    """n pairs as dicts in Pick-a-Pic's schema: two drawings that differ in style alone, the sketch preferred."""
-    rng = random.Random(4)
-    scenes = [scene for scene in SCENES if scene not in HELD_OUT]
+def pair_rows(n=1500, held_out=False):
+    """n pairs as dicts in Pick-a-Pic's schema: two drawings that differ in style alone, the sketch preferred.
+
+    held_out  of the scenes that no other pair shows
+    """
+    rng = random.Random(6 if held_out else 4)
+    scenes = [scene for scene in SCENES if (scene in HELD_OUT) == held_out]
     rows = []
     for _ in range(n):
         scene = rng.choice(scenes)
@@ -240,6 +243,12 @@ def build_pairs(folder):
     (folder / "prompts.txt").write_text("".join(prompts))
 
 
+def build_held_out(folder):
+    import datasets
+
+    datasets.Dataset.from_list(pair_rows(512, held_out=True)).to_parquet(folder / "held_out.parquet")
+
+
 def build_clip(folder):
     import open_clip
 
@@ -289,11 +298,12 @@ def build_judge(folder):
     save_file(network.state_dict(), folder / "judge.safetensors")
 
 
-BUILDERS = {"pipeline": build_pipeline, "pairs": build_pairs, "clip": build_clip, "judge": build_judge}
+BUILDERS = {"pipeline": build_pipeline, "pairs": build_pairs, "held_out": build_held_out, "clip": build_clip,
+            "judge": build_judge}
 
 
 def part(name, build_part=None):
-    """The folder of "pipeline", "pairs", "clip" or "judge", made first where it is missing, damaged or outdated.
+    """The folder of one of BUILDERS, made first where it is missing, damaged or outdated.
 
     A part is built aside and renamed, so that nobody sees half of one, with a list of its files' digests. The
     path holds a digest of this file, of that of `build_part`, a builder of other parts, and of STEPS: another recipe

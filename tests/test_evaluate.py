@@ -7,13 +7,16 @@ import random
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
 import evaluate
 import report
 from common import InputError
@@ -605,6 +608,138 @@ def test_a_reference_that_is_too_small_or_missing_is_refused(tmp_path):
         evaluate.main(["style", str(styled), "--reference", str(reference), "--no-fid"])
     with pytest.raises(SystemExit, match="holds 0 images"):
         evaluate.main(["style", str(styled), "--reference", str(tmp_path / "nowhere"), "--no-fid"])
+
+
+# Pairs out of scores
+
+
+def scored(folder, prompts, scores, identity=None):
+    """A folder of small pictures with given scores {scorer: a number per prompt}."""
+    folder.mkdir()
+    entries = []
+    for i, prompt in enumerate(prompts):
+        shade = (37 * i + len(folder.name) * 11 + ord(folder.name[0])) % 256
+        Image.new("RGB", (32, 32), (shade, i, 0)).save(folder / f"{i:05d}.png")
+        entries.append({"file": f"{i:05d}.png", "prompt": prompt})
+    (folder / "manifest.json").write_text(json.dumps({"images": entries}))
+    images = report.ImageFolder(folder)
+    for name, values in scores.items():
+        images.write_scores(name, identity or {"source": name}, dict(enumerate(values)))
+    return str(folder)
+
+
+def read_pairs(file):
+    return datasets.load_dataset("parquet", data_files=str(file), split="train").to_list()
+
+
+def test_the_best_stands_against_the_worst(tmp_path, capsys):
+    """Over all folders, by hand; the winner is on either side; the pictures are the files themselves."""
+    prompts = [f"prompt {k}" for k in range(12)]
+    a = scored(tmp_path / "a", prompts, {"s": [1.0] * 12})
+    b = scored(tmp_path / "b", prompts, {"s": [2.0] * 10 + [1.0, 0.5]})
+    c = scored(tmp_path / "c", prompts[:5], {"s": [1.5, 0.0, 3.0, 1.5, 1.2]})
+    evaluate.main(["pairs", a, b, c, "--by", "s", "--out", str(tmp_path / "out")])
+    rows = read_pairs(tmp_path / "out" / "train.parquet")
+    assert "11 pairs of 11 of 12 prompts, 1 ties" in capsys.readouterr().out
+    found = {}
+    for row in rows:
+        sides = ("0", "1") if row["label_0"] == 1 else ("1", "0")
+        assert row["label_0"] + row["label_1"] == 1 and row["has_label"]
+        better, worse = (Path(row[f"file_{side}"]) for side in sides)
+        assert row[f"jpg_{sides[0]}"] == better.read_bytes() and row[f"jpg_{sides[1]}"] == worse.read_bytes()
+        assert row["s_gap"] == row[f"s_{sides[0]}"] - row[f"s_{sides[1]}"] > 0
+        found[row["caption"]] = (better.parent.name, worse.parent.name)
+    expected = {f"prompt {k}": ("b", "a") for k in range(10)} | {"prompt 1": ("b", "c"), "prompt 2": ("c", "a")}
+    assert found == expected | {"prompt 11": ("a", "b")}
+    assert {row["label_0"] for row in rows} == {0.0, 1.0}
+    pairs = data.ImagePairs(str(tmp_path / "out"), 32)  # as train.py reads them
+    assert len(pairs) == 11
+    for row in pairs.rows:
+        (winner, _), _ = pairs.load(row)
+        file = rows[row]["file_0" if rows[row]["label_0"] == 1 else "file_1"]
+        assert np.array_equal(np.array(winner), np.array(Image.open(file)))
+
+
+@pytest.mark.parametrize(
+    "scores, least, every, expected",
+    [
+        ([[1.0], [3.0], [2.0]], [0.0], False, [(1, 0, None)]),
+        ([[1.0], [3.0], [2.0]], [0.0], True, [(1, 2, None), (1, 0, None), (2, 0, None)]),
+        ([[1.0], [3.0], [2.0]], [1.5], True, [(1, 2, "near-ties"), (1, 0, None), (2, 0, "near-ties")]),
+        ([[1.0], [1.0]], [0.0], False, [(0, 1, "ties")]),
+        ([[1.0], [1.4]], [0.5], False, [(1, 0, "near-ties")]),
+        ([[1.0], [1.5]], [0.5], False, [(1, 0, None)]),  # at least so much
+        ([[1.0, 5.0], [2.0, 4.0]], [0.0, 0.0], False, [(0, 1, "without a majority")]),
+        ([[1.0, 5.0], [2.0, 6.0]], [0.0, 0.0], False, [(1, 0, None)]),
+        ([[1.0, 5.0], [2.0, 5.1]], [0.0, 1.0], False, [(1, 0, "near-ties")]),  # one of two is no majority
+        ([[1.0, 5.0, 1.0], [2.0, 4.0, 2.0]], [0.0, 0.0, 0.0], False, [(1, 0, None)]),
+        ([[7.0]], [0.0], False, []),
+    ],
+)
+def test_a_majority_of_scorers_prefers(scores, least, every, expected):
+    assert evaluate.ranked_pairs(np.array(scores), np.array(least), every) == expected
+
+
+def test_scorers_with_gaps_of_their_own(tmp_path, capsys):
+    prompts = ["one", "two", "three", "four"]
+    a = scored(tmp_path / "a", prompts, {"s": [0, 0, 0, 0], "t": [0, 0, 0, 0]})
+    b = scored(tmp_path / "b", prompts, {"s": [1, 1, 1, -1], "t": [0.2, 0.4, -0.4, -0.4]})
+    evaluate.main(["pairs", a, b, "--by", "s+t", "--min_gap", "1+0.3", "--out", str(tmp_path / "p.parquet")])
+    rows = read_pairs(tmp_path / "p.parquet")
+    assert [row["caption"] for row in rows] == ["two", "four"]
+    assert "1 near-ties, 1 without a majority" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="p.parquet is there already"):
+        evaluate.main(["pairs", a, b, "--by", "s", "--out", str(tmp_path / "p.parquet")])
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--by", "u"], "was not scored by u"),
+        (["--by", "s", "--min_gap", "x"], "must be a number"),
+        (["--by", "s", "--min_gap=-1"], "must be a number"),
+        (["--by", "s+t", "--min_gap", "1+2+3"], "one for each of s"),
+        (["--by", "s", "--min_gap", "99"], "none is left of 2 prompts, 2 near-ties"),
+    ],
+)
+def test_pairs_that_cannot_be_made_are_refused(tmp_path, options, complaint):
+    a = scored(tmp_path / "a", ["one", "two"], {"s": [1, 2], "t": [1, 2]})
+    b = scored(tmp_path / "b", ["one", "two"], {"s": [2, 1], "t": [2, 2]})
+    with pytest.raises(SystemExit, match=complaint):
+        evaluate.main(["pairs", a, b, *options, "--out", str(tmp_path / "p.parquet")])
+    assert not (tmp_path / "p.parquet").exists()
+
+
+def test_scores_of_another_scorer_do_not_mix(tmp_path):
+    a = scored(tmp_path / "a", ["one"], {"s": [1]}, {"source": "here"})
+    b = scored(tmp_path / "b", ["one"], {"s": [2]}, {"source": "there"})
+    with pytest.raises(SystemExit, match="was scored by another s"):
+        evaluate.main(["pairs", a, b, "--by", "s", "--out", str(tmp_path / "p.parquet")])
+
+
+def test_several_images_of_a_prompt(generate):
+    """The first is the one that is drawn alone; all differ; twice the command is the same; and they make pairs."""
+    alone, three = generate("alone", "--batch_size", "1"), generate("three", "--per_prompt", "3", "--batch_size", "1")
+    one, several = pixels(alone), pixels(three)
+    assert sorted(several) == [f"{i:05d}-{k}.png" for i in range(5) for k in range(3)]
+    for i in range(5):
+        assert np.array_equal(one[f"{i:05d}.png"], several[f"{i:05d}-0.png"])
+        assert not np.array_equal(several[f"{i:05d}-0.png"], several[f"{i:05d}-1.png"])
+    entries = json.loads((three / "manifest.json").read_text())["images"]
+    assert len({entry["seed"] for entry in entries}) == 15
+    again = generate("three", "--per_prompt", "3", "--batch_size", "1")
+    assert same(pixels(again), several)
+    with pytest.raises(SystemExit, match="per_prompt is 3 in one and 2"):
+        generate("three", "--per_prompt", "2")
+    evaluate.main(["score", str(three), "--metrics", "clip=tiny"])
+    out = three.parent / "pairs"
+    evaluate.main(["pairs", str(three), "--by", "clip=tiny", "--all", "--out", str(out)])
+    rows = read_pairs(out / "train.parquet")
+    assert {row["caption"] for row in rows} == set(PROMPTS)
+    assert all(row["clip=tiny_gap"] > 0 for row in rows)
+
+
+# All of it
 
 
 def test_the_embedded_task_end_to_end(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,417 @@
+"""Held-out pairs are measured, and nothing else changes; a step that stands out is skipped."""
+
+import json
+import math
+import shutil
+import sys
+import types
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from conftest import launch, log_of
+from data import HeldOutStream, ImagePairs
+from extras import tiny
+from loss import DDPM
+from options import train_args
+from stats import wilson
+from test_encode import write_cache
+from test_resume import faulty, left, same_bits
+
+pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+FIXED = "--steps 4 --batch_size 8 --micro_batch 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3".split()
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """A folder of ten drawn pairs, one of which cannot be read."""
+    rows = tiny.pair_rows(10, held_out=True)
+    rows[4] |= {"jpg_0": b"<html>404</html>"}
+    folder = tmp_path_factory.mktemp("held-out")
+    datasets.Dataset.from_list(rows).to_parquet(folder / "pairs.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path, small_model, few_pairs):
+    """run(*options) trains the small model for four steps and gives its folder."""
+
+    def run(*options, name="run"):
+        out = tmp_path / name
+        train.main(["--model", small_model("sd"), "--data", few_pairs, "--out", str(out), *FIXED, *options])
+        return out
+
+    return run
+
+
+def measured(out):
+    """{steps taken: {name without "validate/": value}} of a folder's log."""
+    found = {}
+    for record in log_of(out):
+        values = {name[9:]: value for name, value in record.items() if name.startswith("validate/")}
+        if values:
+            found[record["step"] + 1] = values
+    return found
+
+
+def weights(out):
+    state, _ = left(out)
+    return state["weights"]
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("options", [(), ("--loss", "sft"), ("--lora_rank", "4"), ("--ema", "0.5")])
+def test_to_measure_changes_no_bit_of_a_run(run, held_out, options):
+    with_it = run(*options, "--validate", held_out, "--validate_every", "2", name="with")
+    without = run(*options, name="without")
+    assert all(torch.equal(value, weights(without)[name]) for name, value in weights(with_it).items())
+    log = [{name: x for name, x in record.items() if "validate" not in name} for record in left(with_it)[1]]
+    assert log == left(without)[1]
+    assert [*measured(with_it)] == [2, 4] and not measured(without)
+    assert (with_it / "validation.png").exists() and not (without / "validation.png").exists()
+
+
+def test_the_figures_are_those_of_the_definition(run, held_out, small_model, monkeypatch):
+    """By hand, on the saved model and the starting one: D = err - err_ref, margin = -beta/2 (D_w - D_l)."""
+    out = run("--validate", held_out, "--beta", "300", "--vae_sample", "mean")
+    last = measured(out)[4]
+    errors = {}
+    for name, folder in (("policy", str(out / "model")), ("ref", small_model("sd"))):
+        args = train_args(["--model", folder, "--data", held_out, "--out", "x", *FIXED, "--vae_sample", "mean"])
+        trainer = train.set_up(args, None, {})
+        pairs = ImagePairs(held_out, 32)
+        stream = HeldOutStream(pairs, trainer.model.process, (4, 8, 8), 10)
+        items = {}
+        for item in (stream[place] for place in range(10)):
+            items.setdefault(int(item["row"]), item)  # one stands for the pair that cannot be read: it counts once
+        errors[name] = []
+        for row in sorted(items):
+            with torch.no_grad():
+                batch = trainer.encoded(data.collate([items[row]]), images=2)
+                errors[name].append(trainer.policy_error(batch))
+    policy, ref = torch.stack(errors["policy"]), torch.stack(errors["ref"])                     # [9, 2]
+    assert len(policy) == 9
+    d = policy - ref
+    margin = -300 / 2 * (d[:, 0] - d[:, 1])
+    assert last["margin"] == pytest.approx(margin.mean().item(), rel=1e-3)
+    assert last["accuracy"] == pytest.approx((margin > 0).float().mean().item())
+    for k, name in enumerate(("w", "l")):
+        assert last[f"policy_{name}"] == pytest.approx(policy[:, k].mean().item(), rel=1e-5)
+        assert last[f"ref_{name}"] == pytest.approx(ref[:, k].mean().item(), rel=1e-5)
+    assert (last["accuracy_low"], last["accuracy_high"]) == pytest.approx(wilson(last["accuracy"], 9))
+
+
+def test_a_model_that_has_learnt_nothing_is_at_one_half(run, held_out):
+    """At a rate that moves no float32 weight: every margin is exactly 0."""
+    for values in measured(run("--validate", held_out, "--validate_every", "1", "--lr", "1e-30")).values():
+        assert values["margin"] == 0 and values["accuracy"] == 0.5
+        assert all(values[f"accuracy_t{quarter}"] == 0.5 for quarter in range(4))
+        assert values["policy_w"] == values["ref_w"] > 0
+
+
+@pytest.mark.parametrize("steps", [1000, 10, 7])
+def test_timesteps_are_spread_over_four_quarters(few_pairs, steps):
+    """Whatever the length of the schedule; pair k is in quarter k % 4, and any step of it may come."""
+    process = DDPM(torch.linspace(0.99, 0.01, steps))
+    stream = HeldOutStream(ImagePairs(few_pairs, 32), process, (4, 8, 8), 400)
+    t = [int(stream.draw(place)["t"]) for place in range(400)]
+    assert all(steps * (k % 4) // 4 <= t[k] < steps * (k % 4 + 1) // 4 for k in range(400))
+    assert len(set(t)) == steps if steps <= 10 else len(set(t)) > 200
+
+
+def test_draws_are_the_same_whatever_the_run(run, held_out):
+    """Seed, batch, micro-batch, dropout, flip and crop are the run's, not the measurement's."""
+    options = "--seed 7 --batch_size 4 --micro_batch 1 --prompt_dropout 0.9 --random_flip --random_crop --group_size 4"
+    one = run("--validate", held_out, "--lr", "1e-30", name="one")
+    other = run("--validate", held_out, "--lr", "1e-30", *options.split(), name="other")
+    for name in ("ref_w", "ref_l"):
+        assert measured(one)[4][name] == pytest.approx(measured(other)[4][name], rel=1e-6)
+
+
+def test_a_pair_that_cannot_be_read_does_not_count(run, held_out):
+    values = measured(run("--validate", held_out))[4]
+    low, high = wilson(values["accuracy"], 9)
+    assert (values["accuracy_low"], values["accuracy_high"]) == pytest.approx((low, high))
+    assert values["accuracy"] * 9 == pytest.approx(round(values["accuracy"] * 9))
+
+
+def test_at_most_so_many_pairs(run, held_out, capsys):
+    values = measured(run("--validate", held_out, "--validate_pairs", "5"))[4]
+    (n,) = {n for n in (4, 5) if f"{n} are measured" in capsys.readouterr().out}  # one may stand for the unreadable
+    assert (values["accuracy_low"], values["accuracy_high"]) == pytest.approx(wilson(values["accuracy"], n))
+
+
+def test_an_average_is_measured_where_there_is_one(run, held_out):
+    """The figures of --ema are those of a run that starts from its average and does not move."""
+    out = run("--ema", "0.5", "--validate", held_out)
+    average = measured(out)[4]
+    still = ["--model", str(out / "model"), "--lr", "1e-30", "--steps", "1", "--validate", held_out]
+    again = measured(run(*still, name="again"))[1]
+    assert average["policy_w"] == pytest.approx(again["policy_w"], rel=1e-6)
+    assert average["policy_w"] != measured(run("--validate", held_out, name="plain"))[4]["policy_w"]
+
+
+@pytest.mark.parametrize("options", [(), ("--ema", "0.5")])
+def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_out, options):
+    """Nine pairs on two processes and micro-batches of four: the last forward is filled up."""
+    argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, "--validate", held_out, *options]
+    found = []
+    for world_size in (1, 2):
+        out = tmp_path / str(world_size)
+        ended = launch(tmp_path / f"log-{world_size}", world_size, faulty, None, 0, [*argv, "--out", str(out)])
+        assert all(status == 0 for status, _ in ended), ended
+        found.append(measured(out)[4])
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert value == pytest.approx(found[1][name], rel=1e-3, abs=1e-4), name
+    state_1, state_2 = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert all(torch.allclose(state_1[name], state_2[name], atol=1e-4) for name in state_1)
+
+
+def test_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, held_out, few_pairs):
+    """Both what is trained on and what is held out, in each of the four ways."""
+    write_cache(small_model("sd"), held_out, tmp_path / "held-out")
+    write_cache(small_model("sd"), few_pairs, tmp_path / "cache")
+    found = []
+    for k, source in enumerate((few_pairs, str(tmp_path / "cache"))):
+        for j, validate in enumerate((held_out, str(tmp_path / "held-out"))):
+            options = ["--data", source, "--validate", validate, "--vae_sample", "mean"]
+            found.append(measured(run(*options, name=f"{k}{j}"))[4])
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-3, abs=1e-4)
+
+
+# A share of the prompts
+
+
+def test_no_prompt_is_on_both_sides(few_pairs):
+    pairs = ImagePairs(few_pairs, 32)
+    rows = pairs.rows
+    held = pairs.hold_out(0.3)
+    assert sorted([*held, *pairs.rows]) == sorted(rows) and 0 < len(held) < len(rows)
+    captions = [{pairs.caption(row).casefold() for row in side} for side in (held, pairs.rows)]
+    assert not captions[0] & captions[1]
+    assert pairs.report()["held_out"] == len(held) and pairs.report()["used"] == len(pairs.rows)
+
+
+def test_case_and_blanks_make_no_other_prompt():
+    for share in np.linspace(0.05, 0.95, 19):
+        told = {data.is_held_out(text, share) for text in ("A red  circle", "a Red circle ", "a red\tcircle\n")}
+        assert len(told) == 1
+    held = np.mean([data.is_held_out(f"prompt {k}", 0.1) for k in range(5000)])
+    assert abs(held - 0.1) < 0.02
+    smaller = [k for k in range(500) if data.is_held_out(f"prompt {k}", 0.05)]
+    assert all(data.is_held_out(f"prompt {k}", 0.1) for k in smaller)  # a larger share holds the smaller one
+
+
+def test_a_share_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, few_pairs, capsys):
+    """Also with pairs that cannot be read: the same rows are trained on, and held out."""
+    write_cache(small_model("sd"), few_pairs, tmp_path / "cache")
+    options = ["--validate", "0.3", "--vae_sample", "mean"]
+    one = run(*options, name="pairs")
+    other = run(*options, "--data", str(tmp_path / "cache"), name="from-cache")
+    reports = [json.loads((out / "data.json").read_text()) for out in (one, other)]
+    assert reports[0]["held_out"] == reports[1]["held_out"] > 0 and reports[0]["used"] == reports[1]["used"]
+    assert torch.equal(left(one)[0]["records"], left(other)[0]["records"])
+    assert measured(one)[4] == pytest.approx(measured(other)[4], rel=1e-3, abs=1e-4)
+    text = capsys.readouterr().out
+    assert text.count("prompts, 0 of which are trained on") == 2
+
+
+def test_another_share_is_another_run(tmp_path, run, small_model, few_pairs):
+    run("--validate", "0.3")
+    for other in (["--validate", "0.2"], [], ["--validate", few_pairs]):
+        with pytest.raises(SystemExit, match="held out a share of 0.3"):
+            run(*other, "--steps", "6")
+    write_cache(small_model("sd"), few_pairs, tmp_path / "cache")
+    file = tmp_path / "errors"
+    cached = ["--data", str(tmp_path / "cache"), "--reference_errors", str(file)]
+    run(*cached, "--validate", "0.3", name="share")
+    with pytest.raises(SystemExit, match="is of a run with data"):
+        run(*cached, name="whole")
+
+
+# Going on
+
+
+def test_a_run_that_goes_on_measures_the_same(tmp_path, run, held_out):
+    """Also by other micro-batches, and where the file of the reference's errors was lost."""
+    options = ["--validate", held_out, "--validate_every", "1"]
+    whole = run(*options, name="whole")
+    parts = run(*options, "--steps", "2", name="parts")
+    before = (parts / "validation.safetensors").read_bytes()
+    run(*options, name="parts")
+    assert (parts / "validation.safetensors").read_bytes() == before
+    same_bits(parts, whole)
+    again = run(*options, "--steps", "3", name="again")
+    (again / "validation.safetensors").unlink()
+    run(*options, name="again")
+    same_bits(again, whole)
+
+
+def test_held_out_pairs_may_come_later_but_not_become_others(tmp_path, run, held_out, few_pairs):
+    """Nothing of the training follows from them; the curve of a folder is of one set of pairs."""
+    out = run("--steps", "2")
+    run("--validate", held_out)
+    assert [*measured(out)] == [4]
+    moved = tmp_path / "moved"
+    shutil.copytree(held_out, moved)
+    run("--validate", str(moved), "--steps", "5")
+    assert [*measured(out)] == [4, 5]
+    with pytest.raises(SystemExit, match="validation.safetensors is of a run with held-out pairs"):
+        run("--validate", few_pairs, "--steps", "6")
+
+
+def test_changed_draws_are_refused(run, held_out, monkeypatch):
+    run("--validate", held_out, "--steps", "2")
+    monkeypatch.setattr(HeldOutStream, "sample_t", lambda self, generator, place: torch.tensor(3))
+    with pytest.raises(SystemExit, match="validation.safetensors was computed by other code"):
+        run("--validate", held_out)
+
+
+# What --validate names
+
+
+def test_of_a_folder_the_held_out_split_is_read(tmp_path):
+    for name, n in (("train-0.parquet", 3), ("validation-0.parquet", 4), ("test-0.parquet", 5)):
+        datasets.Dataset.from_list(tiny.pair_rows(n)).to_parquet(tmp_path / name)
+    assert len(data.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 4
+    assert len(data.read_rows(str(tmp_path)).columns) == 3
+    (tmp_path / "validation-0.parquet").unlink()
+    assert len(data.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 5
+
+
+@pytest.mark.parametrize(
+    "value, complaint",
+    [("0", "between 0 and 1"), ("1.5", "between 0 and 1"), ("-0.1", "between 0 and 1"), ("nan", "between 0 and 1"),
+     ("nowhere", "no such file or folder"), ("0.0001", "would hold out 0 of 26 pairs")],
+)
+def test_what_cannot_be_held_out_is_refused(run, value, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        run(f"--validate={value}")
+
+
+def test_a_cache_of_another_size_or_model_is_refused(tmp_path, run, small_model, held_out):
+    write_cache(small_model("sd"), held_out, tmp_path / "small", "--resolution", "16")
+    with pytest.raises(SystemExit, match="encoded at 16 pixels, not at 32"):
+        run("--resolution", "32", "--validate", str(tmp_path / "small"))
+    write_cache(small_model("sdxl"), held_out, tmp_path / "other")
+    with pytest.raises(SystemExit, match="were encoded by"):
+        run("--validate", str(tmp_path / "other"))
+
+
+def test_prompts_that_are_trained_on_too_are_said(run, few_pairs, capsys):
+    run("--validate", few_pairs)
+    prompts = len({ImagePairs(few_pairs).caption(row) for row in ImagePairs(few_pairs).rows})
+    assert f"26 pairs of {prompts} prompts, {prompts} of which are trained on; 24 are measured, 2 cannot" in capsys.readouterr().out
+
+
+# Spikes
+
+
+def spiked(monkeypatch, steps, factor):
+    """The gradients of some steps are multiplied, as by a bad batch."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_spiked(params, limit):
+        params = list(params)
+        if len(calls) in steps:
+            for param in params:
+                param.grad *= factor
+        calls.append(1)
+        return clip(params, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spiked)
+
+
+LONG = ["--steps", "26", "--batch_size", "2", "--group_size", "2", "--micro_batch", "2", "--save_every", "4"]
+
+
+def test_a_step_that_stands_out_is_skipped(run, monkeypatch, capsys):
+    """Its weights stay; the steps around it are taken; the checkpoint before it stays to the end."""
+    tiny.part("clip")  # whose training clips gradients, too
+    seen = []
+    after = train.Output.after_step
+
+    def observed(output, step, record, progress):
+        seen.append([param.detach().clone() for param in output.trainer.params.values()])
+        after(output, step, record, progress)
+
+    monkeypatch.setattr(train.Output, "after_step", observed)
+    spiked(monkeypatch, {22}, 1000)
+    out = run(*LONG, "--skip_above", "20")
+    moved = [any(not torch.equal(a, b) for a, b in zip(x, y)) for x, y in zip(seen, seen[1:])]
+    assert [step + 1 for step, has_moved in enumerate(moved) if not has_moved] == [22]
+    assert [record["skipped"] for record in log_of(out)] == [0] * 22 + [1] * 4
+    assert sorted(file.name for file in out.glob("checkpoint-*")) == ["checkpoint-000020.pt", "checkpoint-000026.pt"]
+    assert "step 22 is skipped" in capsys.readouterr().out
+
+
+def test_without_the_option_no_step_is_skipped(run, monkeypatch):
+    tiny.part("clip")
+    spiked(monkeypatch, {22}, 1000)
+    out = run(*LONG)
+    assert "skipped" not in log_of(out)[-1]
+    assert [file.name for file in out.glob("checkpoint-*")] == ["checkpoint-000026.pt"]
+
+
+def test_a_run_that_goes_on_remembers_what_is_usual(run, monkeypatch):
+    tiny.part("clip")
+    with monkeypatch.context() as patch:
+        spiked(patch, {22}, 1000)
+        whole = run(*LONG, "--skip_above", "20", name="whole")
+    parts = run(*LONG, "--steps", "21", "--skip_above", "20", name="parts")
+    with monkeypatch.context() as patch:
+        spiked(patch, {1}, 1000)
+        run(*LONG, "--skip_above", "20", name="parts")
+    (log, whole_log) = ([{k: v for k, v in record.items() if k != "pairs_per_second"} for record in log_of(out)]
+                        for out in (parts, whole))
+    assert log == whole_log
+    names = [sorted(file.name for file in out.glob("checkpoint-*")) for out in (parts, whole)]
+    assert names[0] == ["checkpoint-000021.pt", "checkpoint-000026.pt"] and len(names[1]) == 2
+
+
+# Where it is logged
+
+
+def test_weights_and_biases_gets_every_step(run, held_out, tmp_path, monkeypatch):
+    """A run that goes on is the same run there."""
+    begun, logged = [], []
+
+    class Run:
+        def log(self, record, step):
+            logged.append((step, record))
+
+    def init(**options):
+        begun.append(options)
+        return Run()
+
+    wandb = types.SimpleNamespace(init=init, util=types.SimpleNamespace(generate_id=lambda: "a-run"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "a-project")
+    run("--validate", held_out, "--steps", "2")
+    run("--validate", held_out)
+    assert [options["id"] for options in begun] == ["a-run", "a-run"]
+    assert [step for step, _ in logged] == [0, 1, 2, 3]
+    assert "validate/accuracy" in logged[1][1] and begun[0]["config"]["validate"] == held_out
+
+
+def test_a_project_without_the_package_is_said(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import raises
+    monkeypatch.setenv("WANDB_PROJECT", "a-project")
+    run()
+    assert "wandb is not installed" in capsys.readouterr().out
+
+
+def test_the_interval_is_wilsons():
+    """Against the roots of the score equation |rate - p| = z sqrt(p (1 - p) / n)."""
+    for rate, n in ((0.5, 10), (0.9, 30), (0.0, 7), (1.0, 7)):
+        for p in wilson(rate, n):
+            assert abs(rate - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-6)
+    assert all(math.isnan(p) for p in wilson(0.5, 0))
