@@ -259,7 +259,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "kills, more", [(2, EMA), pytest.param(10, EMA, marks=SLOW), pytest.param(20, (), marks=SLOW)]
+    "kills, more", [(2, EMA), pytest.param(10, EMA, marks=SLOW), pytest.param(10, (), marks=SLOW)]
 )
 def test_killed_at_random_moments(tmp_path, unbroken, options, kills, more):
     argv = [*options, *more, "--out", str(tmp_path / "out")]
@@ -288,7 +288,7 @@ def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
         ended = by_torchrun(tmp_path, f"{fault} {victim}", number, options)
         return ended.returncode, ended.stderr
 
-    killed(run, tmp_path / "out", unbroken(2), 10)
+    killed(run, tmp_path / "out", unbroken(2), 4)
 
 
 # Signals

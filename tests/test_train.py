@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import data
+import evaluate
 import loss as loss_file
 import models
 import options
@@ -669,13 +670,18 @@ def test_help_fits_two_screens(capsys):
 
 
 def test_every_command_of_the_documents_parses():
-    """README, and the heads of the scripts: what they tell to type is accepted."""
-    texts = [(ROOT / name).read_text() for name in ("README.md", "train.py", "encode.py")]
+    """README, guide, and the heads of the scripts: what they tell to type is accepted."""
+    names = ("README.md", "GUIDE.md", "train.py", "encode.py", "evaluate.py")
+    texts = [(ROOT / name).read_text() for name in names]
     commands = re.findall(r"(train|encode)\.py((?: --\w+(?: [\w./=-]+)*)+|$)", "\n".join(texts), re.M)
     parsers = {"train": train_args, "encode": encode_args}
     assert len(commands) >= 12
     for program, typed in commands:
         parsers[program](shlex.split(typed))
+    commands = re.findall(r"^    (?:python|torchrun \S+) evaluate\.py (.+)", "\n".join(texts), re.M)
+    assert len(commands) >= 12
+    for typed in commands:
+        evaluate.parse_args(shlex.split(typed))
 
 
 @pytest.mark.parametrize("model, warmup, optimizer", [("sd15", 500, "adamw"), ("sdxl", 200, "adafactor")])

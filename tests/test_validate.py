@@ -17,6 +17,7 @@ from conftest import launch, log_of
 from data import HeldOutStream, ImagePairs
 from extras import tiny
 from loss import DDPM
+from models import StableDiffusion
 from options import train_args
 from stats import wilson
 from test_encode import write_cache
@@ -105,6 +106,27 @@ def test_the_figures_are_those_of_the_definition(run, held_out, small_model, mon
         assert last[f"policy_{name}"] == pytest.approx(policy[:, k].mean().item(), rel=1e-5)
         assert last[f"ref_{name}"] == pytest.approx(ref[:, k].mean().item(), rel=1e-5)
     assert (last["accuracy_low"], last["accuracy_high"]) == pytest.approx(wilson(last["accuracy"], 9))
+
+
+def test_to_measure_is_one_forward_of_each_image(run, held_out, monkeypatch):
+    """Once more before the first step, for the reference; the pairs are encoded then alone. By SFT, whose own forwards
+    all have a graph; ten pairs are three forwards of four."""
+    predict, encode_images, measured_rows, encoded = StableDiffusion.predict, StableDiffusion.encode_images, [], []
+
+    def observed(model, network, x_t, t, cond):
+        if not torch.is_grad_enabled():
+            measured_rows.append(len(x_t))
+        return predict(model, network, x_t, t, cond)
+
+    def observed_images(model, pixels):
+        encoded.append(pixels.shape[:2])
+        return encode_images(model, pixels)
+
+    monkeypatch.setattr(StableDiffusion, "predict", observed)
+    monkeypatch.setattr(StableDiffusion, "encode_images", observed_images)
+    run("--loss", "sft", "--validate", held_out, "--validate_every", "2")
+    assert measured_rows == [8] * 3 * 3
+    assert [pairs for pairs, images in encoded if images == 2] == [4] * 3
 
 
 def test_a_model_that_has_learnt_nothing_is_at_one_half(run, held_out):
