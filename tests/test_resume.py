@@ -254,7 +254,7 @@ def killed(run, out, expected, kills):
     assert (out / "model" / "model_index.json").exists() and not list(out.glob("*.part"))
 
 
-EMA = ("--ema", "0.9")
+EMA = ("--ema", "0.9", "--validate", "tiny", "--validate_pairs", "6", "--validate_every", "3")
 SLOW = pytest.mark.slow
 
 
