@@ -238,7 +238,7 @@ def load_checkpoint(folder):
 
 
 class Log:
-    """log.jsonl, a line a step; TensorBoard where it is installed; Weights & Biases where WANDB_PROJECT names a project.
+    """log.jsonl, a line a step; TensorBoard where it is installed; Weights & Biases where WANDB_PROJECT is set.
 
     Lines from step `start` on are cut off. Weights & Biases keeps what it has of them: they come again the same.
     """
@@ -263,19 +263,26 @@ class Log:
         try:
             import wandb
         except ImportError:
-            return print("WANDB_PROJECT is set, but wandb is not installed: nothing is logged there")
+            print("WANDB_PROJECT is set, but wandb is not installed: nothing is logged there")
+            return None
         id_file = folder / "wandb-id"
         if not id_file.exists():
             atomic_write(id_file, secrets.token_hex(4))
         arguments = json.loads((folder / "config.json").read_text())
-        return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments)
+        try:
+            return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments,
+                              reinit="finish_previous")
+        except Exception as error:
+            raise InputError(f"WANDB_PROJECT is set, but wandb cannot begin a run: {brief(error)}. Log in to it, set "
+                             "WANDB_MODE=offline, or unset WANDB_PROJECT")
 
     def write(self, step, record):
         line = json.dumps({"step": step} | record)
         print(line, file=self.stream, flush=True)
         if self.board:
             for name, value in record.items():
-                self.board.add_scalar(name, value or 0, step)
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
         if self.wandb_run:
             self.wandb_run.log(record, step=step)
 

@@ -126,7 +126,7 @@ def source_files(source, wanted_splits=TO_TRAIN):
     for name, split in splits.items():
         place = found[name].resolve()
         if split != wanted:
-            left_out[name] = f"{split} split" if split else f"not of the {SPLITS[wanted][-1]} split"
+            left_out[name] = f"{split} split" if split else f"not of the {wanted} split"
         elif not place.exists():
             raise InputError(f"--data {found[name]} is a link to a file that is not there")
         elif place in places:
@@ -462,11 +462,11 @@ class Pairs(torch.utils.data.Dataset):
         self.unreadable = {row: why for row, why in self.unreadable.items() if row in of_rows}
 
     def hold_out(self, share):
-        """Takes the pairs of a share of the prompts away; their rows. InputError where none or nothing else is left."""
+        """Takes the pairs of a share of the prompts away; their rows. InputError where one side would be empty."""
         is_held = np.array([is_held_out(self.caption(row), share) for row in self.rows])
         if is_held.all() or not is_held.any():
-            raise InputError(f"--validate {share:g} of the prompts would hold out {is_held.sum()} of {len(self)} pairs; "
-                             "give another share, or pairs of their own")
+            raise InputError(f"--validate {share:g} of the prompts would hold out {is_held.sum()} of {len(self)} "
+                             "pairs; give another share, or pairs of their own")
         held = self.rows[is_held]
         self.use(self.rows[~is_held])
         self.held_out = len(held)
@@ -525,9 +525,13 @@ class Pairs(torch.utils.data.Dataset):
 
 def is_held_out(caption, share):
     """Whether a prompt is of the held-out share: by a hash of its words, so that all its pairs are, in every run."""
-    words = " ".join(caption.casefold().split())
-    number = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    number = hashlib.blake2b(words_of(caption).encode(), digest_size=8).digest()
     return int.from_bytes(number, "big") < share * 2 ** 64
+
+
+def words_of(caption):
+    """A prompt without what makes no other prompt of it: case and blanks."""
+    return " ".join(caption.casefold().split())
 
 
 def crop_summary(time_ids):
@@ -758,7 +762,7 @@ class EncodedPairs(Pairs):
 
     def digest(self):
         """16 hex digits over what the cache holds, not over the paths that it was made from."""
-        names = ("model", "data", "clip", "config", "init_lora", "left_out")
+        names = ("model", "data", "clip", "config", "init_lora", "left_out", "unreadable_prompts")
         content = {name: value for name, value in read_manifest(self.folder).items() if name not in names}
         if self.held_out:
             content["rows in use"] = self.rows.tolist()

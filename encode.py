@@ -40,12 +40,12 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief
-from data import (Clip, HeldOutStream, ImagePairs, Rows, Unreadable, by_reason, crop_summary, find_source, is_cache, is_list,
-                  open_parquet, read_columns, read_manifest, read_rows, source_files)
+from data import (Clip, HeldOutStream, ImagePairs, Rows, Unreadable, by_reason, crop_summary, find_source, is_cache,
+                  is_list, open_parquet, read_columns, read_manifest, read_rows, source_files, words_of)
 from loss import preference_metrics
 from models import by_rows, fuse_lora, load_model
 from options import H14, encode_args
-from stats import wilson
+from stats import rate_interval
 
 SHARD, BATCH = 256, 8  # pairs or prompts of a file; of a forward of the encoders, for results depend on it
 SETTINGS = ("model", "data", "resolution", "random_crop", "random_flip", "clip", "vae_sample", "store",
@@ -146,6 +146,7 @@ class Encoder:
         if args.init_lora:
             fuse_lora(self.model, args.init_lora)  # which may change the text encoders, too
         self.pairs.resolution = args.resolution = self.model.resolution(args.resolution)
+        self.model.vae_dtype = common.DTYPES[args.vae_precision]
         args.clip = args.clip or ("tiny" if self.model.is_toy else H14)
         self.clip = Clip(args.clip, device, self.dtype)
         self.pairs.clip_transform = self.clip.transform
@@ -222,6 +223,8 @@ class Encoder:
 
     def manifest(self):
         settings = {name: getattr(self.args, name) for name in SETTINGS}
+        if self.args.vae_precision != "fp32":  # which goes without saying
+            settings["vae_precision"] = self.args.vae_precision
         return settings | {"edition": 2, "encoders": self.model.encoder_digests, "clip_digest": self.clip.digest(),
                            "columns": [*self.pairs.columns], "pairs": self.pairs.digest(), "shard": SHARD,
                            "batch": BATCH}
@@ -346,6 +349,8 @@ class ReferenceErrors:
         self.identity = {name: getattr(args, name) for name in self.SETTINGS}
         self.identity |= {"group_size": args.group_size if args.group_noise != "own" else None,
                           "edition": 2} | digests
+        if args.vae_precision != "fp32":  # which goes without saying
+            self.identity["vae_precision"] = args.vae_precision
         self.errors = torch.full((args.steps, args.batch_size, 2), torch.nan)
         self.records = torch.full((args.steps, args.batch_size, 3), torch.nan, dtype=torch.float64)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -420,17 +425,17 @@ def write_errors(name, file, errors, records, identity):
         raise InputError(f"{name} cannot be written ({brief(error)})")
 
 
-def read_errors(name, file, identity):
+def read_errors(name, file, identity, advice="give another file"):
     """(errors, records) of a file. InputError where it cannot be read or is of something else, by what differs."""
     try:
         with safe_open(file, "pt") as shard:
             found = json.loads(shard.metadata()["identity"])
             errors, records = shard.get_tensor("errors"), shard.get_tensor("records")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{name} cannot be read ({brief(error)}), or is of the first edition; give another file")
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise InputError(f"{name} is of a run with {key} {found.get(key)}, not {value}; give another file")
+        raise InputError(f"{name} cannot be read ({brief(error)}), or is of the first edition; {advice}")
+    for key in identity | found:
+        if found.get(key) != identity.get(key):
+            raise InputError(f"{name} is of a run with {key} {found.get(key)}, not {identity.get(key)}; {advice}")
     return errors, records
 
 
@@ -454,7 +459,8 @@ class Validation:
 
     The reference is the starting model, whatever the loss. Before the first step the policy is that model; its
     errors are kept in a file, so that no second network is needed and a run that goes on has the same. The pairs
-    are encoded once and lie in the memory of the host, a share in each process: to measure is one forward of each.
+    are encoded at every start and lie in the memory of the host, a share in each process: to measure is one forward
+    of each. With another micro-batch than the file was made at, margins are those of this one to rounding.
 
     trainer  a Trainer whose policy is still that of step 0
     file     of the reference's errors
@@ -468,8 +474,9 @@ class Validation:
         forwards = math.ceil(self.count / (args.micro_batch * trainer.world_size))
         places = trainer.places(0, forwards * args.micro_batch * trainer.world_size)
         self.batches, records = [], []
+        unreadable = []
         for batch in tqdm(trainer.load_places(stream, places), "held out", forwards, disable=trainer.rank > 0):
-            pairs.unreadable |= dict(batch["unreadable"])
+            unreadable += batch["unreadable"]
             micro_batch = trainer.encoded(batch, images=2)
             self.batches.append(send_to_device(micro_batch.inputs, "cpu"))
             records.append(micro_batch.record)
@@ -480,13 +487,16 @@ class Validation:
         self.is_first = torch.zeros(self.count, dtype=torch.bool)
         self.is_first[first_places] = True
         self.quarter = torch.arange(self.count) % 4                                     # of the schedule
+        self.prompts = np.array([words_of(pairs.caption(int(row))) for row in records[:, 0]])
+        pairs.unreadable |= dict(common.all_gather_list(unreadable))
 
         identity = {"held-out pairs": pairs.digest(), "number of pairs": self.count, "resolution": args.resolution,
-                    "vae_sample": args.vae_sample, "precision": args.precision} | model.digests
+                    "vae_sample": args.vae_sample, "precision": args.precision,
+                    "vae_precision": args.vae_precision} | model.digests
         if trainer.rank == 0:
             self.say_what_is_held_out()
         if any(common.all_gather_list([file.exists()])):
-            self.reference, before = read_errors(file, file, identity)
+            self.reference, before = read_errors(file, file, identity, "remove it, and the curve begins anew")
             check_records(f"{file} was computed", before, records, 0)
             return
         self.reference = self.errors()
@@ -497,8 +507,8 @@ class Validation:
 
     def say_what_is_held_out(self):
         held_out, pairs = self.trainer.held_out, self.trainer.pairs
-        prompts = {held_out.caption(row) for row in held_out.rows}
-        trained = prompts & {pairs.caption(row) for row in pairs.rows}
+        prompts = {words_of(held_out.caption(row)) for row in held_out.rows}
+        trained = prompts & {words_of(pairs.caption(row)) for row in pairs.rows}
         print(f"validate: {len(held_out)} pairs of {len(prompts)} prompts, {len(trained)} of which are trained on; "
               f"{self.is_first.sum()} are measured, {len(held_out.unreadable)} cannot be read")
 
@@ -520,20 +530,19 @@ class Validation:
 
     def measure(self):
         """{"validate/...": a number}: `preference_metrics`, and the accuracy's 95% interval and in quarters of t."""
-        errors = torch.cat([self.errors(), self.reference], 1)                          # [N, 4]
-        metrics = self.metrics(errors[self.is_first])
-        record = {f"validate/{name.split('/')[1]}": value for name, value in metrics.items()}
-        interval = wilson(metrics["reward/accuracy"], int(self.is_first.sum()))
-        record |= zip(("validate/accuracy_low", "validate/accuracy_high"), interval)
-        for quarter in range(4):
-            of_quarter = self.is_first & (self.quarter == quarter)
-            record[f"validate/accuracy_t{quarter}"] = self.metrics(errors[of_quarter])["reward/accuracy"]
-        return {name: value if math.isfinite(value) else None for name, value in record.items()}
+        errors = self.errors()[self.is_first]                                           # [n, 2]
+        reference = self.reference[self.is_first]
+        metrics = preference_metrics(*errors.unbind(1), *reference.unbind(1), self.trainer.args.beta)
+        record = {f"validate/{name.split('/')[1]}": value.item() for name, value in metrics.items()}
 
-    def metrics(self, errors):
-        err_w, err_l, ref_err_w, ref_err_l = errors.unbind(1)
-        metrics = preference_metrics(err_w, err_l, ref_err_w, ref_err_l, self.trainer.args.beta)
-        return {name: value.item() for name, value in metrics.items()}
+        difference = errors - reference                                                 # D_w, D_l
+        outcomes = (torch.sign(difference[:, 1] - difference[:, 0]) + 1) / 2            # 1 right, 0 wrong, 1/2 alike
+        _, low, high = rate_interval(outcomes, self.prompts[self.is_first])
+        record |= {"validate/accuracy_low": low, "validate/accuracy_high": high}
+        for quarter in range(4):
+            of_quarter = self.quarter[self.is_first] == quarter
+            record[f"validate/accuracy_t{quarter}"] = outcomes[of_quarter].mean().item()
+        return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
 def plot_validation(lines, file):
@@ -566,7 +575,9 @@ def plot_validation(lines, file):
     error.legend(fontsize="small")
     for axis, at_start in ((accuracy, 0.5), (margin, 0), (error, 1)):
         axis.axhline(at_start, color="grey", linewidth=0.5)
-    figure.savefig(file, dpi=120)
+    part = file.with_suffix(".part")
+    figure.savefig(part, dpi=120, format="png")
+    part.replace(file)
 
 
 def main(argv=None):

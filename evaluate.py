@@ -41,7 +41,7 @@ from common import InputError, atomic_write, brief, digest, hub_id, keyed_genera
 from data import Clip, as_text
 from models import cast_for_autocast, fuse_lora, load_model
 from report import (ImageFolder, comparable_folders, comparable_scores, first_difference, open_batches, read_json,
-                    save_png, settings_of, style_table, table, to_pil, writable_file, write_report)
+                    refuse_twice, save_png, settings_of, style_table, table, to_pil, writable_file, write_report)
 from stats import cmmd, diversity, frechet, inception, mean_squared_distance, style_statistics
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # where a prompt may stand
@@ -346,7 +346,9 @@ def compare(args):
 def pairs(args):
     """Preference pairs, in Pick-a-Pic's schema, of the best and the worst image of each prompt in scored folders."""
     scorers, least = args.by.split("+"), parse_gaps(args.by, args.min_gap)
+    out = new_pairs_file(args.out)
     folders = [ImageFolder(path) for path in args.folders]
+    refuse_twice(folders)
     of_prompt, files, counts = {}, [], collections.Counter()
     scores = scores_of(folders, scorers)                                                # [all images, scorers]
     for folder in folders:
@@ -366,8 +368,21 @@ def pairs(args):
     dropped = "".join(f", {count} {fault}" for fault, count in counts.items())
     if not chosen:
         raise InputError(f"pairs: none is left of {len(of_prompt)} prompts{dropped}")
-    out = write_pairs(args.out, chosen, files, scores, scorers)
-    print(f"{out}: {len(chosen)} pairs of {len({prompt for prompt, _, _ in chosen})} of {len(of_prompt)} prompts{dropped}")
+    write_pairs(out, chosen, files, scores, scorers)
+    prompts = {prompt for prompt, _, _ in chosen}
+    print(f"{out}: {len(chosen)} pairs of {len(prompts)} of {len(of_prompt)} prompts{dropped}")
+
+
+def new_pairs_file(out):
+    """The path of a parquet file, alone in its folder where --out names a folder. InputError where it is not new."""
+    is_file = str(out).endswith(".parquet")
+    file = writable_file(out if is_file else Path(out) / "train.parquet")
+    there = [file.name] if file.exists() else []
+    if not is_file:
+        there += [path.name for path in file.parent.glob("*") if not common.is_hidden(path.name)]
+    if there:
+        raise InputError(f"pairs: --out {out} holds {min(there)} already; remove it, or give another --out")
+    return file
 
 
 def parse_gaps(by, min_gap):
@@ -389,9 +404,11 @@ def scores_of(folders, scorers):
         scored_by, folder_rows = folder.read_scores()
         for name in scorers:
             if not all(name in row for row in folder_rows):
-                raise InputError(f"{folder.path} was not scored by {name}, or its images changed since; run `score` on it")
+                raise InputError(f"{folder.path} was not scored by {name}, or its images changed since; run `score` "
+                                 "on it")
             if identities.setdefault(name, scored_by[name]) != scored_by[name]:
-                raise InputError(f"{folder.path} was scored by another {name}: {scored_by[name]}, not {identities[name]}")
+                raise InputError(f"{folder.path} was scored by another {name}: {scored_by[name]}, not "
+                                 f"{identities[name]}")
         rows += [[float(row[name]) for name in scorers] for row in folder_rows]
     return np.array(rows)
 
@@ -425,17 +442,14 @@ def ranked_pairs(scores, least, every=False):
     return found
 
 
-def write_pairs(out, chosen, files, scores, scorers):
-    """A parquet file of (prompt, number of the better image, of the worse one), whole or not there; its path.
+def write_pairs(file, chosen, files, scores, scorers):
+    """A parquet file of (prompt, number of the better image, of the worse one), whole or not there.
 
     Beside Pick-a-Pic's columns: the files, and of each scorer both scores and by how much the winner's is higher.
     """
     import pyarrow
     import pyarrow.parquet
 
-    file = writable_file(out if str(out).endswith(".parquet") else Path(out) / "train.parquet")
-    if file.exists():
-        raise InputError(f"pairs: {file} is there already; remove it, or give another --out")
     part, writer = file.with_suffix(".part"), None
     for start in tqdm(range(0, len(chosen), 64), "pairs", unit="64 pairs"):  # so many in memory
         rows = []
@@ -454,7 +468,6 @@ def write_pairs(out, chosen, files, scores, scorers):
         writer.write_table(table)
     writer.close()
     part.replace(file)
-    return file
 
 
 # Style
@@ -564,7 +577,7 @@ def parse_args(argv=None):
     add("--prompts", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of the hub, or tiny")
     add("--out", metavar="DIR", required=True)
     add("--limit", type=int, metavar="N", help="the first N prompts alone")
-    add("--per_prompt", type=int, default=1, metavar="K", help="images of each prompt, each from a noise of its own [1]")
+    add("--per_prompt", type=int, default=1, metavar="K", help="images of each prompt, each of its own noise [1]")
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=50, help="denoising steps [%(default)s]")
     add("--guidance", type=float, help="classifier-free guidance [7.5; SDXL 5.0; a toy model 3.0]")

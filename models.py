@@ -41,6 +41,7 @@ class StableDiffusion:
     denoiser  the network in it that trains
     process   the diffusion process of its schedule
     init_lora where the LoRA weights came from that were fused into it last, or None
+    vae_dtype in which images are encoded
     """
 
     denoiser_name = "unet"
@@ -53,7 +54,7 @@ class StableDiffusion:
     def __init__(self, pipe):
         from diffusers import DDPMScheduler
 
-        self.pipe, self.init_lora = pipe, None
+        self.pipe, self.init_lora, self.vae_dtype = pipe, None, torch.float32
         self.denoiser = getattr(pipe, self.denoiser_name)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.process = DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
@@ -125,19 +126,27 @@ class StableDiffusion:
     def encode_images(self, pixels):
         """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W], before the scaling.
 
-        In float32 whatever the run's precision: SDXL's VAE overflows in fp16. A few pairs at a time: at
-        1024 px one activation of 16 pairs would have 2^32 elements.
+        In `vae_dtype`, never in fp16, in which SDXL's VAE overflows. A few pairs at a time: at 1024 px one
+        activation of 16 pairs would have 2^32 elements.
         """
-        vae = self.pipe.vae
+        vae = self.encoding_vae
 
         def encode(images):
-            posterior = vae.encode(images.flatten(0, 1).to(vae.device, non_blocking=True)).latent_dist
-            return posterior.mean, posterior.std
+            images = images.flatten(0, 1).to(vae.device, vae.dtype, non_blocking=True)
+            posterior = vae.encode(images).latent_dist
+            return posterior.mean.float(), posterior.std.float()
 
         at_once = max(1, 2 ** 21 // pixels[0, 0, 0].numel())
         outputs = by_rows(encode, pixels, vae.device, at_once, torch.get_num_threads())
         mean, std = (torch.cat(output).unflatten(0, pixels.shape[:2]) for output in zip(*outputs))
         return mean, std
+
+    @functools.cached_property
+    def encoding_vae(self):
+        """The VAE in `vae_dtype`; a copy where that is not float32, in which samples are decoded."""
+        if self.vae_dtype == torch.float32:
+            return self.pipe.vae
+        return copy.deepcopy(self.pipe.vae).to(self.vae_dtype)
 
     def scale_latents(self, latents):
         """Latents as the VAE gives them -> as the denoiser knows them, of about unit variance."""

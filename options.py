@@ -19,8 +19,8 @@ H14 = "ViT-H-14:laion2b_s32b_b79k"
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
     "tiny": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10,
-                 beta=500.0, prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0, save_every=40,
-                 resolution=32),
+                 beta=500.0, prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0,
+                 save_every=40, resolution=32),
     "tiny sft": dict(lr=1e-4),
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
                  random_flip=True, resolution=512, optimizer="adamw", save_every=50),
@@ -96,6 +96,7 @@ def add_shared_options(options):
     add("random_flip", False, bool, "mirror half of the pairs")
     add("random_crop", False, bool, "crop a pair anywhere instead of in the middle")
     add("vae_sample", "sample", ["mean", "sample"], "what the VAE's posterior gives [sample]")
+    add("vae_precision", None, ["fp32", "bf16"], "in which the VAE encodes [bf16 on cuda, else fp32]")
     add("seed", 0, NATURAL)
     add("device", None, str, "cuda, mps or cpu [the best there is]")
     add("precision", None, ["fp32", "bf16", "fp16"], "of the forward pass [bf16 on cuda, else fp32]")
@@ -133,11 +134,11 @@ def train_args(argv=None):
     add("lora_rank", 0, NATURAL, "of an adapter of the attention; 0 = train the whole network [0]")
     add("ema", 0.0, number(float, 0, 0.999999), "of an average of the weights, which model/ and samples then are; "
         "0 = none [0]", "DECAY")
-    add("skip_above", None, number(float, 1, above=True), "skip a step whose gradient norm is above K times the median "
-        "of the last 100 [no step]", "K")
+    add("skip_above", 0.0, number(float, 0), "skip a step whose gradient norm is above K times the median of the last "
+        "100; 0 = none [0]", "K")
     # is it learning
-    add("validate", None, str, "held-out pairs to measure on: files, a folder or a cache as of --data, tiny, or a share "
-        "of --data's prompts, as 0.02", "PAIRS|SHARE")
+    add("validate", None, str, "held-out pairs to measure on: a file, folder or cache as of --data, tiny; or a "
+        "share of --data's prompts, as 0.02", "PAIRS|SHARE")
     add("validate_every", 100, COUNT, "steps between measurements [100]")
     add("validate_pairs", 512, COUNT, "held-out pairs at most [512]")
     # machine
@@ -161,6 +162,8 @@ def train_args(argv=None):
     loss_fn = LOSSES[args.loss]
     args.loss_args = parse_loss_args(args, loss_fn)
     held_out_share(args.validate)
+    if 0 < args.skip_above <= 1:
+        raise InputError(f"--skip_above {args.skip_above:g} would skip half of the steps; it is 0 or above 1")
     if args.reference_errors and not {"ref_err_w", "ref_err_l"} & wants(loss_fn).keys():
         raise InputError(f"--reference_errors: {args.loss} has no reference")
     args.micro_batch = fit_micro_batch(args, args.group_size if "weights" in wants(loss_fn) else 1)
@@ -208,6 +211,7 @@ def resolve(options, argv):
     device = get_device(args.device)
     args.device = args.device or device.type
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    args.vae_precision = args.vae_precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
     return args
@@ -232,6 +236,7 @@ def cache_settings(source):
     if "files" not in manifest:
         raise InputError(f"--data {source} is not finished; the command of encode.py that began it goes on")
     settings = {name: manifest[name] for name in ("resolution", "random_crop", "random_flip", "clip")}
+    settings["vae_precision"] = manifest.get("vae_precision", "fp32")
     if manifest["vae_sample"] == "mean":
         settings["vae_sample"] = "mean"
     return settings
@@ -306,8 +311,8 @@ def check_same_run(args, before, out, has_digests=False):
     may_change = MAY_CHANGE | MAY_MOVE if has_digests else MAY_CHANGE
     share, share_before = held_out_share(args.validate), held_out_share(before.get("validate"))
     if before and share != share_before:
-        raise InputError(f"{out} holds a run that held out a share of {share_before:g}, not {share:g}, of the prompts "
-                         "(--validate); give another --out, or remove it")
+        raise InputError(f"{out} holds a run that held out a share of {share_before:g}, not {share:g}, of the "
+                         "prompts (--validate); give another --out, or remove it")
     for name, value in vars(args).items():
         recorded = before.get(name, value)
         if name not in may_change and value not in (None, recorded):  # None will become what it became then

@@ -183,13 +183,18 @@ def first_difference(one, other):
             return f"{name} is {one.get(name)!r} in one and {other.get(name)!r} in the other"
 
 
-def comparable_folders(paths):
-    """The `ImageFolder` of each path. InputError where prompts, seeds or settings differ."""
-    folders = [ImageFolder(path) for path in paths]
+def refuse_twice(folders):
+    """InputError where a folder of images stands there twice."""
     places = [folder.path.resolve() for folder in folders]
     for folder, place in zip(folders, places):
         if places.count(place) > 1:
             raise InputError(f"{folder.path} is given twice; a folder is compared with others")
+
+
+def comparable_folders(paths):
+    """The `ImageFolder` of each path. InputError where prompts, seeds or settings differ."""
+    folders = [ImageFolder(path) for path in paths]
+    refuse_twice(folders)
     settings = settings_of(folders[0].manifest)
     for folder in folders[1:]:
         difference = first_difference(settings, settings_of(folder.manifest))

@@ -30,6 +30,25 @@ def win_rate(ours, theirs):
     return WinRate((wins + ties / 2) / len(ours), wins, ties, len(ours) - wins - ties)
 
 
+def rate_interval(outcomes, prompts):
+    """(rate, low, high) of outcomes [N] in [0, 1] with a prompt each: the mean, and its 95% interval.
+
+    Wilson's, of as many independent trials as the outcomes are worth: those of a prompt go together. That is
+    N times p (1 - p) / N over the variance of the mean between prompts; where all agree, the number of prompts.
+    """
+    outcomes = np.asarray(outcomes, dtype=np.float64)
+    if len(outcomes) == 0:
+        return math.nan, math.nan, math.nan
+    rate = float(outcomes.mean())
+    _, prompt_of = np.unique(prompts, return_inverse=True)
+    sums = np.bincount(prompt_of, outcomes - rate)                                      # [P]
+    n = len(sums)
+    if n > 1 and sums.any():
+        variance = (sums ** 2).sum() / len(outcomes) ** 2 * n / (n - 1)
+        n = min(len(outcomes), rate * (1 - rate) / variance)
+    return rate, *wilson(rate, n)
+
+
 def wilson(rate, n):
     """Wilson's 95% interval (J. Am. Stat. Assoc. 22, 1927) of a rate of n independent trials; nan of none."""
     if n == 0:

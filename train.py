@@ -35,11 +35,11 @@ from transformers import Adafactor
 
 from common import InputError, atomic_write, print0
 from data import (COLUMNS, SCAN_LIMIT, TO_VALIDATE, Clip, EncodedPairs, ImagePairs, Stream, collate, crop_summary,
-                  cross_pair_weights, find_held_out, find_prompts, is_cache, read_manifest, read_rows)
+                  cross_pair_weights, find_held_out, find_prompts, is_cache, read_rows)
 from encode import ReferenceErrors, Validation, check_cache, check_records, encode_batch, plot_validation
 from loss import LOSSES, denoising_error, wants
 from models import cast_for_autocast, disabled_adapter, find_model, frozen_reference, fuse_lora, load_model
-from options import H14, check_same_run, held_out_share, hyperparameters, train_args
+from options import H14, cache_settings, check_same_run, held_out_share, hyperparameters, train_args
 
 ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no "
           "second network) or fewer --workers; in another --out, --lora_rank 16, --optimizer adafactor or a "
@@ -106,8 +106,9 @@ class Trainer:
 
         # Encoded pairs bring CLIP's embeddings with them; equal weights and a group of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
-        self.clip, self.is_encoded = None, isinstance(pairs, EncodedPairs)
-        if self.wants_weights and self.tau < math.inf and not self.is_encoded:
+        self.clip, is_encoded = None, isinstance(pairs, EncodedPairs)
+        self.trains_with_encoders = args.sample_every or not is_encoded
+        if self.wants_weights and self.tau < math.inf and not is_encoded:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
         self.digests = model.digests | {"data": pairs.digest()}  # of what the run is a function of
@@ -131,10 +132,9 @@ class Trainer:
         for name, param in denoiser.named_parameters():
             if param.requires_grad:
                 self.params[name] = param
-        needs_encoders = args.sample_every or isinstance(self.pairs, ImagePairs) or isinstance(self.held_out, ImagePairs)
-        for network in model.networks().values():
-            if network is denoiser or needs_encoders:
-                network.to(self.device)
+        denoiser.to(self.device)
+        if self.trains_with_encoders or isinstance(self.held_out, ImagePairs):
+            self.place_encoders(self.device)
         is_cpu, is_cuda = self.device.type == "cpu", self.device.type == "cuda"
         if is_cuda or is_cpu and not args.lora_rank:
             denoiser.to(memory_format=torch.channels_last)  # the faster layout; on a CPU not for frozen weights
@@ -147,8 +147,14 @@ class Trainer:
         elif self.wants_reference:
             self.reference = self.compiled(frozen_reference(denoiser, self.dtype))
 
+    def place_encoders(self, device):
+        for network in self.model.networks().values():
+            if network is not self.model.denoiser:
+                network.to(device)
+
     def compiled(self, network):
-        return torch.compile(network) if self.args.compile else network
+        """A graph for every size of batch: one for any would round otherwise than each of its own."""
+        return torch.compile(network, dynamic=False) if self.args.compile else network
 
     def places(self, first, count):
         """This process's micro-batches, ranges of positions, of some; the k-th of all processes are one stretch."""
@@ -290,6 +296,8 @@ def train(args, out, state):
         trainer.reference = None
     if trainer.held_out:  # before a checkpoint is restored: the policy is the starting model
         output.validation = Validation(trainer, out / "validation.safetensors")
+        if not trainer.trains_with_encoders:
+            trainer.place_encoders("cpu")
     if args.gradient_checkpointing:
         trainer.model.denoiser.enable_gradient_checkpointing()
     if state:
@@ -337,7 +345,7 @@ def train(args, out, state):
         # whose gradient stands out.
         warmed_up = (step + 1) / max(1, args.warmup)
         optimizer.param_groups[0]["lr"] = args.lr * min(1, warmed_up)
-        if not output.is_spike(step, record["grad_norm"]):
+        if not output.skips(step, record["grad_norm"]):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -369,13 +377,13 @@ def set_up(args, out, state):
     else:
         pairs = ImagePairs(args.data, args.resolution, args.seed, args.random_crop,
                            args.random_flip, args.prompt_dropout)
-    held_out = open_held_out(args, pairs)
+    held_out = open_held_out(args, pairs) if args.validate else None
     if state and state["pairs"] != len(pairs):
         raise InputError(f"{out} was begun with {state['pairs']} pairs; {args.data} now holds {len(pairs)}")
     model = load_model(args.model, args.random_init, args.config)
     if args.init_lora:
         fuse_lora(model, args.init_lora)
-    for source in (args.data, args.validate or ""):
+    for source in filter(None, (args.data, args.validate)):
         if is_cache(source):
             check_cache(source, model, args.model)
     if args.sample_every:
@@ -383,6 +391,8 @@ def set_up(args, out, state):
     args.resolution = pairs.resolution = model.resolution(args.resolution)
     if held_out:
         held_out.resolution = args.resolution
+        check_held_out(args)
+    model.vae_dtype = common.DTYPES[args.vae_precision]
     args.optimizer = args.optimizer or model.optimizer
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
     trainer = Trainer(args, pairs, held_out, model, device)
@@ -409,22 +419,38 @@ def set_up(args, out, state):
 
 
 def open_held_out(args, pairs):
-    """The pairs of --validate, as they are: no flip, no dropout. A share of --data's prompts leaves `pairs`."""
-    if not args.validate:
-        return None
+    """The pairs of --validate, with their prompts: a share of --data's prompts, whose pairs `pairs` loses, or others.
+
+    Nothing is mirrored or cropped by chance, but for what a cache has of that.
+    """
     share = held_out_share(args.validate)
-    source = args.data if share else find_held_out(args.validate)
-    if not is_cache(source):
-        rows = pairs.source_rows if share and not is_cache(args.data) else read_rows(source, TO_VALIDATE)
-        held_out = ImagePairs(source, source_rows=rows)
+    if share and is_cache(args.data):
+        held_out = EncodedPairs(args.data)
+    elif share:
+        held_out = ImagePairs(args.data, source_rows=pairs.source_rows)
     else:
-        held_out = EncodedPairs(source)
-        resolution = read_manifest(source)["resolution"]
-        if args.resolution and resolution != args.resolution:
-            raise InputError(f"--validate {source} was encoded at {resolution} pixels, not at {args.resolution}")
-    if share:
-        held_out.use(pairs.hold_out(share))
+        source = find_held_out(args.validate)
+        try:
+            if is_cache(source):
+                cache_settings(source)  # it is finished
+                return EncodedPairs(source)
+            return ImagePairs(source, source_rows=read_rows(source, TO_VALIDATE))
+        except InputError as error:
+            raise InputError(str(error).replace("--data", "--validate"))
+    held_out.use(pairs.hold_out(share))
     return held_out
+
+
+def check_held_out(args):
+    """InputError where --validate is a cache of other latents than those that are trained on."""
+    if not is_cache(args.validate):
+        return
+    settings = cache_settings(args.validate)  # has vae_sample where there are means alone
+    for name in ("resolution", "vae_sample"):
+        value = settings.get(name, getattr(args, name))
+        if value != getattr(args, name):
+            raise InputError(f"--validate {args.validate} was encoded with --{name} {value}, not "
+                             f"{getattr(args, name)}; encode it as --data is, or give the pairs themselves")
 
 
 def say_what_runs(trainer, steps_taken):
@@ -522,6 +548,12 @@ class Output:
     def write_json(self, name, content):
         atomic_write(self.out / name, json.dumps(content, indent=1))
 
+    def write_report(self):
+        report = self.trainer.pairs.report()
+        if self.trainer.held_out:
+            report["validate"] = self.trainer.held_out.report()
+        self.write_json("data.json", report)
+
     def read_prompts(self):
         """Eight prompts for the grids: of --sample_prompts, else captions of the data."""
         pairs = self.trainer.pairs
@@ -546,37 +578,44 @@ class Output:
         return F.interpolate(torch.cat(images), scale_factor=enlarged)
 
     @contextlib.contextmanager
-    def averaged_weights(self, everywhere=False):
-        """The average in the place of the weights, where there is one; of all processes, which share the weights."""
+    def averaged_weights(self):
+        """The average in the place of the first process's weights, where there is one."""
         params = self.trainer.params.values()
-        is_shared = everywhere and self.args.ema
         if self.ema:
             self.ema.store(params)
             self.ema.copy_to(params)
-        for param in params if is_shared else ():
-            common.broadcast(param)
         yield
         if self.ema:
             self.ema.restore(params)
-        for param in params if is_shared else ():
-            common.broadcast(param)
 
-    def is_spike(self, step, grad_norm):
-        """Whether --skip_above wants the step skipped, by the norms of the last 100 steps, once there are 20."""
-        above, is_spike = self.args.skip_above, False
-        if not above or not math.isfinite(grad_norm):  # what overflows fp16 is its scaler's
+    def measure(self):
+        """What `Validation.measure` gives: of the average where there is one, which the first process lends to all."""
+        params = self.trainer.params.values()
+        if not self.args.ema:
+            return self.validation.measure()
+        with self.averaged_weights():
+            for param in params:
+                common.broadcast(param)
+            measured = self.validation.measure()
+        for param in params:  # the weights, which were the same everywhere
+            common.broadcast(param)
+        return measured
+
+    def skips(self, step, grad_norm):
+        """Whether --skip_above leaves this step out, by the norms of the last 100 steps, once there are 20."""
+        if not self.args.skip_above or not math.isfinite(grad_norm):  # what overflows fp16 is its scaler's
             return False
-        if len(self.grad_norms) >= 20:
-            usual = statistics.median(self.grad_norms)
-            is_spike = grad_norm > above * usual
-        self.grad_norms = [*self.grad_norms, grad_norm][-100:]
-        if is_spike:
-            self.skipped += 1
-            if self.is_writer:
-                self.kept = self.kept or common.newest_checkpoint(self.out)
-                tqdm.write(f"step {step} is skipped: gradient norm {grad_norm:.3g}, {grad_norm / usual:.1f} times the "
-                           f"median; from before the first such step {self.kept or 'no checkpoint'} is kept")
-        return is_spike
+        norms = self.grad_norms
+        self.grad_norms = [*norms, grad_norm][-100:]
+        if len(norms) < 20 or grad_norm <= self.args.skip_above * statistics.median(norms):
+            return False
+        self.skipped += 1
+        if self.is_writer:
+            self.kept = self.kept or common.newest_checkpoint(self.out)
+            times = grad_norm / statistics.median(norms)
+            tqdm.write(f"step {step} is skipped: its gradient norm, {grad_norm:.3g}, is {times:.1f} times the median; "
+                       f"{self.kept or 'no checkpoint'} is kept")
+        return True
 
     def restore(self, state):
         """Weights, optimizer, scaler and average of a checkpoint, which is then let go: its file is mapped."""
@@ -603,9 +642,10 @@ class Output:
         self.first_step = start
         if not self.is_writer:
             return
-        for part in self.out.glob("checkpoint-*.part"):
-            part.unlink()
-        self.write_json("data.json", self.trainer.pairs.report())
+        for part in self.out.glob("*.part"):
+            if part.is_file():
+                part.unlink()
+        self.write_report()
         (self.out / "samples").mkdir(exist_ok=True)
         model = self.out / "model"
         if start < self.args.steps and model.exists():  # of fewer --steps
@@ -626,11 +666,13 @@ class Output:
         if self.scaler.is_enabled() or args.skip_above:
             record["skipped"] = self.skipped
         if self.validation and is_due(done, args.validate_every, is_last):
-            with self.averaged_weights(everywhere=True):
-                self.measured = self.validation.measure()
+            self.measured = self.measure()
             record |= self.measured
         if self.is_writer:
             self.log.write(step, record)
+            if "validate/margin" in record:
+                lines = (self.out / "log.jsonl").read_text().splitlines()
+                plot_validation([json.loads(line) for line in lines], self.out / "validation.png")
             if step == self.first_step:
                 tqdm.write(crop_summary(torch.cat(self.trainer.first_time_ids)))
             if args.group_size > 1 and "weights/own" in record:
@@ -690,11 +732,8 @@ class Output:
         with self.averaged_weights():
             self.trainer.model.save(part)
         (part / "README.md").write_text(model_card(self.args))
-        self.write_json("data.json", self.trainer.pairs.report())
+        self.write_report()
         part.rename(self.out / "model")
-        if self.validation:
-            lines = (self.out / "log.jsonl").read_text().splitlines()
-            plot_validation([json.loads(line) for line in lines], self.out / "validation.png")
 
 
 def is_due(done, every, at_once):

@@ -43,7 +43,8 @@ from options import train_args
 STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
 PAIRS = 64  # of the data, that are used
 DEFAULTS = ["--batch_size", "16", "--micro_batch", "8", "--group_size", "1", "--data", "tiny"]
-ENCODE_OPTIONS = ("model", "config", "init_lora", "clip", "device", "precision", "resolution", "vae_sample", "seed")
+ENCODE_OPTIONS = ("model", "config", "init_lora", "clip", "device", "precision", "resolution", "vae_sample",
+                  "vae_precision", "seed")
 ENCODE_FLAGS = ("random_init", "random_flip", "random_crop")
 
 

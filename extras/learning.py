@@ -4,11 +4,13 @@
     python -m extras.learning --rows extras     the figure and the table alone, from the committed rows
 
 Every run is the embedded task's by RPO, as its preset has it, but for what its name says; held-out pairs are measured
-every ten steps. Into --out go learning.csv, a row per measurement, and learning.png; the table is printed.
+every ten steps. Into --out go learning.csv, a row per measurement, and learning.png; the table is printed. Killed, the
+same command goes on with the runs that are missing.
 """
 
 import argparse
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -60,7 +62,7 @@ def measure_run(setting, out):
     for line in (run / "log.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "validate/accuracy" in record:
-            row = {"beta": beta, "lr": lr, "swapped": int(swapped), "step": record["step"] + 1}
+            row = {"beta": beta, "lr": lr, "swapped": float(swapped), "step": record["step"] + 1}
             row |= {name: record[f"validate/{name}"] for name in MEASURED}
             rows.append(row | {"sketches": judged["style"], "shapes": judged["shape"]})
     shutil.rmtree(run)
@@ -75,6 +77,14 @@ def read_rows(folder):
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
     except (OSError, ValueError) as error:
         raise InputError(f"--rows {file} cannot be read: {common.brief(error)}")
+
+
+def write_rows(rows, folder):
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    common.atomic_write(folder / "learning.csv", stream.getvalue())
 
 
 def rows_of(rows, setting):
@@ -139,11 +149,11 @@ def main(argv=None):
         if args.rows:
             rows = read_rows(args.rows)
         else:
-            rows = [row for setting in settings() for row in measure_run(setting, out)]
-            with open(out / "learning.csv", "w", newline="") as stream:
-                writer = csv.DictWriter(stream, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            rows = read_rows(out) if (out / "learning.csv").exists() else []
+            for setting in settings():
+                if not rows_of(rows, setting):
+                    rows += measure_run(setting, out)
+                    write_rows(rows, out)
         figure(rows, out / "learning.png")
         print(table(rows))
 

@@ -571,6 +571,516 @@ def test_a_wrong_label_is_refused_before_anything_is_encoded(tmp_path, small_mod
     assert not (tmp_path / "c").exists()
 
 
+# The VAE's precision
+
+
+def test_a_vae_in_bf16_is_the_same_to_its_precision(small_model, few_pairs):
+    """bf16 has 8 bits; what decodes samples stays as it was, and so does the default on a CPU."""
+    assert train_args(["--model", "sd15"]).vae_precision == "fp32" or torch.cuda.is_available()
+    pixels = torch.stack([ImagePairs(few_pairs, 32)[k]["pixels"] for k in range(4)])
+    exact, half = fresh(small_model("sdxl")), fresh(small_model("sdxl"))
+    half.vae_dtype = torch.bfloat16
+    for one, other in zip(exact.encode_images(pixels), half.encode_images(pixels)):
+        assert other.dtype == torch.float32 and not torch.equal(one, other)
+        assert (one - other).abs().max() < 0.03 * one.abs().max()
+    latents = torch.randn(2, 4, 8, 8)
+    assert torch.equal(exact.decode(latents), half.decode(latents))
+
+
+def test_a_cache_decides_in_what_the_vae_encoded(tmp_path, run, small_model, few_pairs):
+    """From it as from the pairs by the same VAE; another precision, and errors of another, are refused."""
+    write_cache(small_model("sd"), few_pairs, tmp_path / "c", "--vae_precision", "bf16")
+    file = str(tmp_path / "errors")
+    options = ["--vae_sample", "mean"]
+    cached = run("sd", tmp_path / "c", *options, "--reference_errors", file, name="cached")
+    pairs = run("sd", few_pairs, *options, "--vae_precision", "bf16", name="pairs")
+    exact = run("sd", few_pairs, *options, name="exact")
+    errors = {out: log_of(out)[0]["mse/ref_w"] for out, _, _ in (cached, pairs, exact)}
+    assert errors[cached[0]] == pytest.approx(errors[pairs[0]], rel=1e-6)
+    assert errors[cached[0]] != pytest.approx(errors[exact[0]], rel=1e-6)
+    assert json.loads((cached[0] / "config.json").read_text())["resolution"] == 32
+    names = ["rows", "used", "ties", "unlabelled", "unreadable", "left_out"]
+    reports = [json.loads((out / "data.json").read_text()) for out in (plain[0], cached[0])]
+    assert reports[0] == reports[1] and [*reports[0]] == names
+    assert reports[0]["unreadable"] == {"no image": [5], "not a picture": [9]}
+
+
+def test_the_posteriors_draw_comes_from_the_cache_too(run, encoded, few_pairs):
+    plain, cached = run("sd", few_pairs, name="plain"), run("sd", encoded("sd"), name="cached")
+    mean = run("sd", encoded("sd"), "--vae_sample", "mean", name="mean")
+    assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm()
+    assert (mean[1] - cached[1]).norm() > 1e-5 * mean[1].norm()
+
+
+def test_a_cache_streams_the_same_pairs_in_the_same_order(encoded, few_pairs):
+    """Epochs, replacement of unreadable rows, dropped prompts, size and crop; from processes as well."""
+    plain = ImagePairs(few_pairs, 32, seed=3, prompt_dropout=0.5)
+    cached = EncodedPairs(encoded("sdxl"), seed=3, prompt_dropout=0.5)
+    for position in range(2 * len(plain) + 3):
+        a, b = plain[position], cached[position]
+        assert all(a[name] == b[name] for name in ("row", "prompt", "caption", "unreadable"))
+        assert torch.equal(a["time_ids"], b["time_ids"])
+        # SDXL: a dropped prompt is zeros
+        assert b["prompt_embeds"].any() == b["pooled_prompt_embeds"].any() == bool(a["prompt"])
+    plain.scan()
+    assert plain.report() == cached.report()
+    batches = [[0, 1], [2]]
+    loaded = torch.utils.data.DataLoader(cached, batch_sampler=batches, num_workers=1, collate_fn=data.collate)
+    means = torch.cat([batch["mean"] for batch in loaded])
+    assert torch.equal(means, torch.stack([cached[k]["mean"] for k in range(3)]))
+
+
+def test_flips_and_crops_are_those_of_the_first_epoch(encoded, few_pairs, small_model, run):
+    folder = encoded("sd", "--random_flip", "--random_crop")
+    pairs = ImagePairs(few_pairs, 32, random_flip=True, random_crop=True)
+    cached, model = EncodedPairs(folder), fresh(small_model("sd"))
+    for position in range(8):
+        mean, _ = model.encode_images(pairs[position]["pixels"][None])
+        torch.testing.assert_close(cached[position]["mean"], mean[0])
+    assert json.loads((run("sd", folder)[0] / "config.json").read_text())["random_flip"] is True
+
+
+def test_half_and_means_take_less_room_and_say_so(encoded, run):
+    """fp16 keeps 11 bits of latents and prompts; CLIP's embeddings and SDXL's sizes stay float32."""
+    whole = EncodedPairs(encoded("sdxl"))[0]
+    half = EncodedPairs(encoded("sdxl", "--store", "fp16"))[0]
+    means = EncodedPairs(encoded("sdxl", "--vae_sample", "mean"))[0]
+    for name in ("mean", "std", "prompt_embeds", "pooled_prompt_embeds"):
+        assert half[name].dtype == torch.float16
+        torch.testing.assert_close(half[name].float(), whole[name], rtol=2**-11, atol=1e-7)
+    assert torch.equal(half["time_ids"], whole["time_ids"])
+    assert torch.equal(half["clip_embeds"], whole["clip_embeds"])
+    assert "std" not in means and torch.equal(means["mean"], whole["mean"])
+    out = run("sdxl", encoded("sdxl", "--store", "fp16", "--vae_sample", "mean"))[0]
+    assert json.loads((out / "config.json").read_text())["vae_sample"] == "mean"
+
+
+def test_every_prompt_is_encoded_once(encoded, few_pairs):
+    prompts = json.loads((encoded("sd") / "prompts.json").read_text())
+    pairs = ImagePairs(few_pairs, 32)
+    assert prompts[0] == "" and sorted(prompts[1:]) == sorted({pairs.caption(row) for row in pairs.rows})
+    files = sorted(encoded("sd").glob("prompts-*.safetensors"))
+    sizes = [len(load_file(file)["prompt_embeds"]) for file in files]
+    assert sum(sizes) == len(prompts) and set(sizes[:-1]) == {5} and 0 < sizes[-1] <= 5
+
+
+def weighted_loss(err_w, err_l, ref_err_w, ref_err_l, beta, pair_weight):
+    value, _ = loss.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta)
+    return value * pair_weight.mean(), {"first": pair_weight[0], "last": pair_weight[-1]}
+
+
+def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_model, monkeypatch):
+    """From pairs and from a cache alike, each pair its own; data without the column are refused."""
+    for module in (data, options, train):
+        monkeypatch.setattr(module, "COLUMNS", ("pair_weight",))
+    monkeypatch.setattr(options, "VECTORS", options.VECTORS | {"pair_weight"})
+    monkeypatch.setitem(loss.LOSSES, "weighted", weighted_loss)
+    rows = tiny.pair_rows(12)
+    rows[0] |= {"jpg_0": b""}
+    for k, row in enumerate(rows):
+        row["pair_weight"] = k / 2
+    source, cache = str(parquet(tmp_path / "weighted.parquet", rows)), tmp_path / "c"
+    write_cache(small_model("sd"), source, cache)
+    fixed = "--loss weighted --steps 1 --micro_batch 8".split()
+    plain = run("sd", source, *fixed, name="plain")
+    cached = run("sd", cache, *fixed, name="cached")
+    assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
+    expected = [int(EncodedPairs(cache)[position]["row"]) / 2 for position in (0, 7)]
+    for out in (plain[0], cached[0]):
+        assert [log_of(out)[0][name] for name in ("first", "last")] == expected
+    source = str(parquet(tmp_path / "plain.parquet", tiny.pair_rows(8)))
+    with pytest.raises(SystemExit, match=f"^train.py: weighted wants pair_weight, which --data {source} lacks$"):
+        run("sd", source, *fixed, name="refused")
+    monkeypatch.setattr(data, "COLUMNS", ())
+    with pytest.raises(SystemExit, match="c was begun with columns .'pair_weight'., not ..; give another --out"):
+        write_cache(small_model("sd"), tmp_path / "weighted.parquet", cache)
+
+
+# Building it
+
+
+def faulty(fault, number, *arguments):
+    """encode.py, killed in the midst of writing its number-th file, or its disk full from there on."""
+    written, atomic_write = 0, encode.atomic_write
+
+    def faulty_write(file, content, suffix=""):
+        nonlocal written
+        written += file.suffix == ".safetensors"
+        if written == number and fault == "kill":
+            file.with_name(f"{file.name}.part").write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        if written == number and fault == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        return atomic_write(file, content, suffix)
+
+    encode.atomic_write = faulty_write
+    write_cache(*arguments)
+
+
+@pytest.mark.parametrize("model", ["sd", slow("sdxl")])
+def test_two_processes_write_the_same_files(tmp_path, small_model, few_pairs, encoded, model):
+    arguments = small_model(model), few_pairs, tmp_path / "c"
+    for status, text in launch(tmp_path / "logs", 2, faulty, None, 0, *arguments):
+        assert status == 0, text
+    assert contents(tmp_path / "c") == contents(encoded(model))
+
+
+def test_killed_and_continued_gives_the_same_files(tmp_path, small_model, few_pairs, encoded, argv):
+    """In the midst of a file; the files that were whole are not written again."""
+    cache, before = tmp_path / "c", {}
+    arguments = small_model("sd"), few_pairs, cache
+    for number in (1, 3, 2):
+        ((status, _),) = launch(tmp_path / "logs", 1, faulty, "kill", number, *arguments)
+        assert status == -signal.SIGKILL
+        now = {file: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")}
+        assert before.items() <= now.items() and len(now) == len(before) + number - 1
+        before = now
+    with pytest.raises(SystemExit, match="is not finished; the command of encode.py that began it goes on"):
+        train.main(argv(small_model("sd"), cache))
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, None, 0, *arguments)
+    assert status == 0, text
+    assert contents(cache) == contents(encoded("sd"))
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, small_model, few_pairs, encoded):
+    cache = tmp_path / "c"
+    arguments = small_model("sd"), few_pairs, cache
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, "disk", 3, *arguments)
+    assert status == 1 and "Traceback" not in text
+    assert "encode.py: " in text and "cannot be written" in text
+    assert "with more room the same command goes on" in text
+    assert not [*cache.glob("*.part")] and len([*cache.glob("*.safetensors")]) == 2
+    ((status, text),) = launch(tmp_path / "logs", 1, faulty, None, 0, *arguments)
+    assert status == 0 and contents(cache) == contents(encoded("sd")), text
+
+
+def hub_of(files, monkeypatch):
+    """Lets every hub id name `files`; to download them is an error."""
+    class Builder:
+        class config:
+            data_files = {"train": files}
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: Builder)
+    monkeypatch.setattr(datasets, "load_dataset", None)  # calling it would raise
+
+
+def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encoded, monkeypatch, few_pairs):
+    """From a hub's filesystem as from a folder: each row group is read once, one is held, no copy is made."""
+    plain = contents(encoded("sd"))
+    memory, rows = fsspec.filesystem("memory"), datasets.load_dataset(few_pairs, split="train")
+    names = [f"/hub/data/train-{k}.parquet" for k in (0, 1)]
+    for name, numbers in zip(names, (range(10), range(10, 27))):
+        rows.select(numbers).to_parquet(tmp_path / "part", batch_size=4)
+        memory.pipe(name, (tmp_path / "part").read_bytes())
+    hub_of([f"memory:/{name}" for name in names], monkeypatch)
+    streamed = encode.stream_rows("someone/pairs")
+    images = streamed.images
+    groups, read = images.groups, []
+    assert [group.row_groups[0].num_rows for group in groups] == [4, 4, 2, 4, 4, 4, 4, 1]
+
+    class Group:
+        def __init__(self, number):
+            self.number = number
+
+        def to_table(self, columns):
+            assert images.number is None and images.table is None  # the one before was let go
+            read.append(self.number)
+            return groups[self.number].to_table(columns=columns)
+
+    images.groups = [Group(number) for number in range(len(groups))]
+    assert streamed.columns["caption"].to_pylist() == rows["caption"][:]
+    for k, row in enumerate(rows):
+        assert all(images[k][name] == row[name] for name in ("jpg_0", "jpg_1"))
+    assert read == [*range(8)]
+
+    images.groups = groups
+    monkeypatch.setattr(encode, "stream_rows", lambda source: streamed)
+    write_cache(small_model("sd"), few_pairs, tmp_path / "c")
+    cache = contents(tmp_path / "c")
+    assert cache.pop("manifest.json") != plain.pop("manifest.json")  # it names other files
+    assert cache == plain
+
+
+def test_files_that_cannot_be_streamed_are_refused(monkeypatch):
+    hub_of(["hf://datasets/a/b/train.tar"], monkeypatch)
+    with pytest.raises(InputError, match="^--data a/b cannot be read: it is not kept as parquet"):
+        encode.stream_rows("a/b")
+
+
+def own_pairs(folder, n=3):
+    """A folder with a .jsonl of pairs: picture k against picture 0."""
+    for k in range(n + 1):
+        tiny.draw(tiny.SCENES[k], k % 2 > 0, random.Random(k)).save(folder / f"{k}.png")
+    lines = [{"prompt": f"p{k}", "chosen": f"{k}.png", "rejected": "0.png"} for k in range(1, n + 1)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return lines
+
+
+def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
+    """Swapped, or with other pictures, they are other pairs; drawn ones are read as well."""
+    lines = own_pairs(tmp_path)
+    arguments = small_model("sd"), tmp_path, tmp_path / "c"
+    write_cache(*arguments)
+    assert EncodedPairs(tmp_path / "c").report()["used"] == 3
+    swapped = [line | {"chosen": line["rejected"], "rejected": line["chosen"]} for line in lines]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, swapped)))
+    with pytest.raises(SystemExit, match="was begun with pairs"):
+        write_cache(*arguments)
+    own_pairs(tmp_path)
+    write_cache(*arguments)
+    tiny.draw(tiny.SCENES[9], True, random.Random(0)).resize((48, 48)).save(tmp_path / "1.png")
+    with pytest.raises(SystemExit, match="was begun with pairs"):
+        write_cache(*arguments)
+    assert len(encode.stream_rows(data.find_source("tiny")).columns) == 1500
+
+
+def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
+    """A whole file of unreadable pairs is an empty one; a null caption is no prompt, and the pair not used."""
+    rows = tiny.pair_rows(12)
+    for k in range(5, 10):
+        rows[k] |= {"jpg_0": b"no image"}
+    rows[11] |= {"caption": None}
+    source = parquet(tmp_path / "train.parquet", rows)
+    write_cache(small_model("sd"), source, tmp_path / "c")
+    plain, cached = ImagePairs(str(source), 32), EncodedPairs(tmp_path / "c")
+    plain.scan()
+    assert plain.report() == cached.report()
+    reasons = {"not a picture": [5, 6, 7, 8, 9], "its prompt is no text": [11]}
+    assert cached.report()["unreadable"] == reasons
+    for position in range(12):
+        assert plain[position]["row"] == cached[position]["row"]
+        assert plain[position]["caption"] == cached[position]["caption"]
+    for row in rows:
+        row |= {"jpg_0": b"no image"}
+    source = parquet(tmp_path / "none.parquet", rows)
+    with pytest.raises(SystemExit, match="holds no pair that can be read"):
+        write_cache(small_model("sd"), source, tmp_path / "n")
+
+
+def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeypatch):
+    class Damaged:
+        path = "train.parquet"
+
+        def to_table(self, columns):
+            raise OSError("no bytes")
+
+    source = parquet(tmp_path / "train.parquet", tiny.pair_rows(12), batch_size=6)
+    streamed = encode.stream_rows(str(source))
+    streamed.images.groups[1] = Damaged()
+    monkeypatch.setattr(encode, "stream_rows", lambda source: streamed)
+    complaint = "row 6 is in train.parquet, which cannot be read: no bytes.*the same command goes on"
+    with pytest.raises(SystemExit, match=complaint):
+        write_cache(small_model("sd"), source, tmp_path / "c")
+    assert [*(tmp_path / "c").glob("pairs-*.safetensors")] == [tmp_path / "c" / "pairs-00000.safetensors"]
+
+
+def test_the_defaults_are_the_presets_and_what_was_taken_is_printed(tmp_path, small_model, few_pairs, capsys):
+    """So that a cache of sd15's pairs is mirrored as the run of sd15 would be."""
+    command = ["--model", "sd15", "--out", str(tmp_path / "x"), "--device", "cpu"]
+    args, trained = encode_args(command), train_args(["--model", "sd15", "--device", "cpu"])
+    assert args.random_flip is True and args.resolution == 512
+    for name in encode.SETTINGS:
+        if name != "store":
+            assert getattr(args, name) == getattr(trained, name), name
+    assert encode_args([*command, "--no-random_flip"]).random_flip is False
+    assert encode_args(["--model", "sdxl", *command[2:]]).resolution == 1024
+    write_cache(small_model("sd"), few_pairs, tmp_path / "c", "--random_crop")
+    program, _, printed = capsys.readouterr().out.splitlines()[0].partition(": ")
+    taken = json.loads(printed)
+    assert program == "encode.py" and taken["random_crop"] is True and taken["random_flip"] is False
+    assert taken["store"] == "fp32" and taken["data"] == few_pairs
+
+
+# What does not fit
+
+
+OTHER_SETTINGS = {
+    "--resolution 64": "--resolution 64: .* was encoded with 32",
+    "--random_flip": "--random_flip True: .* was encoded with False",
+    "--random_crop": "--random_crop True: .* was encoded with False",
+    "--clip ViT-L-14:openai": "--clip ViT-L-14:openai: .* was encoded with tiny",
+}
+
+
+@pytest.mark.parametrize("options, complaint", OTHER_SETTINGS.items())
+def test_other_settings_are_refused(encoded, small_model, tmp_path, argv, options, complaint):
+    with pytest.raises(SystemExit, match=f"^train.py: {complaint}"):
+        train.main(argv(small_model("sd"), encoded("sd")) + options.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_draw_from_means_alone_is_refused(encoded):
+    with pytest.raises(InputError, match="--vae_sample sample: .* was encoded with mean"):
+        train_args(["--data", str(encoded("sd", "--vae_sample", "mean")), "--vae_sample", "sample"])
+
+
+def test_settings_come_from_the_cache_not_from_the_preset(encoded):
+    """sd15's preset has 512 pixels and flips; what the command line does not say is the cache's."""
+    args = train_args(["--model", "sd15", "--data", str(encoded("sd"))])
+    assert (args.resolution, args.random_flip, args.clip, args.vae_sample) == (32, False, "tiny", "sample")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+def test_the_cache_of_another_model_is_refused(tmp_path, small_model, encoded, argv, part):
+    kind = "sdxl" if part == "text_encoder_2" else "sd"
+    folder = tmp_path / "model"
+    shutil.copytree(small_model(kind), folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[max(tensors)] += 0.001
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=f"were encoded by .*, whose {part} is not that of"):
+        train.main(argv(str(folder), encoded(kind)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_of_the_first_edition_is_refused(tmp_path, small_model, encoded, few_pairs, argv):
+    """By train.py, and by encode.py that would go on with it."""
+    cache = tmp_path / "c"
+    shutil.copytree(encoded("sd"), cache)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    del manifest["edition"]
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(cache)
+    refusal = f"{cache} was encoded by the first edition; encode the pairs once more, by encode.py$"
+    with pytest.raises(SystemExit, match=f"^train.py: {refusal}"):
+        train.main(argv(small_model("sd"), cache))
+    with pytest.raises(SystemExit, match=f"^encode.py: {refusal}"):
+        write_cache(small_model("sd"), few_pairs, cache)
+    assert contents(cache) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["pairs-00002.safetensors", slow("prompts-00000.safetensors"), "prompts.json"])
+@pytest.mark.parametrize("fault, complaint", [("missing", "is missing"), ("truncated", "has .* bytes, not")])
+def test_a_damaged_cache_is_refused_and_mended(
+    tmp_path, encoded, small_model, few_pairs, argv, name, fault, complaint
+):
+    cache = tmp_path / "c"
+    shutil.copytree(encoded("sd"), cache)
+    file = cache / name
+    content = file.read_bytes()
+    file.unlink()
+    if fault == "truncated":
+        file.write_bytes(content[:-7])
+    with pytest.raises(SystemExit, match=f"{name} {complaint}.*writes it anew"):
+        train.main(argv(small_model("sd"), cache))
+    write_cache(small_model("sd"), few_pairs, cache)
+    assert contents(cache) == contents(encoded("sd"))
+
+
+def test_a_manifest_of_something_else_makes_no_cache(tmp_path):
+    own_pairs(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"images": []}')  # as evaluate.py writes
+    assert not data.is_cache(tmp_path) and len(ImagePairs(str(tmp_path), 32)) == 3
+    (tmp_path / "manifest.json").write_text('{"encoders": ')
+    with pytest.raises(InputError, match="manifest.json cannot be read .*writes it anew"):
+        train_args(["--model", "sd15", "--data", str(tmp_path)])
+
+
+def test_the_same_weights_in_another_configuration_are_another_model(
+    tmp_path, small_model, encoded, run, few_pairs, argv
+):
+    """Of an activation or a scale no tensor tells."""
+    for part, key, value in (("text_encoder", "hidden_act", "gelu"), ("vae", "scaling_factor", 1.0)):
+        shutil.copytree(small_model("sd"), tmp_path / part)
+        file = tmp_path / part / part / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(SystemExit, match=f"whose {part} is not that of"):
+            train.main(argv(str(tmp_path / part), encoded("sd")))
+    file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
+    run("sd", few_pairs, *file)
+    with pytest.raises(SystemExit, match="is of a run with vae .*, not"):
+        run("sd", few_pairs, *file, "--model", str(tmp_path / "vae"), name="other")
+
+
+def test_a_cache_needs_room_before_it_is_begun(tmp_path, small_model, few_pairs, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 0, 10**5))
+    with pytest.raises(SystemExit, match="needs 0 GB more, 0 are free; --store fp16"):
+        write_cache(small_model("sd"), few_pairs, tmp_path / "c")
+
+
+BAD_INPUT = {
+    "--resolution 64": ".* was begun with resolution 32, not 64",
+    "--store fp16": ".* was begun with store fp32, not fp16",
+    "--resolution 33": "--resolution 33 is no multiple of 8",
+    "--resolution 0": "argument --resolution: 0 is out of range",
+    "--random_init": "--random_init knows sd15, sdxl, not",
+    "--device cuda:9": "--device cuda:9 is not there",
+    "--data no/such": "--data no/such cannot be read",
+    "--dtaa x": "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize("options, complaint", BAD_INPUT.items())
+def test_bad_input_of_encode_py_ends_in_one_line(encoded, small_model, few_pairs, options, complaint):
+    with pytest.raises(SystemExit, match=f"^encode.py: {complaint}.*$") as refused:
+        write_cache(small_model("sd"), few_pairs, encoded("sd"), *options.split())
+    assert "\n" not in str(refused.value)
+
+
+def test_encode_py_keeps_off_other_folders(tmp_path, small_model, few_pairs):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds something else .notes.txt."):
+        write_cache(small_model("sd"), few_pairs, tmp_path)
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path, small_model, few_pairs, monkeypatch):
+    """fp16 holds no more than 65504."""
+    encode_images = models.StableDiffusion.encode_images
+
+    def huge_images(model, pixels):
+        mean, std = encode_images(model, pixels)
+        return mean * 1e6, std
+
+    monkeypatch.setattr(models.StableDiffusion, "encode_images", huge_images)
+    with pytest.raises(SystemExit, match="pairs-00000.safetensors: mean is not finite; --store fp32"):
+        write_cache(small_model("sd"), few_pairs, tmp_path / "c", "--store", "fp16")
+    assert not [*(tmp_path / "c").glob("pairs-*")]
+
+
+def test_a_wrong_label_is_refused_before_anything_is_encoded(tmp_path, small_model):
+    rows = tiny.pair_rows(4)
+    rows[2] |= {"label_0": 2.0}
+    source = parquet(tmp_path / "train.parquet", rows)
+    with pytest.raises(SystemExit, match="have a label_0 other than 0, 0.5 or 1.*row 2"):
+        write_cache(small_model("sd"), source, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+# The VAE's precision
+
+
+def test_a_vae_in_bf16_is_the_same_to_its_precision(small_model, few_pairs):
+    """bf16 has 8 bits; what decodes samples stays as it was, and so does the default on a CPU."""
+    assert train_args(["--model", "sd15"]).vae_precision == "fp32" or torch.cuda.is_available()
+    pixels = torch.stack([ImagePairs(few_pairs, 32)[k]["pixels"] for k in range(4)])
+    exact, half = fresh(small_model("sdxl")), fresh(small_model("sdxl"))
+    half.vae_dtype = torch.bfloat16
+    for one, other in zip(exact.encode_images(pixels), half.encode_images(pixels)):
+        assert other.dtype == torch.float32 and not torch.equal(one, other)
+        assert (one - other).abs().max() < 0.03 * one.abs().max()
+    latents = torch.randn(2, 4, 8, 8)
+    assert torch.equal(exact.decode(latents), half.decode(latents))
+
+
+def test_a_cache_decides_in_what_the_vae_encoded(tmp_path, run, small_model, few_pairs):
+    """From it as from the pairs by the same VAE; another precision, and errors of another, are refused."""
+    write_cache(small_model("sd"), few_pairs, tmp_path / "c", "--vae_precision", "bf16")
+    file = str(tmp_path / "errors")
+    options = ["--vae_sample", "mean"]
+    cached = run("sd", tmp_path / "c", *options, "--reference_errors", file, name="cached")
+    pairs = run("sd", few_pairs, *options, "--vae_precision", "bf16", name="pairs")
+    exact = run("sd", few_pairs, *options, name="exact")
+    assert log_of(cached[0])[2]["mse/policy_w"] == pytest.approx(log_of(pairs[0])[2]["mse/policy_w"], rel=1e-4)
+    assert log_of(cached[0])[2]["mse/policy_w"] != pytest.approx(log_of(exact[0])[2]["mse/policy_w"], rel=1e-4)
+    assert json.loads((cached[0] / "config.json").read_text())["vae_precision"] == "bf16"
+    with pytest.raises(SystemExit, match="--vae_precision fp32: .* was encoded with bf16"):
+        run("sd", tmp_path / "c", "--vae_precision", "fp32", name="other")
+    with pytest.raises(SystemExit, match="is of a run with"):
+        run("sd", few_pairs, *options, "--reference_errors", file, name="errors")
+
+
 # The reference's errors
 
 

@@ -688,7 +688,7 @@ def test_scorers_with_gaps_of_their_own(tmp_path, capsys):
     rows = read_pairs(tmp_path / "p.parquet")
     assert [row["caption"] for row in rows] == ["two", "four"]
     assert "1 near-ties, 1 without a majority" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="p.parquet is there already"):
+    with pytest.raises(SystemExit, match="holds p.parquet already"):
         evaluate.main(["pairs", a, b, "--by", "s", "--out", str(tmp_path / "p.parquet")])
 
 
@@ -708,6 +708,18 @@ def test_pairs_that_cannot_be_made_are_refused(tmp_path, options, complaint):
     with pytest.raises(SystemExit, match=complaint):
         evaluate.main(["pairs", a, b, *options, "--out", str(tmp_path / "p.parquet")])
     assert not (tmp_path / "p.parquet").exists()
+
+
+def test_pairs_go_to_a_place_of_their_own(tmp_path):
+    """Beside other files train.py would read both; a folder that is given twice would count twice."""
+    a = scored(tmp_path / "a", ["one"], {"s": [1]})
+    b = scored(tmp_path / "b", ["one"], {"s": [2]})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "other.parquet").touch()
+    with pytest.raises(SystemExit, match="out holds other.parquet already"):
+        evaluate.main(["pairs", a, b, "--by", "s", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="is given twice"):
+        evaluate.main(["pairs", a, b, a, "--by", "s", "--out", str(tmp_path / "new")])
 
 
 def test_scores_of_another_scorer_do_not_mix(tmp_path):

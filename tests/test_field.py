@@ -143,7 +143,7 @@ def test_a_file_by_two_names_counts_once(tmp_path):
     pairs = read_by_both(tmp_path / "pairs")
     assert captions(pairs) == ["pair 0", "pair 1", "pair 2", "pair 3"]
     assert pairs.left_out == {
-        "a.parquet": "not of the training split",
+        "a.parquet": "not of the train split",
         "z-train.parquet": "another name of a file that is read",
     }
 

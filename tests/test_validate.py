@@ -19,7 +19,7 @@ from extras import tiny
 from loss import DDPM
 from models import StableDiffusion
 from options import train_args
-from stats import wilson
+from stats import rate_interval, wilson
 from test_encode import write_cache
 from test_resume import faulty, left, same_bits
 
@@ -105,13 +105,16 @@ def test_the_figures_are_those_of_the_definition(run, held_out, small_model, mon
     for k, name in enumerate(("w", "l")):
         assert last[f"policy_{name}"] == pytest.approx(policy[:, k].mean().item(), rel=1e-5)
         assert last[f"ref_{name}"] == pytest.approx(ref[:, k].mean().item(), rel=1e-5)
-    assert (last["accuracy_low"], last["accuracy_high"]) == pytest.approx(wilson(last["accuracy"], 9))
+    captions = [pairs.caption(row) for row in sorted(items)]
+    _, *interval = rate_interval((margin > 0).numpy(), captions)
+    assert [last["accuracy_low"], last["accuracy_high"]] == pytest.approx(interval)
 
 
 def test_to_measure_is_one_forward_of_each_image(run, held_out, monkeypatch):
-    """Once more before the first step, for the reference; the pairs are encoded then alone. By SFT, whose own forwards
-    all have a graph; ten pairs are three forwards of four."""
-    predict, encode_images, measured_rows, encoded = StableDiffusion.predict, StableDiffusion.encode_images, [], []
+    """Once more before the first step, for the reference; the pairs are encoded then alone. By SFT, whose own
+    forwards all have a graph; ten pairs are three forwards of four."""
+    predict, encode_images = StableDiffusion.predict, StableDiffusion.encode_images
+    measured_rows, encoded = [], []
 
     def observed(model, network, x_t, t, cond):
         if not torch.is_grad_enabled():
@@ -156,17 +159,26 @@ def test_draws_are_the_same_whatever_the_run(run, held_out):
         assert measured(one)[4][name] == pytest.approx(measured(other)[4][name], rel=1e-6)
 
 
-def test_a_pair_that_cannot_be_read_does_not_count(run, held_out):
-    values = measured(run("--validate", held_out))[4]
-    low, high = wilson(values["accuracy"], 9)
-    assert (values["accuracy_low"], values["accuracy_high"]) == pytest.approx((low, high))
+def test_a_pair_that_cannot_be_read_does_not_count(run, held_out, capsys):
+    out = run("--validate", held_out)
+    values = measured(out)[4]
     assert values["accuracy"] * 9 == pytest.approx(round(values["accuracy"] * 9))
+    report = json.loads((out / "data.json").read_text())["validate"]
+    assert report["unreadable"] == {"not a picture": [4]} and report["used"] == 9
+    assert "10 pairs" in capsys.readouterr().out
 
 
 def test_at_most_so_many_pairs(run, held_out, capsys):
+    """Five places; one may stand for the pair that cannot be read."""
     values = measured(run("--validate", held_out, "--validate_pairs", "5"))[4]
-    (n,) = {n for n in (4, 5) if f"{n} are measured" in capsys.readouterr().out}  # one may stand for the unreadable
-    assert (values["accuracy_low"], values["accuracy_high"]) == pytest.approx(wilson(values["accuracy"], n))
+    (n,) = {n for n in (4, 5) if f"{n} are measured" in capsys.readouterr().out}
+    assert values["accuracy"] * n == pytest.approx(round(values["accuracy"] * n))
+
+
+def test_fewer_pairs_than_quarters(run, held_out):
+    """A quarter without a pair has no accuracy, not 0."""
+    values = measured(run("--validate", held_out, "--validate_pairs", "2"))[4]
+    assert values["accuracy_t0"] is not None and values["accuracy_t3"] is None
 
 
 def test_an_average_is_measured_where_there_is_one(run, held_out):
@@ -312,26 +324,40 @@ def test_of_a_folder_the_held_out_split_is_read(tmp_path):
 @pytest.mark.parametrize(
     "value, complaint",
     [("0", "between 0 and 1"), ("1.5", "between 0 and 1"), ("-0.1", "between 0 and 1"), ("nan", "between 0 and 1"),
-     ("nowhere", "no such file or folder"), ("0.0001", "would hold out 0 of 26 pairs")],
+     ("nowhere", "no such file or folder"), ("0.0001", "would hold out 0 of 26 pairs"),
+     ("EMPTY", "--validate .* holds no parquet")],
 )
-def test_what_cannot_be_held_out_is_refused(run, value, complaint):
+def test_what_cannot_be_held_out_is_refused(tmp_path, run, value, complaint):
+    (tmp_path / "EMPTY").mkdir()
+    value = str(tmp_path / "EMPTY") if value == "EMPTY" else value
     with pytest.raises(SystemExit, match=complaint):
         run(f"--validate={value}")
 
 
-def test_a_cache_of_another_size_or_model_is_refused(tmp_path, run, small_model, held_out):
-    write_cache(small_model("sd"), held_out, tmp_path / "small", "--resolution", "16")
-    with pytest.raises(SystemExit, match="encoded at 16 pixels, not at 32"):
-        run("--resolution", "32", "--validate", str(tmp_path / "small"))
-    write_cache(small_model("sdxl"), held_out, tmp_path / "other")
+def test_a_cache_that_does_not_fit_is_refused(tmp_path, run, small_model, held_out):
+    """Of another size, whether the run's is typed or the model's own; another model's; of means; not finished."""
+    for name, model, *options in (("small", "sd", "--resolution", "16"), ("other", "sdxl"),
+                                  ("mean", "sd", "--vae_sample", "mean"), ("half", "sd")):
+        write_cache(small_model(model), held_out, tmp_path / name, *options)
+    for typed in ([], ["--resolution", "32"]):
+        with pytest.raises(SystemExit, match="encoded with --resolution 16, not 32"):
+            run("--validate", str(tmp_path / "small"), *typed)
     with pytest.raises(SystemExit, match="were encoded by"):
         run("--validate", str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="encoded with --vae_sample mean, not sample"):
+        run("--validate", str(tmp_path / "mean"))
+    manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
+    del manifest["files"]
+    (tmp_path / "half" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match="--validate .* is not finished"):
+        run("--validate", str(tmp_path / "half"))
 
 
 def test_prompts_that_are_trained_on_too_are_said(run, few_pairs, capsys):
     run("--validate", few_pairs)
     prompts = len({ImagePairs(few_pairs).caption(row) for row in ImagePairs(few_pairs).rows})
-    assert f"26 pairs of {prompts} prompts, {prompts} of which are trained on; 24 are measured, 2 cannot" in capsys.readouterr().out
+    words = f"26 pairs of {prompts} prompts, {prompts} of which are trained on; 24 are measured, 2 cannot be read"
+    assert words in capsys.readouterr().out
 
 
 # Spikes
@@ -383,6 +409,36 @@ def test_without_the_option_no_step_is_skipped(run, monkeypatch):
     assert [file.name for file in out.glob("checkpoint-*")] == ["checkpoint-000026.pt"]
 
 
+def test_a_spike_before_the_first_checkpoint(run, monkeypatch, capsys):
+    """There is none to be kept; the next spike keeps the one before it."""
+    tiny.part("clip")
+    spiked(monkeypatch, {21, 23}, 1000)
+    out = run(*LONG, "--save_every", "22", "--skip_above", "20")
+    assert "no checkpoint is kept" in capsys.readouterr().out
+    assert sorted(file.name for file in out.glob("checkpoint-*")) == ["checkpoint-000022.pt", "checkpoint-000026.pt"]
+
+
+def test_to_go_on_without_the_guard_is_another_run(run):
+    run("--skip_above", "20", "--steps", "2")
+    for options in ([], ["--skip_above", "10"]):
+        with pytest.raises(SystemExit, match="holds a run with --skip_above 20"):
+            run(*options)
+    with pytest.raises(SystemExit, match="would skip half of the steps"):
+        run("--skip_above", "0.5", name="other")
+
+
+def test_processes_skip_the_same_step(tmp_path, small_model, few_pairs):
+    argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, *LONG]
+    argv += ["--micro_batch", "1", "--skip_above", "1.05"]
+    skipped = []
+    for world_size in (1, 2):
+        out = tmp_path / str(world_size)
+        ended = launch(tmp_path / f"log-{world_size}", world_size, faulty, None, 0, [*argv, "--out", str(out)])
+        assert all(status == 0 for status, _ in ended), ended
+        skipped.append([record["skipped"] for record in log_of(out)])
+    assert skipped[0] == skipped[1] and skipped[0][-1] > 0
+
+
 def test_a_run_that_goes_on_remembers_what_is_usual(run, monkeypatch):
     tiny.part("clip")
     with monkeypatch.context() as patch:
@@ -423,11 +479,39 @@ def test_weights_and_biases_gets_every_step(run, held_out, tmp_path, monkeypatch
     assert "validate/accuracy" in logged[1][1] and begun[0]["config"]["validate"] == held_out
 
 
+def test_a_project_that_cannot_be_begun_is_one_line(run, monkeypatch):
+    def init(**options):
+        raise RuntimeError("no login\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("WANDB_PROJECT", "a-project")
+    with pytest.raises(SystemExit, match="wandb cannot begin a run: no login. Log in"):
+        run()
+
+
 def test_a_project_without_the_package_is_said(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import raises
     monkeypatch.setenv("WANDB_PROJECT", "a-project")
     run()
     assert "wandb is not installed" in capsys.readouterr().out
+
+
+def test_the_interval_counts_prompts():
+    """One outcome a prompt: Wilson's own. Copies of an outcome tell nothing new; coverage is simulated."""
+    rng = np.random.default_rng(0)
+    outcomes = (rng.random(40) < 0.7).astype(float)
+    rate, *interval = rate_interval(outcomes, np.arange(40))
+    n = 40 * 39 / 40  # the variance of prompts is estimated
+    assert interval == pytest.approx(wilson(rate, n), abs=1e-3)
+    assert rate_interval(np.repeat(outcomes, 5), np.repeat(np.arange(40), 5))[1:] == pytest.approx(interval)
+    assert rate_interval(np.ones(50), np.repeat(np.arange(10), 5)) == pytest.approx((1, *wilson(1, 10)))
+    covered = 0
+    for _ in range(1000):
+        chances = rng.beta(3, 2, size=60)
+        outcomes = rng.random((60, 4)) < chances[:, None]
+        _, low, high = rate_interval(outcomes.flatten(), np.repeat(np.arange(60), 4))
+        covered += low <= 0.6 <= high
+    assert 930 <= covered <= 975
 
 
 def test_the_interval_is_wilsons():
