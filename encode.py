@@ -34,9 +34,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief
@@ -478,7 +478,7 @@ class Validation:
         for batch in tqdm(trainer.load_places(stream, places), "held out", forwards, disable=trainer.rank > 0):
             unreadable += batch["unreadable"]
             micro_batch = trainer.encoded(batch, images=2)
-            self.batches.append(send_to_device(micro_batch.inputs, "cpu"))
+            self.batches.append(tree_map(self.to_host, micro_batch.inputs))
             records.append(micro_batch.record)
 
         # What fills the last forwards, and what stands for a pair that cannot be read, may be there twice.
@@ -512,6 +512,14 @@ class Validation:
         print(f"validate: {len(held_out)} pairs of {len(prompts)} prompts, {len(trained)} of which are trained on; "
               f"{self.is_first.sum()} are measured, {len(held_out.unreadable)} cannot be read")
 
+    def to_host(self, tensor):
+        """In pinned memory beside a GPU: from there it comes back while the one before is computed."""
+        tensor = tensor.cpu()
+        return tensor.pin_memory() if self.trainer.device.type == "cuda" else tensor
+
+    def to_device(self, tensor):
+        return tensor.to(self.trainer.device, non_blocking=True)
+
     def gather(self, micro_batches):
         """[[B, ...]] of this process -> [N, ...] of all, on the CPU."""
         if self.trainer.world_size > 1:
@@ -523,7 +531,7 @@ class Validation:
         """The policy's errors [N, 2] float32 (winner, loser) as it is now."""
         errors = []
         for inputs in self.batches:
-            inputs = send_to_device(inputs, self.trainer.device)
+            inputs = tree_map(self.to_device, inputs)
             err = self.trainer.error(self.trainer.policy, inputs)                       # [2 B]
             errors.append(torch.stack(err.chunk(2), 1))                                 # [B, 2]
         return self.gather(errors)

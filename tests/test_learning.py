@@ -1,0 +1,43 @@
+"""The curves of "is it learning" come from runs of train.py, and the guide's table from the committed rows."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+import options
+from extras import learning, tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_guides_table_is_that_of_the_rows():
+    rows = learning.read_rows(ROOT / "extras")
+    assert learning.table(rows) in (ROOT / "GUIDE.md").read_text()
+    assert {(row["beta"], row["lr"], row["swapped"]) for row in rows} == set(learning.settings())
+    for setting in learning.settings():
+        assert [row["step"] for row in learning.rows_of(rows, setting)] == [*range(10, 121, 10)]
+
+
+def test_swapped_labels_are_the_same_pairs(quick_tiny, tmp_path):
+    swapped = datasets.load_dataset("parquet", data_dir=learning.swap_labels(tmp_path), split="train")
+    plain = datasets.load_dataset("parquet", data_files=str(tiny.part("pairs") / "train.parquet"), split="train")
+    assert swapped["jpg_0"][:5] == plain["jpg_0"][:5] and swapped["caption"] == plain["caption"]
+    assert all(a + b == 1 for a, b in zip(swapped["label_0"], plain["label_0"], strict=True))
+
+
+def test_a_run_gives_its_rows_and_a_killed_command_goes_on(quick_tiny, tmp_path, monkeypatch, capsys):
+    """What is there is not run again; the figure and the table need nothing else."""
+    monkeypatch.setitem(options.PRESETS, "tiny", options.PRESETS["tiny"] | {"steps": 10})
+    monkeypatch.setattr(tiny, "measure", lambda pipe: {"style": 0.5, "shape": 1.0})
+    rows = learning.measure_run((10, 1, True), tmp_path)
+    assert [row["step"] for row in rows] == [10] and rows[0]["swapped"] == 1 and rows[0]["sketches"] == 0.5
+    learning.write_rows([row | dict(zip(("beta", "lr", "swapped"), setting))
+                         for setting in learning.settings() for row in rows], tmp_path)
+    monkeypatch.setattr(learning, "measure_run", None)  # calling it would raise
+    learning.main(["--out", str(tmp_path)])
+    assert (tmp_path / "learning.png").exists()
+    learning.main(["--out", str(tmp_path / "other"), "--rows", str(tmp_path)])
+    assert capsys.readouterr().out.count("| beta 500 |") == 2
+    with pytest.raises(SystemExit, match="learning.csv cannot be read"):
+        learning.main(["--out", str(tmp_path / "other"), "--rows", str(tmp_path / "nowhere")])
