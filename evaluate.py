@@ -42,7 +42,8 @@ from data import Clip, as_text
 from models import cast_for_autocast, fuse_lora, load_model
 from report import (ImageFolder, comparable_folders, comparable_scores, first_difference, open_batches, read_json,
                     refuse_twice, save_png, settings_of, style_table, table, to_pil, writable_file, write_report)
-from stats import cmmd, diversity, frechet, inception, mean_squared_distance, style_statistics
+from stats import (cmmd, diversity, frechet, inception, mean_squared_distance, published_cmmd,
+                   style_statistics)
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # where a prompt may stand
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -533,6 +534,7 @@ def style(args):
         clip_score = 100 * F.cosine_similarity(x, text).mean().item()
         rows.append({
             "images": name, "base": name == args.base, "n": n, "cmmd": value, "cmmd_95": interval,
+            "cmmd_published": published_cmmd(x, target),
             "fid": frechet(features, target_features) if fid else None, "diversity": diversity(x),
             "gram": mean_squared_distance(moments, target_moments) if gram else None,
             "clip": None if name == "floor" else clip_score})
@@ -540,7 +542,8 @@ def style(args):
     print(style_table(rows))
     fid_by = "FID by torch-fidelity" if fid else "no FID: --no-fid, or torch-fidelity is not installed"
     gram_by = "Gram by torchvision's VGG-19, all images against all" if gram else "no Gram: --gram"
-    print(f"lower CMMD, FID and Gram: nearer to {args.reference}; floor: its one half against the other. CLIP "
+    print(f"lower CMMD, FID and Gram: nearer to {args.reference}; floor: its one half against the other. CMMD is "
+          f"unbiased, as published it is not: compare with papers by that alone, at their number of images. CLIP "
           f"score (to the prompt) and diversity fall where a model collapses. By {spec}; {fid_by}; {gram_by}")
     if out:
         numbers = {"clip": spec, "reference": args.reference, "rows": rows}

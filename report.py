@@ -270,15 +270,16 @@ def write_report(file, folders, identities, scores):
 
 def style_table(rows):
     """The rows of `evaluate.py style`, aligned."""
-    lines = [["", "CMMD", "95%", "FID", "Gram", "CLIP score", "diversity", "N"]]
+    lines = [["", "CMMD", "95%", "as published", "FID", "Gram", "CLIP score", "diversity", "N"]]
     for row in rows:
         name = f"{row['images']} (base)" if row["base"] else row["images"]
-        interval = "{:.3f} to {:.3f}".format(*row["cmmd_95"])
+        interval = "{:.3f} to {:.3f}".format(*row["cmmd_95"]) if row["cmmd_95"] else "-"
+        published = f"{row['cmmd_published']:.3f}"
         fid = "-" if row["fid"] is None else f"{row['fid']:.2f}"
         gram = "-" if row["gram"] is None else f"{row['gram']:.4g}"
         clip = "-" if row["clip"] is None else f"{row['clip']:.2f}"
         cmmd, diversity = f"{row['cmmd']:.3f}", f"{row['diversity']:.4f}"
-        lines.append([name, cmmd, interval, fid, gram, clip, diversity, str(row["n"])])
+        lines.append([name, cmmd, interval, published, fid, gram, clip, diversity, str(row["n"])])
     return table(lines)
 
 

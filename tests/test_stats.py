@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stats import bootstrap, cmmd, diversity, frechet, win_rate
+from stats import bootstrap, cmmd, diversity, frechet, published_cmmd, win_rate
 
 
 def test_a_win_rate_is_antisymmetric_and_ties_count_half():
@@ -58,6 +58,27 @@ def test_cmmd_is_the_u_statistic_by_hand():
 
     by_hand = 1000 * (mean(u, u, True) + mean(v, v, True) - 2 * mean(u, v, False))
     assert cmmd(x, y)[0] == pytest.approx(by_hand, abs=1e-9)
+
+
+def test_the_published_cmmd_is_ours_and_its_bias():
+    """By hand from the U-statistic: the diagonal's 1 in place of the mean of the others, once in n."""
+    rng = np.random.default_rng(2)
+    x, y = directions(9, 0, rng), directions(7, 0.4, rng)
+    bias = 0
+    for points in (x, y):
+        points = torch.nn.functional.normalize(points.double(), dim=-1)
+        n, kernel = len(points), torch.exp((points @ points.T - 1) / 100)
+        mean_of_others = (kernel.sum() - n) / (n * n - n)
+        bias += 1000 * (1 - mean_of_others.item()) / n
+    assert published_cmmd(x, y) == pytest.approx(cmmd(x, y)[0] + bias, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_no_interval_of_three_images_and_none_that_is_nan(n):
+    rng = np.random.default_rng(3)
+    value, interval = cmmd(directions(n, 0, rng), directions(n, 0.5, rng), draws=500)
+    assert np.isfinite(value) and (interval is None) == (n < 4)
+    assert interval is None or np.isfinite(interval).all()
 
 
 def test_cmmd_is_zero_on_average_where_the_distributions_are_equal():
