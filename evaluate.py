@@ -5,10 +5,12 @@
     torchrun --nproc_per_node=8 evaluate.py generate --model sdxl --lora LORA --prompts P --out D
     python evaluate.py score images/base images/rpo --metrics clip,pickscore,hpsv2,imagereward,aesthetic
     python evaluate.py compare images/base images/rpo --out report.html
+    python evaluate.py generate --model M --prompts parti=PartiPrompts.tsv hpsv2=hps.json --out images/m
     python evaluate.py pairs images/base images/rpo --by pickscore --min_gap 0.5 --out PAIRS
     python evaluate.py style images/rpo --reference paintings --base images/base
 
-A folder of images is DIR/00000.png ..., and manifest.json, which holds everything that made them. The noise
+A folder of images is DIR/00000.png ..., and manifest.json, which holds everything that made them; of several sets
+of prompts DIR/NAME each, which `score` and `compare` find by DIR. The noise
 of a prompt follows from --seed and its place in the list alone, so every model sees the same. `generate`,
 killed and given again, goes on; `score` keeps what it has. `compare` holds the others against the first; `pairs`
 makes pairs to train on, of the best and the worst image of a prompt in any number of folders.
@@ -25,6 +27,7 @@ import io
 import itertools
 import json
 import math
+import re
 import time
 from datetime import timedelta
 from importlib.metadata import version
@@ -40,8 +43,9 @@ from tqdm import tqdm
 from common import InputError, atomic_write, brief, digest, hub_id, keyed_generator
 from data import Clip, as_text
 from models import cast_for_autocast, fuse_lora, load_model
-from report import (ImageFolder, comparable_folders, comparable_scores, first_difference, open_batches, read_json,
-                    refuse_twice, save_png, settings_of, style_table, table, to_pil, writable_file, write_report)
+from report import (ImageFolder, comparable_folders, comparable_sets, first_difference, image_sets, open_batches,
+                    read_json, refuse_twice, save_png, settings_of, style_table, table, to_pil, writable_file,
+                    write_report)
 from stats import (cmmd, diversity, frechet, inception, mean_squared_distance, published_cmmd,
                    style_statistics)
 
@@ -50,9 +54,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_prompts(source):
-    """The prompts of a txt, tsv, csv, json or jsonl file, a hub id or ID:SPLIT, or "tiny": the held-out ones.
+    """The prompts of what `read_prompt_rows` takes."""
+    return read_prompt_rows(source)[0]
 
-    Of a row with columns that is prompt, caption or text. InputError where a file or a prompt is missing.
+
+def read_prompt_rows(source):
+    """(prompts, what else their rows hold) of a txt, tsv, csv, json or jsonl file, a hub id or ID:SPLIT, or "tiny".
+
+    Of a row with columns the prompt is prompt, caption or text; the others that are text or numbers are kept, as a
+    dict {name: text}. InputError where a file or a prompt is missing.
     """
     path = Path(source).expanduser()
     if source == "tiny":
@@ -69,7 +79,7 @@ def read_prompts(source):
         raise InputError(f"--prompts {source}: row {number + 1} has no prompt: a string, or "
                          f"{' or '.join(PROMPT_COLUMNS)}, that is text and not empty, not "
                          f"{str(rows[number])[:80]!a}")
-    return prompts
+    return prompts, [other_columns(row) for row in rows]
 
 
 def read_prompt_file(path):
@@ -115,7 +125,7 @@ def read_table(reader, is_quoted):
 
 
 def read_hub_prompts(source):
-    """The rows of ID or ID:SPLIT, with the columns of prompts alone: images would take minutes."""
+    """The rows of ID or ID:SPLIT, with their columns of text and numbers: images would take minutes."""
     import datasets
 
     name, _, split = source.partition(":")
@@ -125,7 +135,8 @@ def read_hub_prompts(source):
     if split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}; give {name}:SPLIT")
     rows = datasets.load_dataset(name, split=split)
-    columns = [column for column in rows.column_names if column.lower() in PROMPT_COLUMNS]
+    columns = [name for name, feature in rows.features.items()
+               if getattr(feature, "dtype", "") == "string" or "int" in getattr(feature, "dtype", "")]
     return list(rows.select_columns(columns))
 
 
@@ -141,6 +152,18 @@ def prompt_of(row):
         columns = {str(name).lower(): value for name, value in row.items()}
         row = next((columns[name] for name in PROMPT_COLUMNS if name in columns), "")
     return (as_text(row) or "").strip()
+
+
+def other_columns(row):
+    """{name: text} of what a row holds beside its prompt; {} of a string."""
+    if not isinstance(row, dict):
+        return {}
+    others = {}
+    for name, value in row.items():
+        is_kept = isinstance(value, (str, int, float)) and as_text(str(value)) is not None
+        if is_kept and str(name).lower() not in PROMPT_COLUMNS:
+            others[str(name)] = str(value)
+    return others
 
 
 # Generate
@@ -190,8 +213,9 @@ def pending_batches(n, size, files, name):
     return tqdm(pending[rank::world_size], name, unit="batch", disable=rank > 0)
 
 
-def make_manifest(args, model, prompts, device, dtype):
-    """All that makes the images, as JSON will have it; less the weights."""
+def make_manifest(args, model, source, device, dtype):
+    """All that makes the images of the prompts of a source, as JSON will have it; less the weights."""
+    prompts, columns = (of_rows[:args.limit] for of_rows in read_prompt_rows(source))
     tokenizer, scheduler = model.pipe.tokenizer, model.pipe.scheduler
     lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
     cut = [i for i, length in enumerate(lengths) if length > tokenizer.model_max_length]
@@ -201,7 +225,10 @@ def make_manifest(args, model, prompts, device, dtype):
             key = (args.seed, "sample", i, k) if k else (args.seed, "sample", i)
             name = f"{i:05d}-{k}.png" if args.per_prompt > 1 else f"{i:05d}.png"
             seed = keyed_generator(*key).initial_seed()
-            entries.append({"file": name, "index": i, "prompt": prompt, "seed": seed})
+            entry = {"file": name, "index": i, "prompt": prompt, "seed": seed}
+            if columns[i]:
+                entry["columns"] = columns[i]
+            entries.append(entry)
     schedule = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
     settings = {"seed": args.seed, "steps": args.steps, "guidance": args.guidance, "resolution": args.resolution,
                 "precision": str(dtype).removeprefix("torch."),
@@ -210,7 +237,7 @@ def make_manifest(args, model, prompts, device, dtype):
         settings["per_prompt"] = args.per_prompt
     manifest = {
         "model": args.model, "lora": args.lora, "weights": None, "toy": model.is_toy,
-        "prompts": {"source": args.prompts, "digest": digest(prompts), "count": len(prompts), "cut": cut},
+        "prompts": {"source": source, "digest": digest(prompts), "count": len(prompts), "cut": cut},
         "settings": settings, "batch_size": args.batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -236,12 +263,26 @@ def claim_folder(out, manifest):
     atomic_write(file, json.dumps(manifest, indent=1))
 
 
+def prompt_sets(args):
+    """{folder: source} of --prompts: of a source alone --out itself, of NAME=SOURCE a folder in it."""
+    if len(args.prompts) == 1 and not re.match(r"[\w.-]+=", args.prompts[0]):
+        return {Path(args.out): args.prompts[0]}
+    sets = {}
+    for text in args.prompts:
+        name, equals, source = text.partition("=")
+        folder = Path(args.out) / name
+        if not equals or not re.fullmatch(r"\w[\w.-]*", name) or folder in sets:
+            raise InputError(f"--prompts {text}: of several sets each is NAME=SOURCE, with a name of its own")
+        sets[folder] = source
+    return sets
+
+
 def generate(args):
     """Make the images of all prompts that are not there yet, and their manifest."""
-    out = Path(args.out)
-    rank, _, _ = common.torchrun_env()
     device, dtype = device_and_dtype(args)
-    all_prompts = read_prompts(args.prompts)[:args.limit]
+    sets = prompt_sets(args)
+    for source in sets.values():
+        read_prompts(source)  # what cannot be read is told before the model is loaded
     model = load_model(args.model, config=args.config)
     for source in args.lora:
         fuse_lora(model, source)
@@ -252,22 +293,31 @@ def generate(args):
         model.pipe.scheduler = classes[args.scheduler].from_config(model.pipe.scheduler.config)
     model.check_scheduler()
     args.resolution, args.guidance = resolution_and_guidance(args, model)
-    manifest = make_manifest(args, model, all_prompts, device, dtype)
-    entries, cut = manifest["images"], manifest["prompts"]["cut"]
+    manifests = {out: make_manifest(args, model, source, device, dtype) for out, source in sets.items()}
+    rank, _, _ = common.torchrun_env()
     if rank == 0:
-        manifest["weights"] = weights_digest(model)
-        claim_folder(out, manifest)
-        if cut:
-            print(f"{len(cut)} prompts have more than the {model.pipe.tokenizer.model_max_length} tokens that the "
-                  f"model reads and are cut; the first is prompt {cut[0]}")
+        weights = weights_digest(model)
+        for out, manifest in manifests.items():
+            manifest["weights"] = weights
+            claim_folder(out, manifest)
+            cut = manifest["prompts"]["cut"]
+            if cut:
+                print(f"{len(cut)} prompts have more than the {model.pipe.tokenizer.model_max_length} tokens that the "
+                      f"model reads and are cut; the first is prompt {cut[0]}")
     barrier()
-
-    def files(i):
-        return [out / entries[i]["file"]]
 
     cast_for_autocast(model.denoiser, dtype)
     model.pipe.to(device)
-    for indices in pending_batches(len(entries), args.batch_size, files, "images"):
+    for out, manifest in manifests.items():
+        make_images(args, model, out, manifest["images"], dtype)
+
+
+def make_images(args, model, out, entries, dtype):
+    """This process's share of the images that are not in a folder yet."""
+    def files(i):
+        return [out / entries[i]["file"]]
+
+    for indices in pending_batches(len(entries), args.batch_size, files, out.name):
         batch = [entries[i] for i in indices]
         generators = [torch.Generator().manual_seed(entry["seed"]) for entry in batch]
         prompts = [entry["prompt"] for entry in batch]
@@ -286,7 +336,7 @@ def score(args):
     import scorers  # here, because its libraries take seconds
 
     device = common.get_device(args.device)
-    folders = [ImageFolder(path) for path in args.folders]
+    folders = open_folders(args.folders)
     lines = [["", "mean", "n"]]
     metrics = list(dict.fromkeys(args.metrics.split(",")))
     names = [metric.partition("=")[0] for metric in metrics]
@@ -331,14 +381,25 @@ def score_missing(folder, column, scorer, identity, batch_size):
             folder.write_scores(column, identity, values)
 
 
+def open_folders(paths):
+    """The `ImageFolder` of each path, or of each set of prompts in it."""
+    return [ImageFolder(folder) for path in paths for folder in image_sets(path).values()]
+
+
 def compare(args):
-    """Compare scored folders of the same prompts: a table, a json file, and a page with the images."""
+    """Compare scored folders of the same prompts: a table, in four formats, and a page with the images."""
     out = writable_file(args.out)
-    if out.suffix == ".json":
-        raise InputError(f"compare: --out {out} is for the page; the json file stands beside it")
-    folders = comparable_folders(args.folders)
-    identities, scores = comparable_scores(folders)
-    write_report(out, folders, identities, scores)
+    if out.suffix != ".html":
+        raise InputError(f"compare: --out {out} is for the page, a .html file; the tables stand beside it")
+    paths = [str(Path(path)) for path in args.folders]
+    opponent = str(Path(args.against)) if args.against else paths[0]
+    if opponent not in paths:
+        raise InputError(f"compare: --against {args.against} is none of {', '.join(paths)}")
+    paths = [opponent, *(path for path in paths if path != opponent)] if args.against else paths
+    pairs = [(i, 0) for i in range(1, len(paths))]
+    if args.all_pairs:
+        pairs = [(i, j) for j in range(len(paths)) for i in range(j + 1, len(paths))]
+    write_report(out, comparable_sets(paths), paths, pairs, args.category)
 
 
 # Pairs out of scores
@@ -348,7 +409,7 @@ def pairs(args):
     """Preference pairs, in Pick-a-Pic's schema, of the best and the worst image of each prompt in scored folders."""
     scorers, least = args.by.split("+"), parse_gaps(args.by, args.min_gap)
     out = new_pairs_file(args.out)
-    folders = [ImageFolder(path) for path in args.folders]
+    folders = open_folders(args.folders)
     refuse_twice(folders)
     of_prompt, files, counts = {}, [], collections.Counter()
     scores = scores_of(folders, scorers)                                                # [all images, scorers]
@@ -577,7 +638,8 @@ def parse_args(argv=None):
     add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights for it, one on top of the other: "
         "folders, files or hub ids")
     add("--config", metavar="DIR", help="a diffusers folder that describes a --model in one .safetensors file")
-    add("--prompts", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of the hub, or tiny")
+    add("--prompts", nargs="+", metavar="[NAME=]SOURCE", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT of "
+        "the hub, or tiny; of several sets each by its name, into OUT/NAME")
     add("--out", metavar="DIR", required=True)
     add("--limit", type=int, metavar="N", help="the first N prompts alone")
     add("--per_prompt", type=int, default=1, metavar="K", help="images of each prompt, each of its own noise [1]")
@@ -591,7 +653,10 @@ def parse_args(argv=None):
     add("--metrics", default="clip", metavar="A,B=SOURCE", help="of clip, pickscore, hpsv2, hpsv2.0, "
         "imagereward, aesthetic; SOURCE is a local file or folder, of clip ARCH:WEIGHTS [%(default)s]")
     add = command(compare)
-    add("--out", metavar="PAGE.html", default="report.html", help="and PAGE.json [%(default)s]")
+    add("--out", metavar="PAGE.html", default="report.html", help="and PAGE.json, .csv, .md, .tex [%(default)s]")
+    add("--against", metavar="DIR", help="the one of the folders that the others are held against [the first]")
+    add("--all_pairs", action="store_true", help="every two folders against each other")
+    add("--category", metavar="COLUMN", help="of the prompts' file, as Category of PartiPrompts: its values apart, too")
     add = command(pairs)
     add("--by", required=True, metavar="A[+B...]", help="scorers, of several the majority")
     add("--min_gap", default="0", metavar="G[+H...]", help="scores that differ by less are near-ties and dropped "
@@ -615,7 +680,7 @@ def parse_args(argv=None):
     if args.command == "generate" and args.prompts is None:
         if args.model != "tiny":
             refuse("generate: --prompts is needed: a txt, tsv, csv, json or jsonl file, a hub id, or tiny")
-        args.prompts = "tiny"
+        args.prompts = ["tiny"]
     return args
 
 

@@ -10,12 +10,13 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import pandas
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest
 from data import as_text, read_image
-from stats import compare_scores
+from stats import FEW, adjust, compare_scores
 
 NOTE = "diffusion-rpo"  # the key of the PNG text by which an image knows its prompt
 UNREADABLE = "{} cannot be read: {}; if `generate` made it, remove it and give the same command again"
@@ -82,6 +83,7 @@ class ImageFolder:
     """N images, their manifest and their scores. InputError unless every image is there and its own.
 
     files, prompts  N paths, N strings
+    columns         N dicts {name: text} of what else stood beside a prompt in its file
     """
 
     def __init__(self, path):
@@ -95,6 +97,7 @@ class ImageFolder:
             entries = self.manifest["images"]
             self.files = [self.path / entry["file"] for entry in entries]
             self.prompts = [entry["prompt"] for entry in entries]
+            self.columns = [entry.get("columns", {}) for entry in entries]
         except (KeyError, TypeError) as error:
             raise InputError(f"{file} is not a manifest: {error!r}")
         if not entries:
@@ -236,36 +239,125 @@ def table(rows):
     return "\n".join(lines)
 
 
+def image_sets(path):
+    """{name: folder} of the sets of images in a folder, as `generate` makes of several --prompts; else {"": path}."""
+    path = Path(path)
+    sets = {file.parent.name: file.parent for file in sorted(path.glob("*/manifest.json"))}
+    if (path / "manifest.json").exists() or not sets:
+        return {"": path}
+    return sets
+
+
+def comparable_sets(paths):
+    """{name of a set: [the `ImageFolder` of each path]}. InputError where the paths have different sets."""
+    of_paths = [image_sets(path) for path in paths]
+    for path, sets in zip(paths, of_paths):
+        if sets.keys() != of_paths[0].keys():
+            raise InputError(f"{paths[0]} holds the sets {', '.join(of_paths[0]) or '(none)'}, {path} "
+                             f"{', '.join(sets) or '(none)'}; they are compared set by set")
+    return {name: comparable_folders([sets[name] for sets in of_paths]) for name in of_paths[0]}
+
+
 def summarize(results):
-    """The same as dicts of strings, with the columns that are shown."""
+    """The rows of the table as dicts of strings; a folder's own row only where it is held against no other."""
+    compared = {(row["set"], row["category"], row["scorer"], row["images"]) for row in results if row["against"]}
     summary = []
     for row in results:
-        summary.append({
-            "": row["images"], "scorer": row["scorer"], "mean": f"{row['mean']:.4f}",
-            "95%": "{:.4f} to {:.4f}".format(*row["mean_95"]), "median": f"{row['median']:.4f}",
-            "win rate": f"{row['win_rate']:.1%}", "95% ": "{:.1%} to {:.1%}".format(*row["win_rate_95"]),
-            "wins/ties/losses": f"{row['wins']}/{row['ties']}/{row['losses']}", "n": str(row["n"])})
-    return summary
+        if row["against"] is None and (row["set"], row["category"], row["scorer"], row["images"]) in compared:
+            continue
+        cells = {"set": row["set"], "category": row["category"], "scorer": row["scorer"], "": row["images"],
+                 "against": row["against"] or "", "mean": f"{row['mean']:.4f}", "difference": "", "95%": "",
+                 "win rate": "", "95% ": "", "wins/ties/losses": "", "p (Holm)": "", "prompts": str(row["n"])}
+        if row["against"]:
+            cells["difference"] = f"{row['difference']:+.4f}"
+            cells["win rate"] = f"{row['win_rate']:.1%}"
+            cells["wins/ties/losses"] = f"{row['wins']}/{row['ties']}/{row['losses']}"
+            cells["95%"] = cells["95% "] = cells["p (Holm)"] = "-"
+            if row["p"] is not None:
+                cells["95%"] = "{:+.4f} to {:+.4f}".format(*row["difference_95"])
+                cells["95% "] = "{:.1%} to {:.1%}".format(*row["win_rate_95"])
+                cells["p (Holm)"] = f"{row['p_holm']:.2g}"
+        summary.append(cells)
+    empty = {name for name in ("set", "category") if not any(row[name] for row in summary)}
+    return [{name: cell for name, cell in row.items() if name not in empty} for row in summary]
 
 
-def write_report(file, folders, identities, scores):
-    """Prints the table of what `comparable_scores` gives; writes `file`, the page, and beside it a json file."""
-    names = [str(folder.path) for folder in folders]
-    prompts = folders[0].prompts
-    results = compare_scores(names, scores, prompts)
+def caption_of(results, count):
+    """What the table's columns are, in one paragraph."""
+    is_few = any(row["against"] and row["p"] is None for row in results)
+    few = f" Of fewer than {FEW} prompts there are counts alone." if is_few else ""
+    return ("The unit is the prompt: scores of its images are averaged. Difference: the mean paired difference with "
+            "its 95% t interval. Win rate: a tie is one half; Wilson's 95% interval. p: exact sign tests without "
+            f"ties, by Holm over the {count} comparisons of this table.{few}")
+
+
+def write_tables(file, results, summary, caption):
+    """Beside `file` the table as .md and .tex, its numbers as .csv."""
+    names = [*summary[0]]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in summary:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row.values()) + " |")
+    atomic_write(file.with_suffix(".md"), "\n".join([*lines, "", caption, ""]))
+
+    frame = pandas.DataFrame(summary)
+    tex = frame.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%"))
+    atomic_write(file.with_suffix(".tex"), tex)
+
+    flat = []
+    for row in results:
+        row = dict(row)
+        for name in ("difference_95", "win_rate_95"):
+            row[f"{name}_low"], row[f"{name}_high"] = row.pop(name, None) or ("", "")
+        flat.append(row)
+    atomic_write(file.with_suffix(".csv"), pandas.DataFrame(flat).to_csv(index=False, lineterminator="\n"))
+
+
+def compare_sets(sets, names, pairs, category=None):
+    """(numbers of all comparisons, {scorer: identity}, rows of the page) of {set: [F folders]}.
+
+    names     of the folders, the same in all sets
+    pairs     [(i, j)]: folder i is held against folder j
+    category  a column of the prompts' file: each of its values is compared by itself, too
+    """
+    results, rows, all_identities = [], [], None
+    for set_name, folders in sets.items():
+        identities, scores = comparable_scores(folders)
+        all_identities = all_identities or identities
+        if identities != all_identities:
+            raise InputError(f"{folders[0].path} was not scored by the same scorers as the other sets; run `score` on "
+                             "all of them with the same --metrics")
+        prompts = folders[0].prompts
+        parts = {"": np.ones(len(prompts), dtype=bool)}
+        if category:
+            values = np.array([columns.get(category, "") for columns in folders[0].columns])
+            if not any(values):
+                raise InputError(f"the prompts of {folders[0].path} have no {category}; they have "
+                                 f"{', '.join(sorted(set().union(*folders[0].columns))) or 'no columns'}")
+            parts |= {value: values == value for value in sorted(set(values))}
+        for value, chosen in parts.items():
+            of_part = {scorer: values[:, chosen] for scorer, values in scores.items()}
+            chosen_prompts = [prompt for prompt, is_chosen in zip(prompts, chosen) if is_chosen]
+            for result in compare_scores(names, of_part, chosen_prompts, pairs):
+                results.append({"set": set_name, "category": value} | result)
+        for i, prompt in enumerate(prompts):
+            row = {"index": len(rows), "prompt": f"[{set_name}] {prompt}" if set_name else prompt}
+            row["images"] = [folder.files[i] for folder in folders]
+            row["scores"] = {scorer: values[:, i].tolist() for scorer, values in scores.items()}
+            rows.append(row)
+    return results, all_identities, rows
+
+
+def write_report(file, sets, names, pairs, category=None):
+    """Prints the table of {set: folders}; writes `file`, the page, and beside it .json, .csv, .md and .tex."""
+    results, identities, rows = compare_sets(sets, names, pairs, category)
+    caption = caption_of(results, adjust(results))
     summary = summarize(results)
-    lines = [[*row.values()] for row in summary]
-    print(table([[*summary[0]], *lines]))
-    print(f"win rate: against {names[0]}, a tie counts one half; 95%: bootstrap over the prompts")
-    numbers = {"scorers": identities, "results": results}
+    print(table([[*summary[0]], *([*row.values()] for row in summary)]))
+    print(caption)
+    numbers = {"scorers": identities, "caption": caption, "results": results}
     atomic_write(file.with_suffix(".json"), json.dumps(numbers, indent=1))
-    rows = []
-    for i, prompt in enumerate(prompts):
-        images = [folder.files[i] for folder in folders]
-        row = {"index": i, "prompt": prompt, "images": images}
-        row["scores"] = {scorer: values[:, i].tolist() for scorer, values in scores.items()}
-        rows.append(row)
-    atomic_write(file, page(names, list(scores), rows, summary))
+    write_tables(file, results, summary, caption)
+    atomic_write(file, page(names, list(identities), rows, summary))
 
 
 def style_table(rows):

@@ -14,6 +14,7 @@ from common import InputError, brief
 BANDWIDTH = 10  # of CMMD's kernel
 GRAM_LAYERS = (1, 6, 11, 20, 29)  # relu1_1 to relu5_1 of torchvision's VGG-19
 TAILS = (0.025, 0.975)  # quantiles of a 95% interval
+FEW = 20  # prompts, of fewer of which a comparison has counts alone
 
 
 class WinRate(NamedTuple):
@@ -59,27 +60,30 @@ def wilson(rate, n):
     return middle - half, middle + half
 
 
-def bootstrap(values, prompts, draws=10_000, seed=0):
-    """The 95% percentile interval of a mean of `values` [N] over prompts, resampled with all their images."""
-    _, prompt_of = np.unique(prompts, return_inverse=True)
-    total = np.bincount(prompt_of, values)                                              # [P]
-    count = np.bincount(prompt_of)                                                      # [P]
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(0, draws, 100):  # a hundred at a time, for memory
-        picked = rng.integers(len(total), size=(100, len(total)))
-        means.append(total[picked].sum(1) / count[picked].sum(1))
-    low, high = np.quantile(np.concatenate(means), TAILS)
-    return float(low), float(high)
+def by_prompt(values, prompts):
+    """The means [P] of values [N] over the images of each prompt, prompts in the order in which they first come."""
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    of_prompt = [places[prompt] for prompt in prompts]
+    return np.bincount(of_prompt, values) / np.bincount(of_prompt)
 
 
-def against_base(ours, base, prompts):
-    """{name: number} of scores [N] held against those of a base model for the same N prompts."""
-    result = win_rate(ours, base)
-    outcomes = (ours > base) + (ours == base) / 2                                       # [N] of 0, 1/2, 1
-    return {"n": len(ours), "mean": ours.mean(), "mean_95": bootstrap(ours, prompts), "median": np.median(ours),
-            "win_rate": result.rate, "win_rate_95": bootstrap(outcomes, prompts), "wins": result.wins,
-            "ties": result.ties, "losses": result.losses}
+def against(ours, theirs):
+    """{name: number} of scores [P] of P prompts held against another model's scores of the same.
+
+    win_rate, a tie one half, with Wilson's interval; the paired difference of the means with its t interval; p of
+    the exact sign test, ties left out. Of fewer than FEW prompts intervals and p are None.
+    """
+    result, n = win_rate(ours, theirs), len(ours)
+    numbers = {"n": n, "mean": ours.mean(), "median": np.median(ours), "difference": (ours - theirs).mean(),
+               "difference_95": None, "win_rate": result.rate, "win_rate_95": None, "wins": result.wins,
+               "ties": result.ties, "losses": result.losses, "p": None}
+    if n < FEW:
+        return numbers
+    _, low, high, _ = paired_difference(ours, theirs)
+    numbers |= {"difference_95": (low, high), "win_rate_95": wilson(result.rate, n), "p": 1.0}
+    if result.wins + result.losses:
+        numbers["p"] = scipy.stats.binomtest(result.wins, result.wins + result.losses).pvalue
+    return numbers
 
 
 def paired_difference(ours, theirs):
@@ -109,14 +113,30 @@ def holm(p_values):
     return adjusted
 
 
-def compare_scores(names, scores, prompts):
-    """A dict of numbers per scorer and folder, each of F folders against the first; scores {scorer: [F, N]}."""
+def compare_scores(names, scores, prompts, pairs):
+    """Dicts of numbers: per scorer each folder's own, then those of folder i `against` folder j for (i, j) of pairs.
+
+    The unit is the prompt: scores of its images are averaged first.
+
+    scores   {scorer: [F, N]} of F folders
+    """
     results = []
     for scorer, values in scores.items():
-        for name, ours in zip(names, values):
-            numbers = against_base(ours, values[0], prompts)
-            results.append({"images": name, "scorer": scorer} | numbers)
+        means = [by_prompt(of_folder, prompts) for of_folder in values]                 # F of [P]
+        for name, ours in zip(names, means):
+            results.append({"images": name, "scorer": scorer, "against": None, "n": len(ours), "mean": ours.mean(),
+                            "median": np.median(ours)})
+        for i, j in pairs:
+            results.append({"images": names[i], "scorer": scorer, "against": names[j]} | against(means[i], means[j]))
     return results
+
+
+def adjust(results):
+    """Adds p_holm, Holm's adjusted p over all comparisons of a table; how many these are."""
+    compared = [result for result in results if result.get("p") is not None]
+    for result, p in zip(compared, holm([result["p"] for result in compared])):
+        result["p_holm"] = p
+    return len(compared)
 
 
 def cmmd(x, y, draws=0, seed=0):

@@ -1,6 +1,7 @@
 """Evaluation: what makes two folders of images comparable, and that no prompt ever meets another's image."""
 
 import csv
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -407,10 +409,10 @@ def test_a_model_compared_with_itself_wins_one_half(generate, tmp_path, capsys):
     score(one, other)
     evaluate.main(["compare", str(one), str(other), "--out", str(tmp_path / "report.html")])
     report = json.loads((tmp_path / "report.json").read_text())
-    result = report["results"][1]
-    assert result["win_rate"] == 0.5 and result["win_rate_95"] == [0.5, 0.5]
-    assert (result["wins"], result["ties"], result["losses"], result["n"]) == (0, 5, 0, 5)
-    assert "0/5/0" in capsys.readouterr().out and "0/5/0" in (tmp_path / "report.html").read_text()
+    result = report["results"][2]
+    assert result["win_rate"] == 0.5 and result["difference"] == 0 and result["win_rate_95"] is None
+    assert (result["wins"], result["ties"], result["losses"], result["n"]) == (0, 4, 0, 4)  # prompts; one is there twice
+    assert "0/4/0" in capsys.readouterr().out and "0/4/0" in (tmp_path / "report.html").read_text()
 
 
 def test_compare_counts_what_the_scores_say(generate, tmp_path):
@@ -422,10 +424,131 @@ def test_compare_counts_what_the_scores_say(generate, tmp_path):
             evaluate.save_png(Image.open(file).rotate(angle), file, note)
     scores = [[float(row["clip"]) for row in rows] for rows in score(*folders)]
     evaluate.main(["compare", *map(str, folders), "--out", str(tmp_path / "report.html")])
-    for result, own in zip(json.loads((tmp_path / "report.json").read_text())["results"], scores):
-        assert result["wins"] == sum(a > b for a, b in zip(own, scores[0]))
-        assert result["mean"] == pytest.approx(np.mean(own)) and result["median"] == np.median(own)
-        assert result["mean_95"][0] <= result["mean"] <= result["mean_95"][1]
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert [row["against"] for row in results] == [None] * 3 + [str(folders[0])] * 2
+    means = [[(own[0] + own[2]) / 2, own[1], own[3], own[4]] for own in scores]  # two images of one prompt
+    for result, own in zip(results, [*means, *means[1:]]):
+        assert result["mean"] == pytest.approx(np.mean(own)) and result["median"] == pytest.approx(np.median(own))
+        if result["against"]:
+            assert result["wins"] == sum(a > b for a, b in zip(own, means[0]))
+            assert result["difference"] == pytest.approx(np.mean(own) - np.mean(means[0]))
+
+
+def table_of(tmp_path, *argv):
+    """The results and the caption of a comparison, and the text of its other formats."""
+    evaluate.main(["compare", *map(str, argv), "--out", str(tmp_path / "table.html")])
+    content = json.loads((tmp_path / "table.json").read_text())
+    texts = {kind: (tmp_path / f"table.{kind}").read_text() for kind in ("md", "csv", "tex", "html")}
+    return content["results"], content["caption"], texts
+
+
+def three_models(tmp_path, sets=("",), n=40):
+    """Folders of scored images by three models: m1 is a little better than base, m2 better in half of the prompts."""
+    rng, paths = np.random.default_rng(0), []
+    for k, name in enumerate(("base", "m_1", "m&2")):
+        (tmp_path / name).mkdir()
+        paths.append(str(tmp_path / name))
+        for set_name in sets:
+            base = np.random.default_rng(1).normal(20, 3, size=(2, n))
+            gain = [0, 0.1, rng.normal(0, 1, n)][k]
+            folder = tmp_path / name / set_name if set_name else tmp_path / name
+            if folder.exists():
+                folder.rmdir()
+            prompts = [f"{set_name} prompt {i}" for i in range(n)]
+            scored(folder, prompts, {"s": base[0] + gain, "t": base[1] + gain})
+            manifest = json.loads((folder / "manifest.json").read_text())
+            for i, entry in enumerate(manifest["images"]):
+                entry["columns"] = {"Category": ["Animals", "Outdoor | 50%"][i % 2]}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+    return paths
+
+
+def test_the_table_in_all_formats(tmp_path, capsys):
+    """By hand: paired t, Wilson, the exact sign test, Holm over all cells; the formats hold the same cells."""
+    paths = three_models(tmp_path)
+    results, caption, texts = table_of(tmp_path, *paths)
+    compared = [row for row in results if row["against"]]
+    assert len(compared) == 4 and "over the 4 comparisons" in caption and "fewer" not in caption
+    assert all(row["against"] == paths[0] and row["n"] == 40 for row in compared)
+    certain = [row for row in compared if row["images"] == paths[1]]
+    for row in certain:
+        assert (row["wins"], row["ties"], row["losses"], row["win_rate"]) == (40, 0, 0, 1.0)
+        assert row["win_rate_95"] == pytest.approx([0.912, 1], abs=1e-3)  # Wilson's
+        assert row["p"] == pytest.approx(2 * 0.5**40) and row["p_holm"] == pytest.approx(4 * row["p"])
+        assert row["difference"] == pytest.approx(0.1) and row["difference_95"] == pytest.approx([0.1, 0.1])
+    rows = [report.ImageFolder(path).read_scores()[1] for path in (paths[0], paths[2])]
+    gains = np.array([b["s"] - a["s"] for a, b in zip(*rows)])
+    row = compared[1]
+    half = scipy.stats.t.ppf(0.975, 39) * gains.std(ddof=1) / 40**0.5
+    assert row["difference_95"] == pytest.approx([gains.mean() - half, gains.mean() + half])
+    assert row["p"] == pytest.approx(scipy.stats.binomtest(int((gains > 0).sum()), 40).pvalue)
+    out = capsys.readouterr().out
+    for text in (out, texts["md"], texts["html"]):
+        assert "40/0/0" in text and "91.2% to 100.0%" in text
+    assert r"m\_1" in texts["tex"] and r"m\&2" in texts["tex"] and r"91.2\% to 100.0\%" in texts["tex"]
+    read = list(csv.DictReader(io.StringIO(texts["csv"])))
+    assert len(read) == len(results)
+    assert float(read[-1]["difference_95_low"]) == pytest.approx(results[-1]["difference_95"][0])
+
+
+def test_any_opponent_or_all(tmp_path):
+    """Against another the difference changes its sign; all pairs are every two once."""
+    paths = three_models(tmp_path)
+    usual, _, _ = table_of(tmp_path, *paths)
+    other, _, _ = table_of(tmp_path, *paths, "--against", paths[2])
+    forward = next(row for row in usual if row["against"] == paths[0] and row["images"] == paths[2])
+    back = next(row for row in other if row["against"] == paths[2] and row["images"] == paths[0])
+    assert forward["difference"] == pytest.approx(-back["difference"]) and forward["wins"] == back["losses"]
+    every, caption, _ = table_of(tmp_path, *paths, "--all_pairs")
+    found = [(row["images"], row["against"]) for row in every if row["against"] and row["scorer"] == "s"]
+    assert found == [(paths[1], paths[0]), (paths[2], paths[0]), (paths[2], paths[1])]
+    assert "over the 6 comparisons" in caption
+    with pytest.raises(SystemExit, match="--against nowhere is none of"):
+        evaluate.main(["compare", *paths, "--against", "nowhere"])
+
+
+def test_sets_and_categories_apart(tmp_path):
+    """Each set by itself, each category of it too; Holm counts all of them."""
+    paths = three_models(tmp_path, sets=("parti", "hps"))
+    results, caption, texts = table_of(tmp_path, *paths, "--category", "Category")
+    compared = [row for row in results if row["against"]]
+    assert {(row["set"], row["category"], row["n"]) for row in compared} == {
+        (name, category, n) for name in ("parti", "hps")
+        for category, n in (("", 40), ("Animals", 20), ("Outdoor | 50%", 20))}
+    assert "over the 24 comparisons" in caption and "Outdoor \\| 50%" in texts["md"]
+    assert texts["html"].count("<section") == 80 and "[parti] parti prompt 0" in texts["html"]
+    with pytest.raises(SystemExit, match="have no Style; they have Category"):
+        table_of(tmp_path, *paths, "--category", "Style")
+    shutil.rmtree(tmp_path / "m_1" / "hps")
+    with pytest.raises(SystemExit, match="holds the sets hps, parti, .*m_1 parti; they are compared set by set"):
+        table_of(tmp_path, *paths)
+
+
+def test_few_prompts_have_counts_alone(tmp_path, capsys):
+    results, caption, _ = table_of(tmp_path, *three_models(tmp_path, n=19))
+    compared = [row for row in results if row["against"]]
+    assert all(row["p"] is row["difference_95"] is row["win_rate_95"] is None for row in compared)
+    assert "fewer than 20 prompts there are counts alone" in caption and "19/0/0" in capsys.readouterr().out
+
+
+def test_several_sets_of_prompts(tmp_path, generate, capsys):
+    """One command; every set a folder; the columns of a row are kept; score and compare find them by their parent."""
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\tChallenge\tNote\na fox\tAnimals\tBasic\t\nsnow\tOutdoor\tStyle\tx\n")
+    (tmp_path / "q.json").write_text(json.dumps([{"prompt": "rain", "style": "photo", "n": 3}, {"prompt": "sun"}]))
+    sets = ["--prompts", f"parti={tmp_path / 'p.tsv'}", f"hps={tmp_path / 'q.json'}"]
+    one, other = generate("one", *sets), generate("other", *sets)
+    entries = json.loads((one / "parti" / "manifest.json").read_text())["images"]
+    assert entries[0]["columns"] == {"Category": "Animals", "Challenge": "Basic", "Note": ""}
+    entries = json.loads((one / "hps" / "manifest.json").read_text())["images"]
+    assert entries[0]["columns"] == {"style": "photo", "n": "3"} and "columns" not in entries[1]
+    alone = generate("alone", "--prompts", str(tmp_path / "q.json"))
+    assert same(pixels(alone), pixels(one / "hps"))
+    evaluate.main(["score", str(one), str(other), "--metrics", "clip=tiny"])
+    results, _, _ = table_of(tmp_path, one, other)
+    assert [row["set"] for row in results if row["against"]] == ["hps", "parti"]
+    for wrong in (["a=x.txt", "a=y.txt"], ["a=x.txt", "y.txt"], ["../a=x.txt", "b=y.txt"]):
+        with pytest.raises(SystemExit, match="of several sets each is NAME=SOURCE"):
+            generate("wrong", "--prompts", *wrong)
 
 
 def test_what_cannot_be_compared_is_refused_by_name(generate, tmp_path):
@@ -762,7 +885,7 @@ def test_the_embedded_task_end_to_end(tmp_path, monkeypatch, capsys):
         evaluate.main(["generate", "--out", name, "--steps", "2", "--limit", "8", "--guidance", guidance])
     evaluate.main(["score", "a", "b"])
     evaluate.main(["compare", "a", "b"])
-    result = json.loads((tmp_path / "report.json").read_text())["results"][1]
+    result = json.loads((tmp_path / "report.json").read_text())["results"][2]
     assert (result["win_rate"], result["ties"]) == (0.5, 8)
     evaluate.main(
         ["style", "b", "--base", "a", "--reference", "reference", "--no-fid", "--out", "style.json"]

@@ -215,3 +215,29 @@ def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, lo
         return
     assert final["style"] >= 0.8
     assert final["shape"] >= base["shape"] - 0.1
+
+
+@pytest.mark.slow
+def test_pairs_of_the_models_own_images_raise_its_score(tmp_path, tmp_path_factory):
+    """Generate, score, pairs, train: by the embedded CLIP's score, on prompts that are held out."""
+    cache = tmp_path_factory.getbasetemp() / "whole-run"  # that of the default run
+    scenes = [scene for scene in tiny.SCENES if scene not in tiny.HELD_OUT][:96]
+    (tmp_path / "prompts.txt").write_text("\n".join(map(tiny.caption, scenes)))
+    four, pairs, before, after = (str(tmp_path / name) for name in ("four", "pairs", "before", "after"))
+    generate = "evaluate.py generate --steps 20 --batch_size 32"
+    commands = [
+        f"{generate} --prompts {tmp_path / 'prompts.txt'} --per_prompt 4 --out {four}",
+        f"evaluate.py score {four} --metrics clip",
+        f"evaluate.py pairs {four} --by clip --min_gap 1 --out {pairs}",
+        f"train.py --data {pairs} --sample_every 0 --steps 80 --out {tmp_path / 'run'}",
+        f"{generate} --prompts tiny --per_prompt 2 --out {before}",
+        f"{generate} --model {tmp_path / 'run' / 'model'} --prompts tiny --per_prompt 2 --out {after}",
+        f"evaluate.py score {before} {after} --metrics clip",
+        f"evaluate.py compare {before} {after} --out {tmp_path / 'report.html'}",
+    ]
+    for command in commands:
+        environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+        subprocess.run([sys.executable, *command.split()], check=True, env=environment, cwd=Path(__file__).parents[1])
+    result = json.loads((tmp_path / "report.json").read_text())["results"][2]
+    print(result)
+    assert result["n"] == 36 and result["difference"] > 0
