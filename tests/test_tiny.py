@@ -1,5 +1,6 @@
 """What the embedded task promises. Its networks get two steps of training here; whole runs are slow."""
 
+import json
 import os
 import random
 import subprocess
