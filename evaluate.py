@@ -61,8 +61,8 @@ def read_prompts(source):
 def read_prompt_rows(source):
     """(prompts, what else their rows hold) of a txt, tsv, csv, json or jsonl file, a hub id or ID:SPLIT, or "tiny".
 
-    Of a row with columns the prompt is prompt, caption or text; the others that are text or numbers are kept, as a
-    dict {name: text}. InputError where a file or a prompt is missing.
+    Of a row with columns the prompt is prompt, caption or text, the first that is there; the others that are text or
+    numbers are kept, as a dict {name: text}. InputError where a file or a prompt is missing.
     """
     path = Path(source).expanduser()
     if source == "tiny":
@@ -110,7 +110,8 @@ def read_prompt_file(path):
 
 def read_table(reader, is_quoted):
     """The rows of a csv.DictReader. ValueError by the row, where a field or a line may have been cut."""
-    names = [str(name).strip().lower() for name in reader.fieldnames or []]
+    reader.fieldnames = [str(name).strip() for name in reader.fieldnames or []]
+    names = [name.lower() for name in reader.fieldnames]
     if "" in names or len(set(names)) < len(names):
         raise ValueError(f"its header {names} has an empty name, or one twice")
     rows = list(reader)
@@ -135,9 +136,17 @@ def read_hub_prompts(source):
     if split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}; give {name}:SPLIT")
     rows = datasets.load_dataset(name, split=split)
-    columns = [name for name, feature in rows.features.items()
-               if getattr(feature, "dtype", "") == "string" or "int" in getattr(feature, "dtype", "")]
-    return list(rows.select_columns(columns))
+    columns = []
+    for name, feature in rows.features.items():
+        is_value = isinstance(feature, (datasets.Value, datasets.ClassLabel)) and "binary" not in feature.dtype
+        if name.lower() in PROMPT_COLUMNS or is_value:
+            columns.append(name)
+    rows = rows.select_columns(columns)
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            names = [feature.names[number] for number in rows[name][:]]
+            rows = rows.remove_columns(name).add_column(name, names)
+    return list(rows)
 
 
 def image_files(folder):
@@ -149,9 +158,14 @@ def image_files(folder):
 def prompt_of(row):
     """The prompt of a row, a string or a dict by column; "" where there is none that is text."""
     if isinstance(row, dict):
-        columns = {str(name).lower(): value for name, value in row.items()}
-        row = next((columns[name] for name in PROMPT_COLUMNS if name in columns), "")
+        row = row.get(prompt_column(row), "")
     return (as_text(row) or "").strip()
+
+
+def prompt_column(row):
+    """The name of the column of a row that holds the prompt, or None."""
+    names = {str(name).lower(): name for name in row}
+    return next((names[name] for name in PROMPT_COLUMNS if name in names), None)
 
 
 def other_columns(row):
@@ -161,8 +175,8 @@ def other_columns(row):
     others = {}
     for name, value in row.items():
         is_kept = isinstance(value, (str, int, float)) and as_text(str(value)) is not None
-        if is_kept and str(name).lower() not in PROMPT_COLUMNS:
-            others[str(name)] = str(value)
+        if is_kept and name != prompt_column(row):
+            others[str(name)] = " ".join(str(value).split())
     return others
 
 
@@ -213,9 +227,8 @@ def pending_batches(n, size, files, name):
     return tqdm(pending[rank::world_size], name, unit="batch", disable=rank > 0)
 
 
-def make_manifest(args, model, source, device, dtype):
-    """All that makes the images of the prompts of a source, as JSON will have it; less the weights."""
-    prompts, columns = (of_rows[:args.limit] for of_rows in read_prompt_rows(source))
+def make_manifest(args, model, source, prompts, columns, device, dtype):
+    """All that makes the images of a source's prompts, as JSON will have it; less the weights."""
     tokenizer, scheduler = model.pipe.tokenizer, model.pipe.scheduler
     lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
     cut = [i for i, length in enumerate(lengths) if length > tokenizer.model_max_length]
@@ -245,8 +258,8 @@ def make_manifest(args, model, source, device, dtype):
     return json.loads(json.dumps(manifest, default=str))
 
 
-def claim_folder(out, manifest):
-    """Writes the manifest of a new folder; InputError where `out` holds other images, or something else."""
+def check_folder(out, manifest):
+    """InputError where a folder holds other images than those of a manifest, or something else."""
     file = out / "manifest.json"
     if image_files(out):
         before = read_json(file)
@@ -259,19 +272,29 @@ def claim_folder(out, manifest):
                if path != file and path.suffix != ".part" and not common.is_hidden(path.name)]
     if strange:
         raise InputError(f"{out} holds something else ({min(strange)}); give another --out")
+
+
+def claim_folder(out, manifest):
+    """Writes the manifest of a folder; one that has images keeps its own, with what stands beside the prompts."""
+    file = out / "manifest.json"
+    if image_files(out):
+        manifest = read_json(file) | {"images": manifest["images"]}
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(file, json.dumps(manifest, indent=1))
 
 
 def prompt_sets(args):
     """{folder: source} of --prompts: of a source alone --out itself, of NAME=SOURCE a folder in it."""
-    if len(args.prompts) == 1 and not re.match(r"[\w.-]+=", args.prompts[0]):
-        return {Path(args.out): args.prompts[0]}
-    sets = {}
+    (first, *more), sets = args.prompts, {}
+    if not more and (Path(first).expanduser().exists() or not re.match(r"[\w.-]+=", first)):
+        return {Path(args.out): first}
+    if Path(args.out, "manifest.json").exists():
+        raise InputError(f"--out {args.out} holds images of one set of prompts; give another for several")
     for text in args.prompts:
         name, equals, source = text.partition("=")
         folder = Path(args.out) / name
-        if not equals or not re.fullmatch(r"\w[\w.-]*", name) or folder in sets:
+        is_new = name.lower() not in (other.name.lower() for other in sets)
+        if not equals or not re.fullmatch(r"\w[\w.-]*", name) or not is_new:
             raise InputError(f"--prompts {text}: of several sets each is NAME=SOURCE, with a name of its own")
         sets[folder] = source
     return sets
@@ -280,9 +303,10 @@ def prompt_sets(args):
 def generate(args):
     """Make the images of all prompts that are not there yet, and their manifest."""
     device, dtype = device_and_dtype(args)
-    sets = prompt_sets(args)
-    for source in sets.values():
-        read_prompts(source)  # what cannot be read is told before the model is loaded
+    sets, rows = prompt_sets(args), {}
+    for out, source in sets.items():  # what cannot be read is told before the model is loaded
+        prompts, columns = read_prompt_rows(source)
+        rows[out] = prompts[:args.limit], columns[:args.limit]
     model = load_model(args.model, config=args.config)
     for source in args.lora:
         fuse_lora(model, source)
@@ -293,12 +317,16 @@ def generate(args):
         model.pipe.scheduler = classes[args.scheduler].from_config(model.pipe.scheduler.config)
     model.check_scheduler()
     args.resolution, args.guidance = resolution_and_guidance(args, model)
-    manifests = {out: make_manifest(args, model, source, device, dtype) for out, source in sets.items()}
+    manifests = {}
+    for out, source in sets.items():
+        manifests[out] = make_manifest(args, model, source, *rows[out], device, dtype)
     rank, _, _ = common.torchrun_env()
     if rank == 0:
         weights = weights_digest(model)
         for out, manifest in manifests.items():
             manifest["weights"] = weights
+            check_folder(out, manifest)
+        for out, manifest in manifests.items():
             claim_folder(out, manifest)
             cut = manifest["prompts"]["cut"]
             if cut:
@@ -391,15 +419,18 @@ def compare(args):
     out = writable_file(args.out)
     if out.suffix != ".html":
         raise InputError(f"compare: --out {out} is for the page, a .html file; the tables stand beside it")
+    if (out.parent / "manifest.json").exists():
+        raise InputError(f"compare: --out {out} lies among images; give a place of its own")
     paths = [str(Path(path)) for path in args.folders]
-    opponent = str(Path(args.against)) if args.against else paths[0]
-    if opponent not in paths:
-        raise InputError(f"compare: --against {args.against} is none of {', '.join(paths)}")
-    paths = [opponent, *(path for path in paths if path != opponent)] if args.against else paths
+    if args.against:
+        places = [Path(path).resolve() for path in paths]
+        if Path(args.against).resolve() not in places:
+            raise InputError(f"compare: --against {args.against} is none of {', '.join(paths)}")
+        paths.insert(0, paths.pop(places.index(Path(args.against).resolve())))
     pairs = [(i, 0) for i in range(1, len(paths))]
     if args.all_pairs:
         pairs = [(i, j) for j in range(len(paths)) for i in range(j + 1, len(paths))]
-    write_report(out, comparable_sets(paths), paths, pairs, args.category)
+    write_report(out, comparable_sets(paths), paths, pairs, args.category, args.votes)
 
 
 # Pairs out of scores
@@ -525,9 +556,9 @@ def write_pairs(file, chosen, files, scores, scorers):
                 row |= {f"{name}_{side}": score for name, score in zip(scorers, scores[image])}
             row |= {f"{name}_gap": gap for name, gap in zip(scorers, scores[better] - scores[worse])}
             rows.append(row)
-        table = pyarrow.Table.from_pylist(rows)
-        writer = writer or pyarrow.parquet.ParquetWriter(part, table.schema)
-        writer.write_table(table)
+        stored = pyarrow.Table.from_pylist(rows)
+        writer = writer or pyarrow.parquet.ParquetWriter(part, stored.schema)
+        writer.write_table(stored)
     writer.close()
     part.replace(file)
 
@@ -656,6 +687,7 @@ def parse_args(argv=None):
     add("--out", metavar="PAGE.html", default="report.html", help="and PAGE.json, .csv, .md, .tex [%(default)s]")
     add("--against", metavar="DIR", help="the one of the folders that the others are held against [the first]")
     add("--all_pairs", action="store_true", help="every two folders against each other")
+    add("--votes", metavar="CSV", help="what the page's blind vote exported: counted, with its interval")
     add("--category", metavar="COLUMN", help="of the prompts' file, as Category of PartiPrompts: its values apart, too")
     add = command(pairs)
     add("--by", required=True, metavar="A[+B...]", help="scorers, of several the majority")

@@ -5,7 +5,9 @@ import csv
 import functools
 import io
 import json
+import os
 import string
+import urllib.parse
 from html import escape
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import pandas
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common import InputError, atomic_write, brief, digest
+from common import InputError, atomic_write, brief, digest, is_hidden
 from data import as_text, read_image
-from stats import FEW, adjust, compare_scores
+from stats import FEW, adjust, compare_scores, rate_interval
 
 NOTE = "diffusion-rpo"  # the key of the PNG text by which an image knows its prompt
+LARGE = 30e6  # bytes of images; a page that would hold more shows them where they lie
 UNREADABLE = "{} cannot be read: {}; if `generate` made it, remove it and give the same command again"
 
 
@@ -90,6 +93,9 @@ class ImageFolder:
         self.path = Path(path)
         file = self.path / "manifest.json"
         if not file.exists():
+            sets = [folder for folder in image_sets(path) if folder]
+            if sets:
+                raise InputError(f"{path} holds sets of images; give one of them: {', '.join(sets)}")
             raise InputError(f"{path} has no manifest.json, so nobody knows its prompts. `generate` writes one; "
                              'for images from elsewhere write {"images": [{"file": ..., "prompt": ...}, ...]}')
         self.manifest = read_json(file)
@@ -97,7 +103,7 @@ class ImageFolder:
             entries = self.manifest["images"]
             self.files = [self.path / entry["file"] for entry in entries]
             self.prompts = [entry["prompt"] for entry in entries]
-            self.columns = [entry.get("columns", {}) for entry in entries]
+            self.columns = [entry.get("columns") or {} for entry in entries]
         except (KeyError, TypeError) as error:
             raise InputError(f"{file} is not a manifest: {error!r}")
         if not entries:
@@ -242,7 +248,8 @@ def table(rows):
 def image_sets(path):
     """{name: folder} of the sets of images in a folder, as `generate` makes of several --prompts; else {"": path}."""
     path = Path(path)
-    sets = {file.parent.name: file.parent for file in sorted(path.glob("*/manifest.json"))}
+    found = [file.parent for file in sorted(path.glob("*/manifest.json"))]
+    sets = {folder.name: folder for folder in found if not is_hidden(folder.name)}
     if (path / "manifest.json").exists() or not sets:
         return {"": path}
     return sets
@@ -265,7 +272,7 @@ def summarize(results):
     for row in results:
         if row["against"] is None and (row["set"], row["category"], row["scorer"], row["images"]) in compared:
             continue
-        cells = {"set": row["set"], "category": row["category"], "scorer": row["scorer"], "": row["images"],
+        cells = {"set": row["set"], "category": row["category"], "scorer": row["scorer"], "method": row["images"],
                  "against": row["against"] or "", "mean": f"{row['mean']:.4f}", "difference": "", "95%": "",
                  "win rate": "", "95% ": "", "wins/ties/losses": "", "p (Holm)": "", "prompts": str(row["n"])}
         if row["against"]:
@@ -284,11 +291,16 @@ def summarize(results):
 
 def caption_of(results, count):
     """What the table's columns are, in one paragraph."""
-    is_few = any(row["against"] and row["p"] is None for row in results)
-    few = f" Of fewer than {FEW} prompts there are counts alone." if is_few else ""
-    return ("The unit is the prompt: scores of its images are averaged. Difference: the mean paired difference with "
-            "its 95% t interval. Win rate: a tie is one half; Wilson's 95% interval. p: exact sign tests without "
-            f"ties, by Holm over the {count} comparisons of this table.{few}")
+    comparisons = sum(bool(row["against"]) for row in results)
+    words = "The unit is the prompt: scores of its images are averaged."
+    if comparisons:
+        words += (" Difference: the mean paired difference with its 95% t interval. Win rate: a tie is one half; "
+                  "Wilson's 95% interval.")
+    if count:
+        words += f" p: exact sign tests without ties, by Holm over the {count} comparisons that have one."
+    if count < comparisons:
+        words += f" Of fewer than {FEW} prompts there is no interval and no p."
+    return words
 
 
 def write_tables(file, results, summary, caption):
@@ -307,19 +319,31 @@ def write_tables(file, results, summary, caption):
     for row in results:
         row = dict(row)
         for name in ("difference_95", "win_rate_95"):
-            row[f"{name}_low"], row[f"{name}_high"] = row.pop(name, None) or ("", "")
+            row[f"{name}_low"], row[f"{name}_high"] = row.pop(name, None) or (None, None)
         flat.append(row)
-    atomic_write(file.with_suffix(".csv"), pandas.DataFrame(flat).to_csv(index=False, lineterminator="\n"))
+    frame = pandas.DataFrame(flat).convert_dtypes()  # counts stay whole where some are missing
+    atomic_write(file.with_suffix(".csv"), frame.to_csv(index=False, lineterminator="\n"))
 
 
-def compare_sets(sets, names, pairs, category=None):
+def categories_of(folders, column):
+    """[N] what stands in a column beside each prompt, "" where nothing does. InputError where folders differ."""
+    categories = []
+    for i, of_folders in enumerate(zip(*(folder.columns for folder in folders))):
+        values = {columns[column] for columns in of_folders if columns.get(column)}
+        if len(values) > 1:
+            raise InputError(f"the {column} of image {i} is {' and '.join(sorted(values))} in different folders")
+        categories.append(min(values, default=""))
+    return categories
+
+
+def compare_sets(sets, names, pairs, column=None):
     """(numbers of all comparisons, {scorer: identity}, rows of the page) of {set: [F folders]}.
 
-    names     of the folders, the same in all sets
-    pairs     [(i, j)]: folder i is held against folder j
-    category  a column of the prompts' file: each of its values is compared by itself, too
+    names   of the folders, the same in all sets
+    pairs   [(i, j)]: folder i is held against folder j
+    column  of the prompts' file: the prompts of each of its values are compared by themselves, too
     """
-    results, rows, all_identities = [], [], None
+    results, rows, all_identities, found = [], [], None, set()
     for set_name, folders in sets.items():
         identities, scores = comparable_scores(folders)
         all_identities = all_identities or identities
@@ -327,37 +351,70 @@ def compare_sets(sets, names, pairs, category=None):
             raise InputError(f"{folders[0].path} was not scored by the same scorers as the other sets; run `score` on "
                              "all of them with the same --metrics")
         prompts = folders[0].prompts
-        parts = {"": np.ones(len(prompts), dtype=bool)}
-        if category:
-            values = np.array([columns.get(category, "") for columns in folders[0].columns])
-            if not any(values):
-                raise InputError(f"the prompts of {folders[0].path} have no {category}; they have "
-                                 f"{', '.join(sorted(set().union(*folders[0].columns))) or 'no columns'}")
-            parts |= {value: values == value for value in sorted(set(values))}
-        for value, chosen in parts.items():
+        categories = categories_of(folders, column) if column else [""] * len(prompts)
+        found |= {*categories} - {""}
+        parts = ["", *sorted({*categories} - {""})]
+        if len({*categories}) == 1:  # of all prompts the same: nothing apart
+            parts = [""]
+        for part in parts:
+            chosen = [i for i, category in enumerate(categories) if part in ("", category)]
             of_part = {scorer: values[:, chosen] for scorer, values in scores.items()}
-            chosen_prompts = [prompt for prompt, is_chosen in zip(prompts, chosen) if is_chosen]
-            for result in compare_scores(names, of_part, chosen_prompts, pairs):
-                results.append({"set": set_name, "category": value} | result)
+            for result in compare_scores(names, of_part, [prompts[i] for i in chosen], pairs):
+                results.append({"set": set_name, "category": part} | result)
         for i, prompt in enumerate(prompts):
-            row = {"index": len(rows), "prompt": f"[{set_name}] {prompt}" if set_name else prompt}
-            row["images"] = [folder.files[i] for folder in folders]
-            row["scores"] = {scorer: values[:, i].tolist() for scorer, values in scores.items()}
-            rows.append(row)
+            rows.append({
+                "index": len(rows), "prompt": f"[{set_name}] {prompt}" if set_name else prompt,
+                "category": categories[i], "images": [folder.files[i] for folder in folders],
+                "scores": {scorer: values[:, i].tolist() for scorer, values in scores.items()}})
+    if column and not found:
+        columns = {name for folders in sets.values() for beside in folders[0].columns for name in beside}
+        raise InputError(f"no prompt has a {column}; they have {', '.join(sorted(columns)) or 'no columns'}")
     return results, all_identities, rows
 
 
-def write_report(file, sets, names, pairs, category=None):
+def count_votes(file, names, rows):
+    """What people preferred, by a csv that the page exported: dicts of numbers, one for each two folders that met.
+
+    names, rows  of the page that was voted on. InputError where the file is of another comparison.
+    """
+    try:
+        votes = list(csv.DictReader(io.StringIO(Path(file).read_text(), newline="")))
+        outcomes = {}
+        for vote in votes:
+            first, other, winner = vote["first"], vote["other"], vote["winner"]
+            if {first, other} - {*names} or winner not in (first, other, ""):
+                raise ValueError(f"a vote is of {first} and {other}, not of {', '.join(names)}")
+            outcome = 0.5 if winner == "" else float(winner == other)
+            outcomes.setdefault((other, first), []).append((outcome, rows[int(vote["index"])]["prompt"]))
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise InputError(f"--votes {file} cannot be read, or is of another page: {brief(error)}")
+    counted = []
+    for (other, first), of_pair in outcomes.items():
+        values = [outcome for outcome, _ in of_pair]
+        rate, low, high = rate_interval(values, [prompt for _, prompt in of_pair])
+        counted.append({"images": other, "against": first, "n": len(values), "win_rate": rate,
+                        "win_rate_95": (low, high), "wins": values.count(1), "ties": values.count(0.5),
+                        "losses": values.count(0)})
+    return counted
+
+
+def write_report(file, sets, names, pairs, category=None, votes=None):
     """Prints the table of {set: folders}; writes `file`, the page, and beside it .json, .csv, .md and .tex."""
     results, identities, rows = compare_sets(sets, names, pairs, category)
+    counted = count_votes(votes, names, rows) if votes else []
     caption = caption_of(results, adjust(results))
     summary = summarize(results)
     print(table([[*summary[0]], *([*row.values()] for row in summary)]))
     print(caption)
-    numbers = {"scorers": identities, "caption": caption, "results": results}
+    for vote in counted:
+        print("votes: {images} is better than {against} in {win_rate:.1%} ({low:.1%} to {high:.1%}) of {n}, "
+              "{wins}/{ties}/{losses}".format(low=vote["win_rate_95"][0], high=vote["win_rate_95"][1], **vote))
+    numbers = {"scorers": identities, "caption": caption, "results": results, "votes": counted}
     atomic_write(file.with_suffix(".json"), json.dumps(numbers, indent=1))
     write_tables(file, results, summary, caption)
-    atomic_write(file, page(names, list(identities), rows, summary))
+    atomic_write(file, page(names, list(identities), rows, summary, caption, file.parent))
+    if is_large(rows):
+        print(f"{file} shows the images where they lie: it is to stay there, with them")
 
 
 def style_table(rows):
@@ -375,80 +432,60 @@ def style_table(rows):
     return table(lines)
 
 
-PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title><style>
-:root { color-scheme: light dark; --faint: light-dark(#666, #999);
-  --better: light-dark(#0067a8, #62b6ef); --worse: light-dark(#b84a00, #f09a4a) }
-body { margin: 0 auto; padding: 1rem; max-width: max(60rem, $n * 21rem); min-width: calc($n * 12rem);
-  font: 14px/1.45 system-ui, sans-serif }
-header { position: sticky; top: 0; z-index: 1; background: Canvas }
-nav { padding: .8rem 0 .4rem } nav > * { margin-right: 1.2rem }
-.grid { display: grid; grid-template-columns: repeat($n, minmax(0, 20rem)); gap: .4rem 1rem;
-  padding: .5rem 4px; overflow-wrap: anywhere }
-header, section { border-bottom: 1px solid light-dark(#ddd, #383a3e) }
-section { padding: .2rem 0 .6rem; content-visibility: auto; contain-intrinsic-size: auto 27rem }
-p { grid-column: 1 / -1; margin: 0; max-height: 6.6em; overflow-y: auto }
-figure { margin: 0 } img { max-width: 100%; height: auto } .small { image-rendering: pixelated }
-table { border-spacing: 0; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: 0 1rem 0 0; text-align: left; font-weight: normal } th, figure, i { color: var(--faint) }
-.better { color: var(--better) } .worse { color: var(--worse) }
-</style><style id="chosen"></style><table>$summary</table>
-<header><nav $hidden><label>Metric <select id="metric">$metrics</select></label>
-<label>Difference of <select id="against">$others</select> to $first</label>
-<label>Order <select id="order"><option value="index">by prompt
-<option value="descending">largest first<option value="ascending">smallest first</select></label>
-<span id="count"></span></nav><div class="grid">$names</div></header><main>$rows</main><script>
-const rows = [...document.querySelectorAll("section")]
-const [chosen, metric, against, order, count] = document.querySelectorAll("[id]")
-function show() {
-  const scores = rows.map(row => JSON.parse(row.dataset.scores)[metric.value])
-  const gaps = scores.map(scores => scores[against.value] - scores[0])
-  const sign = { index: 0, ascending: 1, descending: -1 }[order.value]
-  const places = [...rows.keys()].sort((a, b) => sign * (gaps[a] - gaps[b]))  // stable
-  document.querySelector("main").append(...places.map(k => rows[k]))
-  count.textContent = rows.length + " prompts: " + gaps.filter(gap => gap > 0).length + " better, " +
-    gaps.filter(gap => gap < 0).length + " worse, " + gaps.filter(gap => gap == 0).length + " equal"
-  chosen.textContent = ".m" + metric.selectedIndex + " { color: CanvasText } .best" + metric.selectedIndex +
-    " img { outline: 3px solid var(--better) }"
-}
-document.addEventListener("change", show)
-if (metric.value && against.value) show()
-</script></html>""")
+def page(names, metrics, rows, summary, caption="", folder=None):
+    """A HTML page that compares folders of images made from the same prompts: page.html, filled in.
 
-
-def page(names, metrics, rows, summary):
-    """A self-contained HTML page that compares folders of images made from the same prompts.
+    It holds its images, as JPEGs of 1024 pixels at most, unless these would be too much for one file: see is_large.
 
     names    N folders; the first is the one that the others are held against
     metrics  names of scores, the higher the better; with none the page shows the images alone
     rows     {"index": number of the prompt, "prompt": str, "images": N pictures or paths,
-             "scores": {metric: N finite floats}}
+             "scores": {metric: N finite floats}, "category": str, which may be missing}
     summary  rows of the table on top: dicts of strings, all with the same keys
+    folder   where the page will lie, for links to the images; None: it holds them, however large
     """
+    template = string.Template(Path(__file__).with_name("page.html").read_text())
     summary_rows = [cells("th", row) for row in summary[:1]]
     summary_rows += [cells("td", row.values()) for row in summary]
     rows = sorted(rows, key=lambda row: row["index"])
-    sections = [section(row, names, metrics) for row in rows]
+    folder = folder if folder and is_large(rows) else None
+    sections = [section(row, names, metrics, folder) for row in rows]
     options = [f'<option value="{k}">{escape(name)}' for k, name in enumerate(names) if k > 0]
+    categories = sorted({row.get("category", "") for row in rows} - {""})
     has_controls = metrics and len(names) > 1
-    return PAGE.substitute(
+    return template.substitute(
         title=escape(" / ".join(names)), n=len(names), first=escape(names[0]),
-        names=cells("b", names), metrics=cells("option", metrics), others="".join(options),
-        hidden="" if has_controls else "hidden", summary="<tr>".join(summary_rows), rows="".join(sections))
+        folders=json.dumps(names).replace("<", "\\u003c"), names=cells("b", names), metrics=cells("option", metrics),
+        others="".join(options), categories=cells("option", categories), no_category="" if categories else "hidden",
+        hidden="" if has_controls else "hidden", summary="<tr>".join(summary_rows), caption=escape(caption),
+        open="open" if len(summary) <= 20 else "",
+        rows="".join(sections))
+
+
+def is_large(rows):
+    """Whether the images of a page, at a quarter of a byte for a pixel, would take more than LARGE bytes."""
+    pixels = 0
+    for row in rows:
+        for image in row["images"]:
+            if not isinstance(image, Image.Image):
+                with Image.open(image) as image:  # its header alone
+                    pixels += image.width * image.height
+    return pixels / 4 > LARGE
 
 
 def cells(tag, values):
     return "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values)
 
 
-def section(row, names, metrics):
+def section(row, names, metrics, folder):
     """The HTML of a prompt: its text, and a figure per folder."""
-    figures = [figure(row, k, names[k], metrics) for k in range(len(names))]
-    scores = escape(json.dumps(row["scores"]))
-    return (f'<section data-index="{row["index"]}" data-scores="{scores}"><div class="grid">'
+    figures = [figure(row, k, names[k], metrics, folder) for k in range(len(names))]
+    scores, category = escape(json.dumps(row["scores"])), escape(row.get("category", ""))
+    return (f'<section data-index="{row["index"]}" data-category="{category}" data-scores="{scores}"><div class="grid">'
             f'<p><i>{row["index"]}</i>&ensp;{escape(row["prompt"])}</p>{"".join(figures)}</div></section>\n')
 
 
-def figure(row, k, name, metrics):
+def figure(row, k, name, metrics, folder):
     """The image of folder k with its scores; classes say by which metrics it is the best of its prompt."""
     classes, lines = [], []
     for m, metric in enumerate(metrics):
@@ -462,20 +499,29 @@ def figure(row, k, name, metrics):
         star = "★" if is_best else ""
         lines.append(f'<tr class="m{m}"><th>{escape(metric)}<td>{scores[k]:.4f}<td class="{color}">{difference}'
                      f"<td>{star}")
-    return (f'<figure class="{" ".join(classes)}">{image_tag(row["images"][k], name)}'
+    return (f'<figure class="{" ".join(classes)}">{image_tag(row["images"][k], name, folder)}'
             f'<table>{"".join(lines)}</table></figure>')
 
 
-def image_tag(image, name):
-    """The picture itself: up to 128 pixels exact, and shown enlarged, else as a JPEG of 320 at most."""
-    image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
-    is_small = max(image.size) <= 128
-    kind = "png" if is_small else "jpeg"
-    image.thumbnail((320, 320))
-    stream = io.BytesIO()
-    image.save(stream, kind, quality=85)
-    content = base64.b64encode(stream.getvalue()).decode()
-    scale = 256 // max(image.size) if is_small else 1
-    return (f'<img class="{"small" if is_small else ""}" width="{image.width * scale}" '
-            f'height="{image.height * scale}" alt="{escape(name)}" loading="lazy" decoding="async" '
-            f'src="data:image/{kind};base64,{content}">')
+def image_tag(image, name, folder=None):
+    """A picture as the page shows it: enlarged up to 128 pixels, else at 320 at most, and whole when it is clicked.
+
+    It lies in the page, up to 128 pixels exact, else as a JPEG of 1024 at most; or where it is, seen from `folder`.
+    """
+    if folder is None:
+        image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
+        is_small = max(image.size) <= 128
+        kind = "png" if is_small else "jpeg"
+        image.thumbnail((1024, 1024))
+        stream = io.BytesIO()
+        image.save(stream, kind, quality=85)
+        source, size = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}", image.size
+    else:
+        source = urllib.parse.quote(os.path.relpath(image, folder))
+        with Image.open(image) as picture:
+            size = picture.size
+        is_small = max(size) <= 128
+    scale = 256 // max(size) if is_small else min(1, 320 / max(size))
+    width, height = (max(1, round(side * scale)) for side in size)
+    return (f'<img class="{"small" if is_small else ""}" width="{width}" height="{height}" alt="{escape(name)}" '
+            f'tabindex="0" loading="lazy" decoding="async" src="{source}">')

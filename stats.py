@@ -57,7 +57,7 @@ def wilson(rate, n):
     z = scipy.stats.norm.ppf(TAILS[1])
     middle = (rate + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z ** 2 / (4 * n ** 2)) / (1 + z ** 2 / n)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def by_prompt(values, prompts):
@@ -67,7 +67,7 @@ def by_prompt(values, prompts):
     return np.bincount(of_prompt, values) / np.bincount(of_prompt)
 
 
-def against(ours, theirs):
+def hold_against(ours, theirs):
     """{name: number} of scores [P] of P prompts held against another model's scores of the same.
 
     win_rate, a tie one half, with Wilson's interval; the paired difference of the means with its t interval; p of
@@ -127,7 +127,8 @@ def compare_scores(names, scores, prompts, pairs):
             results.append({"images": name, "scorer": scorer, "against": None, "n": len(ours), "mean": ours.mean(),
                             "median": np.median(ours)})
         for i, j in pairs:
-            results.append({"images": names[i], "scorer": scorer, "against": names[j]} | against(means[i], means[j]))
+            numbers = hold_against(means[i], means[j])
+            results.append({"images": names[i], "scorer": scorer, "against": names[j]} | numbers)
     return results
 
 

@@ -109,13 +109,17 @@ def test_bad_prompts_are_refused_in_one_line(tmp_path, name, text, complaint):
 
 
 def test_prompts_of_the_hub(monkeypatch):
-    """ID:SPLIT; with several splits, the one to take must be said. Only the prompts' column is read."""
-    import datasets
-
-    rows = datasets.Dataset.from_dict({"Prompt": ["a cat", "two dogs"], "image": [b"", b""]})
+    """ID:SPLIT; with several splits, the one to take must be said. Images are not read, classes by their names."""
+    features = {"Prompt": "large_string", "image": "binary", "score": "float64", "kind": None}
+    features = {name: datasets.Value(kind) for name, kind in features.items() if kind}
+    features["kind"] = datasets.ClassLabel(names=["pets", "wild"])
+    columns = {"Prompt": ["a cat", "two dogs"], "image": [b"", b""], "score": [0.5, 1.5], "kind": [1, 0]}
+    rows = datasets.Dataset.from_dict(columns, datasets.Features(features))
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("a/b", "test"): rows}[name, split])
-    assert evaluate.read_prompts("a/b:test") == ["a cat", "two dogs"]
+    prompts, others = evaluate.read_prompt_rows("a/b:test")
+    assert prompts == ["a cat", "two dogs"]
+    assert others == [{"score": "0.5", "kind": "wild"}, {"score": "1.5", "kind": "pets"}]
     for source in ("a/b", "a/b:dev"):
         with pytest.raises(InputError, match="a/b has the splits train, test; give a/b:SPLIT"):
             evaluate.read_prompts(source)
@@ -411,7 +415,8 @@ def test_a_model_compared_with_itself_wins_one_half(generate, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     result = report["results"][2]
     assert result["win_rate"] == 0.5 and result["difference"] == 0 and result["win_rate_95"] is None
-    assert (result["wins"], result["ties"], result["losses"], result["n"]) == (0, 4, 0, 4)  # prompts; one is there twice
+    assert (result["wins"], result["ties"], result["losses"]) == (0, 4, 0)
+    assert result["n"] == 4  # prompts; one is there twice
     assert "0/4/0" in capsys.readouterr().out and "0/4/0" in (tmp_path / "report.html").read_text()
 
 
@@ -469,6 +474,7 @@ def test_the_table_in_all_formats(tmp_path, capsys):
     results, caption, texts = table_of(tmp_path, *paths)
     compared = [row for row in results if row["against"]]
     assert len(compared) == 4 and "over the 4 comparisons" in caption and "fewer" not in caption
+    assert ",40,0,0," in texts["csv"]  # whole numbers
     assert all(row["against"] == paths[0] and row["n"] == 40 for row in compared)
     certain = [row for row in compared if row["images"] == paths[1]]
     for row in certain:
@@ -495,7 +501,7 @@ def test_any_opponent_or_all(tmp_path):
     """Against another the difference changes its sign; all pairs are every two once."""
     paths = three_models(tmp_path)
     usual, _, _ = table_of(tmp_path, *paths)
-    other, _, _ = table_of(tmp_path, *paths, "--against", paths[2])
+    other, _, _ = table_of(tmp_path, *paths, "--against", f"{paths[2]}/../{Path(paths[2]).name}/")
     forward = next(row for row in usual if row["against"] == paths[0] and row["images"] == paths[2])
     back = next(row for row in other if row["against"] == paths[2] and row["images"] == paths[0])
     assert forward["difference"] == pytest.approx(-back["difference"]) and forward["wins"] == back["losses"]
@@ -517,23 +523,70 @@ def test_sets_and_categories_apart(tmp_path):
         for category, n in (("", 40), ("Animals", 20), ("Outdoor | 50%", 20))}
     assert "over the 24 comparisons" in caption and "Outdoor \\| 50%" in texts["md"]
     assert texts["html"].count("<section") == 80 and "[parti] parti prompt 0" in texts["html"]
-    with pytest.raises(SystemExit, match="have no Style; they have Category"):
+    with pytest.raises(SystemExit, match="no prompt has a Style; they have Category"):
         table_of(tmp_path, *paths, "--category", "Style")
     shutil.rmtree(tmp_path / "m_1" / "hps")
     with pytest.raises(SystemExit, match="holds the sets hps, parti, .*m_1 parti; they are compared set by set"):
         table_of(tmp_path, *paths)
 
 
+def test_categories_that_some_prompts_lack(tmp_path):
+    """All prompts are a row, whatever is blank; a set without the column has that row alone; one value is none."""
+    paths = three_models(tmp_path, sets=("parti", "hps", "same"), n=40)
+    for path in paths:
+        for name, values in (("parti", ["", "A", "B"]), ("hps", None), ("same", ["C"])):
+            file = tmp_path / path / name / "manifest.json"
+            manifest = json.loads(file.read_text())
+            for i, entry in enumerate(manifest["images"]):
+                entry["columns"] = {"Category": values[i % len(values)]} if values else None
+            file.write_text(json.dumps(manifest))
+    results, _, _ = table_of(tmp_path, *paths, "--category", "Category")
+    found = {(row["set"], row["category"]): row["n"] for row in results}
+    assert found == {("hps", ""): 40, ("parti", ""): 40, ("parti", "A"): 13, ("parti", "B"): 13, ("same", ""): 40}
+    file = tmp_path / paths[1] / "parti" / "manifest.json"
+    file.write_text(file.read_text().replace('"A"', '"Z"'))
+    with pytest.raises(SystemExit, match="the Category of image 1 is A and Z in different folders"):
+        table_of(tmp_path, *paths, "--category", "Category")
+
+
+def test_tables_are_not_written_over_scores(tmp_path):
+    """scores.html would stand beside scores.json, which is the folder's own."""
+    paths = three_models(tmp_path)
+    before = (Path(paths[0]) / "scores.json").read_bytes()
+    with pytest.raises(SystemExit, match="lies among images"):
+        evaluate.main(["compare", *paths, "--out", f"{paths[0]}/scores.html"])
+    assert (Path(paths[0]) / "scores.json").read_bytes() == before
+
+
+def test_votes_are_counted_with_their_interval(tmp_path, capsys):
+    """Ties are halves; a vote of another page is refused."""
+    paths = three_models(tmp_path)
+    lines = ["index,first,other,winner"]
+    for i in range(30):
+        lines.append(f"{i},{paths[0]},{paths[1]},{[paths[1], paths[1], paths[0], ''][i % 4]}")
+    (tmp_path / "votes.csv").write_text("\n".join(lines))
+    evaluate.main(["compare", *paths, "--votes", str(tmp_path / "votes.csv"), "--out", str(tmp_path / "t.html")])
+    (vote,) = json.loads((tmp_path / "t.json").read_text())["votes"]
+    assert (vote["n"], vote["wins"], vote["ties"], vote["losses"]) == (30, 16, 7, 7)
+    assert vote["win_rate"] == pytest.approx(19.5 / 30) and vote["win_rate_95"][0] < 0.65 < vote["win_rate_95"][1]
+    assert "votes: " in capsys.readouterr().out
+    for wrong in ("99,{0},{1},", "0,{0},elsewhere,", "0,{0},{1},{2}", "x,{0},{1},"):
+        (tmp_path / "votes.csv").write_text("index,first,other,winner\n" + wrong.format(*paths))
+        with pytest.raises(SystemExit, match="cannot be read, or is of another page"):
+            evaluate.main(["compare", *paths, "--votes", str(tmp_path / "votes.csv"), "--out", f"{tmp_path}/t.html"])
+
+
 def test_few_prompts_have_counts_alone(tmp_path, capsys):
     results, caption, _ = table_of(tmp_path, *three_models(tmp_path, n=19))
     compared = [row for row in results if row["against"]]
     assert all(row["p"] is row["difference_95"] is row["win_rate_95"] is None for row in compared)
-    assert "fewer than 20 prompts there are counts alone" in caption and "19/0/0" in capsys.readouterr().out
+    assert "fewer than 20 prompts there is no interval and no p" in caption and "19/0/0" in capsys.readouterr().out
 
 
 def test_several_sets_of_prompts(tmp_path, generate, capsys):
     """One command; every set a folder; the columns of a row are kept; score and compare find them by their parent."""
-    (tmp_path / "p.tsv").write_text("Prompt\tCategory\tChallenge\tNote\na fox\tAnimals\tBasic\t\nsnow\tOutdoor\tStyle\tx\n")
+    lines = ["Prompt\tCategory\tChallenge\tNote", "a fox\tAnimals\tBasic\t", "snow\tOutdoor\tStyle\tx", ""]
+    (tmp_path / "p.tsv").write_text("\n".join(lines))
     (tmp_path / "q.json").write_text(json.dumps([{"prompt": "rain", "style": "photo", "n": 3}, {"prompt": "sun"}]))
     sets = ["--prompts", f"parti={tmp_path / 'p.tsv'}", f"hps={tmp_path / 'q.json'}"]
     one, other = generate("one", *sets), generate("other", *sets)
@@ -546,9 +599,30 @@ def test_several_sets_of_prompts(tmp_path, generate, capsys):
     evaluate.main(["score", str(one), str(other), "--metrics", "clip=tiny"])
     results, _, _ = table_of(tmp_path, one, other)
     assert [row["set"] for row in results if row["against"]] == ["hps", "parti"]
-    for wrong in (["a=x.txt", "a=y.txt"], ["a=x.txt", "y.txt"], ["../a=x.txt", "b=y.txt"]):
+    for wrong in (["a=x.txt", "A=y.txt"], ["a=x.txt", "y.txt"], ["../a=x.txt", "b=y.txt"]):
         with pytest.raises(SystemExit, match="of several sets each is NAME=SOURCE"):
             generate("wrong", "--prompts", *wrong)
+    with pytest.raises(SystemExit, match="holds images of one set of prompts"):
+        generate("alone", *sets)
+    with pytest.raises(SystemExit, match="holds sets of images; give one of them: hps, parti"):
+        evaluate.main(["style", str(one), "--reference", str(alone)])
+
+
+def test_a_folder_made_before_learns_what_stands_beside_its_prompts(tmp_path, generate):
+    """Its images stay; one of several sets that is another's refuses all before any is claimed."""
+    (tmp_path / "q.json").write_text(json.dumps([{"prompt": "rain", "style": "photo", "text": "kept"}]))
+    out = generate("out", "--prompts", str(tmp_path / "q.json"))
+    file = out / "manifest.json"
+    before = json.loads(file.read_text())
+    assert before["images"][0].pop("columns") == {"style": "photo", "text": "kept"}
+    file.write_text(json.dumps(before))
+    generate("out", "--prompts", str(tmp_path / "q.json"))
+    assert json.loads(file.read_text())["images"][0]["columns"] == {"style": "photo", "text": "kept"}
+    (out.parent / "both").mkdir()
+    shutil.copytree(out, out.parent / "both" / "b")
+    with pytest.raises(SystemExit, match="holds other images"):
+        generate("both", "--prompts", f"a={tmp_path / 'q.json'}", f"b={tmp_path / 'q.json'}", "--seed", "5")
+    assert not (out.parent / "both" / "a").exists()
 
 
 def test_what_cannot_be_compared_is_refused_by_name(generate, tmp_path):

@@ -32,8 +32,10 @@ def test_a_run_gives_its_rows_and_a_killed_command_goes_on(quick_tiny, tmp_path,
     monkeypatch.setattr(tiny, "measure", lambda pipe: {"style": 0.5, "shape": 1.0})
     rows = learning.measure_run((10, 1, True), tmp_path)
     assert [row["step"] for row in rows] == [10] and rows[0]["swapped"] == 1 and rows[0]["sketches"] == 0.5
-    learning.write_rows([row | dict(zip(("beta", "lr", "swapped"), setting))
-                         for setting in learning.settings() for row in rows], tmp_path)
+    every = []
+    for beta, lr, swapped in learning.settings():
+        every += [row | {"beta": beta, "lr": lr, "swapped": float(swapped)} for row in rows]
+    learning.write_rows(every, tmp_path)
     monkeypatch.setattr(learning, "measure_run", None)  # calling it would raise
     learning.main(["--out", str(tmp_path)])
     assert (tmp_path / "learning.png").exists()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import report
 from conftest import BROWSER
 from report import page
 
@@ -105,7 +106,7 @@ def test_images_decode_back_and_small_ones_exactly(size, shown, tmp_path):
     rows = rows_of(size)[:2]
     rows[1]["images"][0].save(tmp_path / "a.png")
     paths = [rows[0], rows[1] | {"images": [tmp_path / "a.png", *rows[1]["images"][1:]]}]
-    found = [attributes for tag, attributes in Parts(page_of(paths)).tags if tag == "img"]
+    found = [attributes for tag, attributes in Parts(page_of(paths)).tags if tag == "img" and "src" in attributes]
     assert len(found) == 6
     for attributes, image in zip(found, rows[0]["images"] + rows[1]["images"]):
         bytes_ = base64.b64decode(attributes["src"].partition("base64,")[2], validate=True)
@@ -115,7 +116,7 @@ def test_images_decode_back_and_small_ones_exactly(size, shown, tmp_path):
         if max(size) <= 128:
             assert decoded.format == "PNG" and np.array_equal(decoded, image)
         else:
-            assert decoded.format == "JPEG" and decoded.size == shown
+            assert decoded.format == "JPEG" and decoded.size == size  # whole, for a click
 
 
 def test_page_without_metrics_or_with_one_folder_has_no_controls():
@@ -127,10 +128,10 @@ def test_page_without_metrics_or_with_one_folder_has_no_controls():
     assert ("nav", {}) in Parts(page_of(rows_of((8, 8)))).tags
 
 
-def browse(folder, text, steps, *options):
+def browse(folder, text, steps, *options, script=READ):
     """What the browser prints of the page after a reader's steps, pairs of a select's id and an option."""
     folder.mkdir()
-    script = READ.replace("STEPS", json.dumps(steps))
+    script = script.replace("STEPS", json.dumps(steps))
     (folder / "page.html").write_text(
         text.replace('<meta charset="utf-8">', '<meta charset="utf-8">' + WATCH) + script, encoding="utf-8"
     )
@@ -165,6 +166,88 @@ def test_a_browser_sorts_the_rows_without_errors(tmp_path):
     assert note["best"][:3] == [False, False, True]
     assert not any(note["best"][6:12])
     assert note["best"][12:15] == [True, True, False]
+
+
+ACT = """<script>
+const seen = () => [...document.querySelectorAll("section:not([hidden])")].map(row => +row.dataset.index)
+const set = (id, value) => {
+  const control = document.getElementById(id)
+  if (control.type == "checkbox") control.checked = value; else control.value = value
+  for (const kind of ["input", "change"]) control.dispatchEvent(new Event(kind, { bubbles: true }))
+}
+const press = (key, target = document.body) =>
+  target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }))
+const dialog = document.querySelector("dialog"), note = {}
+onload = () => {
+  set("search", "WORD "); note.search = seen(); set("search", "")
+  set("category", "b"); note.category = seen(); set("category", "")
+  set("show", "losses"); note.losses = seen()
+  set("against", "2"); set("show", "disagree"); note.disagree = seen()
+  set("show", "all"); set("against", "1")
+  const image = document.querySelector('section[data-index="3"] figure:nth-of-type(2) img')
+  image.focus(); note.focused = document.activeElement == image
+  press("Enter", image); note.open = dialog.open
+  const large = () => dialog.querySelector("img").src
+  const all = [...image.closest("section").querySelectorAll("img")].map(other => other.src)
+  note.flips = [all.indexOf(large())]
+  for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft"]) { press(key); note.flips.push(all.indexOf(large())) }
+  dialog.close()
+  set("blind", true)
+  note.blind = [seen(), document.querySelectorAll("section:not([hidden]) figure:not([hidden])").length]
+  note.names = getComputedStyle(document.querySelector("#names")).display
+  note.sides = []
+  for (const key of ["1", "2", "0", "1", "1", "1", "1", "1"]) {
+    const [row] = seen().map(index => document.querySelector(`section[data-index="${index}"]`))
+    if (row) note.sides.push([...row.querySelectorAll("figure:not([hidden])")].map(figure => +figure.style.order))
+    press(key)
+  }
+  note.votes = [...votes.values()]; note.rest = seen()
+  note.wide = document.documentElement.scrollWidth
+  note.errors = errors
+  const text = document.body.appendChild(document.createElement("pre"))
+  text.id = "note"; text.textContent = JSON.stringify(note)
+}
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1100])
+def test_a_browser_finds_enlarges_and_votes(tmp_path, width):
+    """By keys: filters, the flip between models, a blind vote whose sides are drawn and whose names are hidden."""
+    rows = [row | {"category": "ab"[row["index"] % 2]} for row in rows_of((160, 120))]
+    names = ("base", "clip=ViT-L-14:/a/long/path/to/some/weights/and/more/of/it.pt", "dpo")
+    size = f"--window-size={width},900"
+    dom = browse(tmp_path / "dom", page_of(rows, names=names), [], "--dump-dom", size, script=ACT)
+    note = json.loads(re.search(r'<pre id="note">(.*?)</pre>', dom).group(1).replace("&amp;", "&"))
+    assert note["errors"] == []
+    assert note["search"] == [3] and note["category"] == [1, 3, 5]
+    assert note["losses"] == [2, 4]  # by pickscore the second folder loses
+    assert note["disagree"] == [2, 4]  # the third is lower by pickscore, and higher by clip where the gain is negative
+    assert note["focused"] and note["open"] and note["flips"] == [1, 2, 0, 2]
+    assert note["blind"] == [[0], 2] and note["names"] == "none"
+    assert {tuple(sides) for sides in note["sides"]} == {(1, 2), (2, 1)}  # both come
+    assert len(note["votes"]) == 7 and note["rest"] == []
+    for (index, first, other, winner), sides, key in zip(note["votes"], note["sides"], "1201111"):
+        left, right = (first, other) if sides == [1, 2] else (other, first)
+        assert (first, other) == names[:2] and winner == {"1": left, "2": right, "0": ""}[key], index
+    assert note["wide"] <= max(width, 500)  # Chromium's windows have 500 pixels at least
+
+
+def test_a_large_page_shows_the_images_where_they_lie(tmp_path, monkeypatch):
+    """Above a limit nothing is copied; links are relative, and quoted; below it nothing is outside."""
+    rows = rows_of((160, 120))[:2]
+    (tmp_path / "a b").mkdir()
+    for row in rows:
+        for k, image in enumerate(row["images"]):
+            image.save(tmp_path / "a b" / f"{row['index']}-{k}.png")
+        row["images"] = [tmp_path / "a b" / f"{row['index']}-{k}.png" for k in range(3)]
+    arguments = (["base", "rpo", "dpo"], ["clip"], rows, [])
+    whole = page(*arguments, folder=tmp_path / "pages")
+    monkeypatch.setattr(report, "LARGE", 1000)
+    linked = [tags for tag, tags in Parts(page(*arguments, folder=tmp_path / "pages")).tags if "src" in tags]
+    assert [tags["src"] for tags in linked] == [f"../a%20b/{i}-{k}.png" for i in (0, 1) for k in range(3)]
+    assert all((tags["width"], tags["height"]) == ("160", "120") for tags in linked)
+    assert "../" not in re.sub(r"base64,[\w+/=]+", "", whole)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

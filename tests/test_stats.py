@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from stats import adjust, against, by_prompt, cmmd, diversity, frechet, published_cmmd, win_rate
+from stats import adjust, by_prompt, cmmd, diversity, frechet, hold_against, published_cmmd, win_rate
 
 
 def test_a_win_rate_is_antisymmetric_and_ties_count_half():
@@ -23,7 +23,7 @@ def test_scores_of_a_prompt_count_once(images_per_prompt):
     ours, theirs = rng.normal(size=(2, 30))
     prompts = np.arange(30).repeat(images_per_prompt)
     means = [by_prompt(values.repeat(images_per_prompt), prompts) for values in (ours, theirs)]
-    result, expected = against(*means), against(ours, theirs)
+    result, expected = hold_against(*means), hold_against(ours, theirs)
     for name in expected:
         assert result[name] == pytest.approx(expected[name])
 
@@ -41,7 +41,7 @@ def coverage(rate, n, ties, images, seeds, rng):
     for _ in range(seeds):
         gain = rng.normal(shift, 1, size=n).repeat(images) + spread * rng.normal(size=n * images)
         gain *= (rng.random(n) >= ties).repeat(images)
-        result = against(by_prompt(gain, prompts), np.zeros(n))
+        result = hold_against(by_prompt(gain, prompts), np.zeros(n))
         truths = (rate * (1 - ties) + ties / 2, shift * (1 - ties))
         for k, (name, truth) in enumerate(zip(("win_rate_95", "difference_95"), truths)):
             low, high = result[name]
@@ -49,7 +49,10 @@ def coverage(rate, n, ties, images, seeds, rng):
     return hits / seeds
 
 
-@pytest.mark.parametrize("rate, n, ties, images", [(0.6, 30, 0, 1), (0.97, 30, 0, 1), (0.9, 200, 0.3, 1), (0.8, 30, 0, 4)])
+CASES = [(0.6, 30, 0, 1), (0.97, 30, 0, 1), (0.9, 200, 0.3, 1), (0.8, 30, 0, 4)]
+
+
+@pytest.mark.parametrize("rate, n, ties, images", CASES)
 def test_intervals_cover_the_truth(rate, n, ties, images):
     """Nominally 95%; the whole grid is a slow test."""
     hits = coverage(rate, n, ties, images, 300, np.random.default_rng(0))

@@ -240,9 +240,9 @@ def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind
         of_samples.append([param.detach().clone() for param in output.trainer.params.values()])
         return draw(output)
 
-    def observed_save(folder, state):
+    def observed_save(folder, state, kept):
         of_steps.append([param.detach().clone() for param in state["weights"].values()])
-        save_checkpoint(folder, state)
+        save_checkpoint(folder, state, kept)
 
     monkeypatch.setattr(train.Output, "draw", observed_draw)
     monkeypatch.setattr(common, "save_checkpoint", observed_save)
