@@ -430,7 +430,7 @@ def compare(args):
     pairs = [(i, 0) for i in range(1, len(paths))]
     if args.all_pairs:
         pairs = [(i, j) for j in range(len(paths)) for i in range(j + 1, len(paths))]
-    write_report(out, comparable_sets(paths), paths, pairs, args.category, args.votes)
+    write_report(out, comparable_sets(paths), paths, pairs, args.category, args.votes, args.rows)
 
 
 # Pairs out of scores
@@ -687,6 +687,7 @@ def parse_args(argv=None):
     add("--out", metavar="PAGE.html", default="report.html", help="and PAGE.json, .csv, .md, .tex [%(default)s]")
     add("--against", metavar="DIR", help="the one of the folders that the others are held against [the first]")
     add("--all_pairs", action="store_true", help="every two folders against each other")
+    add("--rows", type=int, nargs="+", default=[], metavar="N", help="rows of the page by their numbers, as PAGE.png")
     add("--votes", metavar="CSV", help="what the page's blind vote exported: counted, with its interval")
     add("--category", metavar="COLUMN", help="of the prompts' file, as Category of PartiPrompts: its values apart, too")
     add = command(pairs)
@@ -723,7 +724,10 @@ def main(argv=None):
         if world_size > 1 and args.command != "generate":
             raise InputError(f"{args.command} takes one process; only generate runs under torchrun")
         common.end_with_launcher()
-        args.function(args)
+        try:
+            args.function(args)
+        except KeyboardInterrupt:
+            raise InputError("stopped; what is done is kept, and the same command goes on")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest, is_hidden
@@ -398,9 +398,33 @@ def count_votes(file, names, rows):
     return counted
 
 
-def write_report(file, sets, names, pairs, category=None, votes=None):
-    """Prints the table of {set: folders}; writes `file`, the page, and beside it .json, .csv, .md and .tex."""
+def save_grid(file, names, rows, side=256):
+    """Rows of the page as one PNG for a paper: a column for each folder under its name, the prompts over the rows."""
+    font = ImageFont.load_default(14)
+    grid = Image.new("RGB", (side * len(names), 24 + (side + 24) * len(rows)), "white")
+    draw = ImageDraw.Draw(grid)
+    for k, name in enumerate(names):
+        draw.text((k * side + 4, 4), Path(name).name, "black", font)
+    for place, row in enumerate(rows):
+        top = 24 + place * (side + 24)
+        draw.text((4, top + 4), row["prompt"], "black", font)
+        for k, image in enumerate(row["images"]):
+            picture = open_image(image)
+            sampling = Image.NEAREST if max(picture.size) <= 128 else Image.LANCZOS
+            grid.paste(ImageOps.contain(picture, (side, side), sampling), (k * side, top + 24))
+    part = file.with_suffix(".part")
+    grid.save(part, "PNG")
+    part.replace(file)
+
+
+def write_report(file, sets, names, pairs, category=None, votes=None, chosen=()):
+    """Prints the table of {set: folders}; writes `file`, the page, and beside it .json, .csv, .md and .tex.
+
+    chosen  numbers of rows of the page, to be drawn as .png, too
+    """
     results, identities, rows = compare_sets(sets, names, pairs, category)
+    if any(not 0 <= number < len(rows) for number in chosen):
+        raise InputError(f"--rows are numbers of the page, from 0 to {len(rows) - 1}")
     counted = count_votes(votes, names, rows) if votes else []
     caption = caption_of(results, adjust(results))
     summary = summarize(results)
@@ -413,6 +437,8 @@ def write_report(file, sets, names, pairs, category=None, votes=None):
     atomic_write(file.with_suffix(".json"), json.dumps(numbers, indent=1))
     write_tables(file, results, summary, caption)
     atomic_write(file, page(names, list(identities), rows, summary, caption, file.parent))
+    if chosen:
+        save_grid(file.with_suffix(".png"), names, [rows[number] for number in chosen])
     if is_large(rows):
         print(f"{file} shows the images where they lie: it is to stay there, with them")
 

@@ -371,6 +371,18 @@ def test_two_sources_of_a_scorer_stand_side_by_side(generate, monkeypatch):
     assert [(row["hpsv2=1"], row["hpsv2=2"], row["aesthetic"]) for row in rows] == [("1.0", "2.0", "3.0")] * 5
 
 
+def test_a_stop_ends_in_one_line(generate, monkeypatch):
+    """Ctrl-C; that what was scored is kept is shown below."""
+    out = generate("images")
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "score_missing", stopped)
+    with pytest.raises(SystemExit, match="^evaluate.py: stopped; what is done is kept"):
+        evaluate.main(["score", str(out), "--metrics", "clip=tiny"])
+
+
 @pytest.mark.parametrize("fault", ["nan", "stop"])
 def test_what_was_scored_before_a_fault_is_kept(generate, monkeypatch, fault):
     """A number that is none is refused, whoever computed it; JSON has no name for it."""
@@ -556,6 +568,21 @@ def test_tables_are_not_written_over_scores(tmp_path):
     with pytest.raises(SystemExit, match="lies among images"):
         evaluate.main(["compare", *paths, "--out", f"{paths[0]}/scores.html"])
     assert (Path(paths[0]) / "scores.json").read_bytes() == before
+
+
+def test_chosen_rows_are_a_picture(tmp_path):
+    """Each image in its place, small ones enlarged without a loss."""
+    paths = three_models(tmp_path)
+    evaluate.main(["compare", *paths, "--rows", "7", "2", "--out", str(tmp_path / "t.html")])
+    grid = np.array(Image.open(tmp_path / "t.png"))
+    assert grid.shape == (24 + 2 * 280, 3 * 256, 3)
+    for place, number in enumerate((7, 2)):
+        for k, path in enumerate(paths):
+            colour = np.array(Image.open(f"{path}/{number:05d}.png"))[0, 0]
+            top = 24 + place * 280 + 24
+            assert (grid[top : top + 256, k * 256 : (k + 1) * 256] == colour).all()
+    with pytest.raises(SystemExit, match="--rows are numbers of the page, from 0 to 39"):
+        evaluate.main(["compare", *paths, "--rows", "40", "--out", str(tmp_path / "t.html")])
 
 
 def test_votes_are_counted_with_their_interval(tmp_path, capsys):
