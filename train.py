@@ -6,10 +6,12 @@
     torchrun --nproc_per_node=8 train.py --model sdxl           SDXL on eight GPUs
     python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
     python train.py --model sdxl --data CACHE --lora_rank 16    an adapter, on pairs that encode.py has encoded
+    python train.py --model sd15 --data my_pairs --validate 0.02        is it learning: held-out pairs on the way
     python train.py --model sd15 --dry_run                      print the resolved run and stop
 
 Options and presets are in options.py. A run writes to --out: config.json, data.json, log.jsonl (a line per
-step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers pipeline or LoRA weights. It is a function of
+step), samples/*.png, checkpoint-STEP.pt and model/, a diffusers pipeline or LoRA weights; of held-out pairs
+validation.png, and validation.safetensors, the reference's errors on them. It is a function of
 its arguments: processes and --micro_batch change rounding, nothing else. Killed or stopped, the same command
 goes on from the last checkpoint, to the same weights (the same bits in fp32 on a CPU).
 """
