@@ -23,6 +23,7 @@ from options import PRESETS
 
 BETA, LR = PRESETS["tiny"]["beta"], PRESETS["tiny"]["lr"]
 FACTORS = (0.1, 1, 10)  # of beta and of the learning rate
+PAIRS = 256  # that are held out
 SHOWN = {  # in the figure: (times beta, times lr, whether the labels are swapped)
     "healthy": (1, 1, False),
     "beta / 10": (0.1, 1, False),
@@ -56,7 +57,7 @@ def measure_run(setting, out):
     run = out / f"beta-{beta:g}-lr-{lr:g}{'-swapped' if swapped else ''}"
     data = swap_labels(out / "swapped") if swapped else "tiny"
     train.main(["--beta", f"{beta * BETA:g}", "--lr", f"{lr * LR:g}", "--data", data, "--out", str(run),
-                "--validate", "tiny", "--validate_every", "10", "--validate_pairs", "256", "--sample_every", "0"])
+                "--validate", "tiny", "--validate_every", "10", "--validate_pairs", str(PAIRS), "--sample_every", "0"])
     judged = tiny.measure(tiny.load(run / "model"))
     rows = []
     for line in (run / "log.jsonl").read_text().splitlines():

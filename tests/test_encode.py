@@ -601,7 +601,7 @@ def test_a_cache_decides_in_what_the_vae_encoded(tmp_path, run, small_model, few
     with pytest.raises(SystemExit, match="--vae_precision fp32: .* was encoded with bf16"):
         run("sd", tmp_path / "c", "--vae_precision", "fp32", name="other")
     with pytest.raises(SystemExit, match="is of a run with"):
-        run("sd", few_pairs, *options, "--reference_errors", file, name="errors")
+        run("sd", few_pairs, *options, "--reference_errors", file, name="refused")
 
 
 # The reference's errors

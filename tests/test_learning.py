@@ -29,6 +29,7 @@ def test_swapped_labels_are_the_same_pairs(quick_tiny, tmp_path):
 def test_a_run_gives_its_rows_and_a_killed_command_goes_on(quick_tiny, tmp_path, monkeypatch, capsys):
     """What is there is not run again; the figure and the table need nothing else."""
     monkeypatch.setitem(options.PRESETS, "tiny", options.PRESETS["tiny"] | {"steps": 10})
+    monkeypatch.setattr(learning, "PAIRS", 8)
     monkeypatch.setattr(tiny, "measure", lambda pipe: {"style": 0.5, "shape": 1.0})
     rows = learning.measure_run((10, 1, True), tmp_path)
     assert [row["step"] for row in rows] == [10] and rows[0]["swapped"] == 1 and rows[0]["sketches"] == 0.5
