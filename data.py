@@ -404,7 +404,8 @@ def reason_of(error):
     if isinstance(error, Image.DecompressionBombError):
         return "a decompression bomb?"
     text = getattr(error, "strerror", None) or brief(error)
-    text = re.sub(r"\([^)]*\)|<[^>]*>|\W*\d+", "", text)
+    text = re.sub(r"\([^)]*\)|<[^>]*>", "", text)
+    text = re.sub(r"\W*\d+", "", text)
     return " ".join(text.split()) or type(error).__name__
 
 
