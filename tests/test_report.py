@@ -5,6 +5,7 @@ import io
 import json
 import re
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -202,22 +203,31 @@ onload = () => {
     press(key)
   }
   note.votes = [...votes.values()]; note.rest = seen()
-  note.wide = document.documentElement.scrollWidth
+  note.wide = [innerWidth, document.documentElement.scrollWidth]
+  note.header = getComputedStyle(document.querySelector("header")).backgroundColor
   note.errors = errors
-  const text = document.body.appendChild(document.createElement("pre"))
+  const text = top.document.body.appendChild(document.createElement("pre"))
   text.id = "note"; text.textContent = JSON.stringify(note)
 }
 </script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [390, 1100])
-def test_a_browser_finds_enlarges_and_votes(tmp_path, width):
-    """By keys: filters, the flip between models, a blind vote whose sides are drawn and whose names are hidden."""
+@pytest.mark.parametrize("width, dark", [(390, False), (1100, False), (1100, True)])
+def test_a_browser_finds_enlarges_and_votes(tmp_path, width, dark):
+    """By keys: filters, the flip between models, a blind vote whose sides are drawn and whose names are hidden.
+
+    Chromium's windows have 500 pixels at least: the phone is a frame.
+    """
     rows = [row | {"category": "ab"[row["index"] % 2]} for row in rows_of((160, 120))]
     names = ("base", "clip=ViT-L-14:/a/long/path/to/some/weights/and/more/of/it.pt", "dpo")
-    size = f"--window-size={width},900"
-    dom = browse(tmp_path / "dom", page_of(rows, names=names), [], "--dump-dom", size, script=ACT)
+    options = ["--dump-dom", "--window-size=1100,900"] + ["--blink-settings=preferredColorScheme=0"] * dark
+    text, script = page_of(rows, names=names), ACT
+    if width < 500:
+        head = '<meta charset="utf-8">'
+        inside = escape(text.replace(head, head + WATCH) + ACT)
+        text, script = f'{head}<iframe style="width:{width}px;height:800px;border:0" srcdoc="{inside}"></iframe>', ""
+    dom = browse(tmp_path / "dom", text, [], *options, script=script)
     note = json.loads(re.search(r'<pre id="note">(.*?)</pre>', dom).group(1).replace("&amp;", "&"))
     assert note["errors"] == []
     assert note["search"] == [3] and note["category"] == [1, 3, 5]
@@ -230,7 +240,8 @@ def test_a_browser_finds_enlarges_and_votes(tmp_path, width):
     for (index, first, other, winner), sides, key in zip(note["votes"], note["sides"], "1201111"):
         left, right = (first, other) if sides == [1, 2] else (other, first)
         assert (first, other) == names[:2] and winner == {"1": left, "2": right, "0": ""}[key], index
-    assert note["wide"] <= max(width, 500)  # Chromium's windows have 500 pixels at least
+    assert note["wide"][0] == width and note["wide"][1] <= width
+    assert (note["header"] == "rgb(255, 255, 255)") != dark
 
 
 def test_a_large_page_shows_the_images_where_they_lie(tmp_path, monkeypatch):
