@@ -4,8 +4,11 @@ import os
 
 LAUNCHER = os.getppid()  # noted before the imports, which take seconds in which the launcher may be killed
 
+import argparse
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import multiprocessing
 import re
@@ -27,6 +30,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 class InputError(ValueError):
     """What the caller can mend: a command prints it as one line. Any other error keeps its traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError where argparse would print its usage and exit."""
+
+    def error(self, message):
+        raise InputError(message)
 
 
 def brief(error):
@@ -186,6 +196,15 @@ def atomic_write(file, content, suffix=""):
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_csv(file, names, rows):
+    """Rows, dicts, as a csv file of these columns, whole or not there; None and what is missing are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(file, text.getvalue())
 
 
 def newest_checkpoint(folder):

@@ -44,8 +44,8 @@ from common import InputError, atomic_write, brief, digest, hub_id, keyed_genera
 from data import Clip, as_text
 from models import cast_for_autocast, fuse_lora, load_model
 from report import (ImageFolder, comparable_folders, comparable_sets, first_difference, image_sets, open_batches,
-                    read_json, refuse_twice, save_png, settings_of, style_table, table, to_pil, writable_file,
-                    write_report)
+                    read_json, refuse_twice, save_png, scored_rows, settings_of, style_table, table, to_pil,
+                    writable_file, write_report)
 from stats import (cmmd, diversity, frechet, inception, mean_squared_distance, published_cmmd,
                    style_statistics)
 
@@ -172,10 +172,10 @@ def other_columns(row):
     """{name: text} of what a row holds beside its prompt; {} of a string."""
     if not isinstance(row, dict):
         return {}
-    others = {}
+    prompt_name, others = prompt_column(row), {}
     for name, value in row.items():
         is_kept = isinstance(value, (str, int, float)) and as_text(str(value)) is not None
-        if is_kept and name != prompt_column(row):
+        if is_kept and name != prompt_name:
             others[str(name)] = " ".join(str(value).split())
     return others
 
@@ -492,18 +492,8 @@ def parse_gaps(by, min_gap):
 
 def scores_of(folders, scorers):
     """Scores [images of all folders, S]. InputError where one is missing, or is of another scorer elsewhere."""
-    rows, identities = [], {}
-    for folder in folders:
-        scored_by, folder_rows = folder.read_scores()
-        for name in scorers:
-            if not all(name in row for row in folder_rows):
-                raise InputError(f"{folder.path} was not scored by {name}, or its images changed since; run `score` "
-                                 "on it")
-            if identities.setdefault(name, scored_by[name]) != scored_by[name]:
-                raise InputError(f"{folder.path} was scored by another {name}: {scored_by[name]}, not "
-                                 f"{identities[name]}")
-        rows += [[float(row[name]) for name in scorers] for row in folder_rows]
-    return np.array(rows)
+    _, rows = scored_rows(folders, scorers)
+    return np.array([[float(row[name]) for name in scorers] for of_folder in rows for row in of_folder])
 
 
 def ranked_pairs(scores, least, every=False):
@@ -647,8 +637,7 @@ def parse_args(argv=None):
     def refuse(message):
         raise InputError(message)
 
-    parser = argparse.ArgumentParser("evaluate.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = refuse
+    parser = common.Parser("evaluate.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
 

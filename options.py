@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from common import InputError, get_device, torchrun_env
+from common import InputError, Parser, get_device, torchrun_env
 from data import COLUMNS, is_cache, read_manifest
 from loss import LOSSES, wants
 from models import CONFIGS
@@ -62,13 +62,9 @@ class Options:
 
     def __init__(self, program, usage):
         self.defaults = {}
-        self.parser = argparse.ArgumentParser(
+        self.parser = Parser(
             prog=program, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
-        self.parser.error = self.refuse
-
-    def refuse(self, message):
-        raise InputError(message)
 
     def add(self, name, default, kind, text=None, metavar=None):
         """kind: a type, a list of choices, or bool for a flag with its --no-."""

@@ -16,7 +16,7 @@ import pandas
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from common import InputError, atomic_write, brief, digest, is_hidden
+from common import InputError, atomic_write, brief, digest, is_hidden, write_csv
 from data import as_text, read_image
 from stats import FEW, adjust, compare_scores, rate_interval
 
@@ -167,11 +167,7 @@ class ImageFolder:
             rows[i][column] = value
         content = {"scorers": identities, "images": rows}
         atomic_write(self.path / "scores.json", json.dumps(content, indent=1, allow_nan=False))
-        stream = io.StringIO(newline="")
-        writer = csv.DictWriter(stream, [*self.unscored_rows[0], *identities], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(self.path / "scores.csv", stream.getvalue())
+        write_csv(self.path / "scores.csv", [*self.unscored_rows[0], *identities], rows)
 
 
 def settings_of(manifest):
@@ -212,26 +208,36 @@ def comparable_folders(paths):
     return folders
 
 
-def comparable_scores(folders):
-    """({scorer: identity}, {scorer: [F, N] scores}) of F folders. InputError unless all have the same scorers."""
+def scored_rows(folders, names=None):
+    """({scorer: identity}, the rows of each folder) of folders that the same scorers have scored, else InputError.
+
+    names  the scorers that are asked for; None: all that have scored any of the folders
+    """
     identities, rows = zip(*[folder.read_scores() for folder in folders])
-    every_name = set().union(*identities)
+    names = set().union(*identities) if names is None else names
     for folder, scored_by, folder_rows in zip(folders, identities, rows):
-        for name, identity in scored_by.items():
-            if identities[0].get(name, identity) != identity:
+        for name in names:
+            identity = scored_by.get(name)
+            if identity and identities[0].get(name, identity) != identity:
                 raise InputError(f"{folder.path} was scored by another {name}: {identity}, not "
                                  f"{identities[0][name]}")
-        missing = {name for name in every_name if not all(name in row for row in folder_rows)}
+        missing = {name for name in names if not all(name in row for row in folder_rows)}
         if missing:
             raise InputError(f"{folder.path} was not scored by {', '.join(sorted(missing))}, or its images "
                              "changed since; run `score` on it")
-    if not every_name:
+    return identities[0], rows
+
+
+def comparable_scores(folders):
+    """({scorer: identity}, {scorer: [F, N] scores}) of F folders. InputError unless all have the same scorers."""
+    identities, rows = scored_rows(folders)
+    if not identities:
         raise InputError(f"{folders[0].path} has no scores of its images; run `score` on all folders first")
     scores = {}
-    for name in identities[0]:
+    for name in identities:
         columns = [[float(row[name]) for row in folder_rows] for folder_rows in rows]
         scores[name] = np.array(columns)
-    return identities[0], scores
+    return identities, scores
 
 
 def table(rows):
@@ -321,8 +327,7 @@ def write_tables(file, results, summary, caption):
         for name in ("difference_95", "win_rate_95"):
             row[f"{name}_low"], row[f"{name}_high"] = row.pop(name, None) or (None, None)
         flat.append(row)
-    frame = pandas.DataFrame(flat).convert_dtypes()  # counts stay whole where some are missing
-    atomic_write(file.with_suffix(".csv"), frame.to_csv(index=False, lineterminator="\n"))
+    write_csv(file.with_suffix(".csv"), dict.fromkeys(name for row in flat for name in row), flat)
 
 
 def categories_of(folders, column):
@@ -412,9 +417,7 @@ def save_grid(file, names, rows, side=256):
             picture = open_image(image)
             sampling = Image.NEAREST if max(picture.size) <= 128 else Image.LANCZOS
             grid.paste(ImageOps.contain(picture, (side, side), sampling), (k * side, top + 24))
-    part = file.with_suffix(".part")
-    grid.save(part, "PNG")
-    part.replace(file)
+    save_png(grid, file)
 
 
 def write_report(file, sets, names, pairs, category=None, votes=None, chosen=()):
@@ -436,10 +439,11 @@ def write_report(file, sets, names, pairs, category=None, votes=None, chosen=())
     numbers = {"scorers": identities, "caption": caption, "results": results, "votes": counted}
     atomic_write(file.with_suffix(".json"), json.dumps(numbers, indent=1))
     write_tables(file, results, summary, caption)
-    atomic_write(file, page(names, list(identities), rows, summary, caption, file.parent))
+    folder = file.parent if is_large(rows) else None
+    atomic_write(file, page(names, list(identities), rows, summary, caption, folder))
     if chosen:
         save_grid(file.with_suffix(".png"), names, [rows[number] for number in chosen])
-    if is_large(rows):
+    if folder:
         print(f"{file} shows the images where they lie: it is to stay there, with them")
 
 
@@ -461,20 +465,19 @@ def style_table(rows):
 def page(names, metrics, rows, summary, caption="", folder=None):
     """A HTML page that compares folders of images made from the same prompts: page.html, filled in.
 
-    It holds its images, as JPEGs of 1024 pixels at most, unless these would be too much for one file: see is_large.
+    It holds its images, as JPEGs of 1024 pixels at most, or links to them where these would be too much: see is_large.
 
     names    N folders; the first is the one that the others are held against
     metrics  names of scores, the higher the better; with none the page shows the images alone
     rows     {"index": number of the prompt, "prompt": str, "images": N pictures or paths,
              "scores": {metric: N finite floats}, "category": str, which may be missing}
     summary  rows of the table on top: dicts of strings, all with the same keys
-    folder   where the page will lie, for links to the images; None: it holds them, however large
+    folder   where the page will lie, for links to the images; None: it holds them
     """
     template = string.Template(Path(__file__).with_name("page.html").read_text())
     summary_rows = [cells("th", row) for row in summary[:1]]
     summary_rows += [cells("td", row.values()) for row in summary]
     rows = sorted(rows, key=lambda row: row["index"])
-    folder = folder if folder and is_large(rows) else None
     sections = [section(row, names, metrics, folder) for row in rows]
     options = [f'<option value="{k}">{escape(name)}' for k, name in enumerate(names) if k > 0]
     categories = sorted({row.get("category", "") for row in rows} - {""})

@@ -12,10 +12,8 @@ set of pairs, one order, one noise, for all arms alike, so differences are paire
 correction over all differences of a table. What was found is in laboratory.md.
 """
 
-import argparse
 import concurrent.futures
 import csv
-import io
 import json
 import math
 import multiprocessing
@@ -30,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import stats
-from common import InputError, atomic_write, digest, one_line_errors
+from common import InputError, Parser, atomic_write, digest, one_line_errors, write_csv
 from extras import drawings, vectors
 from loss import LOSSES, dpo_loss
 
@@ -244,12 +242,8 @@ def check_again(out, count, names):
 
 
 def write_rows(file, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, (*KEYS, *COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(row | {name: f"{row[name]:.4g}" for name in ("rate", "beta", *COLUMNS)})
-    atomic_write(file, text.getvalue())
+    rounded = [row | {name: f"{row[name]:.4g}" for name in ("rate", "beta", *COLUMNS)} for row in rows]
+    write_csv(file, (*KEYS, *COLUMNS), rounded)
 
 
 def read_rows(file):
@@ -425,16 +419,12 @@ def figure(file, of_study):
 
 
 def parse_args(argv=None):
-    def refuse(message):
-        raise InputError(message)
-
-    parser = argparse.ArgumentParser(prog="laboratory.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="laboratory.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="out/laboratory", help="folder of the runs, their rows, tables and figure")
     parser.add_argument("--studies", nargs="+", default=[*STUDIES], choices=[*STUDIES], help="[all]")
     parser.add_argument("--rows", metavar="DIR", help="trains nothing: tables and figure of DIR/STUDY.csv")
     parser.add_argument("--again", type=int, metavar="N", help="measures N random lots of each study of --out anew")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="side by side, a thread each")
-    parser.error = refuse
     return parser.parse_args(argv)
 
 

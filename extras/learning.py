@@ -8,9 +8,7 @@ every ten steps. Into --out go learning.csv, a row per measurement, and learning
 same command goes on with the runs that are missing.
 """
 
-import argparse
 import csv
-import io
 import json
 import shutil
 from pathlib import Path
@@ -80,14 +78,6 @@ def read_rows(folder):
         raise InputError(f"--rows {file} cannot be read: {common.brief(error)}")
 
 
-def write_rows(rows, folder):
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    common.atomic_write(folder / "learning.csv", stream.getvalue())
-
-
 def rows_of(rows, setting):
     """The rows of a run, in the order of its steps."""
     return [row for row in rows if (row["beta"], row["lr"], row["swapped"]) == setting]
@@ -132,13 +122,9 @@ def figure(rows, file):
 
 
 def parse_args(argv=None):
-    def refuse(message):
-        raise InputError(message)
-
-    parser = argparse.ArgumentParser(prog="learning.py", description=__doc__.split("\n\n")[0])
+    parser = common.Parser(prog="learning.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="out/learning", help="a folder for the rows and the figure [%(default)s]")
     parser.add_argument("--rows", metavar="DIR", help="draw the rows of DIR/learning.csv, run nothing")
-    parser.error = refuse
     return parser.parse_args(argv)
 
 
@@ -154,7 +140,7 @@ def main(argv=None):
             for setting in settings():
                 if not rows_of(rows, setting):
                     rows += measure_run(setting, out)
-                    write_rows(rows, out)
+                    common.write_csv(out / "learning.csv", rows[0], rows)
         figure(rows, out / "learning.png")
         print(table(rows))
 

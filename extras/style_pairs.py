@@ -20,7 +20,6 @@ were made of. Killed and given again, the same command goes on.
 
 import common  # first: it notes the launcher, before the imports that take seconds
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -55,12 +54,11 @@ ADVICE = "A smaller --batch_size, or --device cpu, may go on"
 
 def parse_args(argv=None):
     """The options; --style in its words. InputError on any that will not do."""
-    parser = argparse.ArgumentParser(prog="style_pairs.py", allow_abbrev=False)
+    parser = common.Parser(prog="style_pairs.py", allow_abbrev=False)
 
     def refuse(message):
         raise InputError(message)
 
-    parser.error = refuse
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id")
     add("--images", metavar="DIR", help="plain images instead of a model's, in the order of their names a prompt each")

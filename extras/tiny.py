@@ -13,7 +13,6 @@ parts are made on first use and kept in $XDG_CACHE_HOME or ~/.cache, under diffu
     judge     a small convolutional network that tells the style and the shape of a picture
 """
 
-import argparse
 import inspect
 import io
 import json
@@ -33,7 +32,7 @@ from torch import nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 
-from common import InputError, brief, clip_tokenizer, digest, one_line_errors
+from common import InputError, Parser, brief, clip_tokenizer, digest, one_line_errors
 
 SIZE = 32  # pixels
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (35, 80, 210), "yellow": (245, 205, 50),
@@ -412,13 +411,9 @@ def add_lora(pipe, folder):
 
 
 def parse_args(argv=None):
-    def refuse(message):
-        raise InputError(message)
-
-    parser = argparse.ArgumentParser(prog="tiny.py", description="What the judge says of models' samples.")
+    parser = Parser(prog="tiny.py", description="What the judge says of models' samples.")
     parser.add_argument("models", nargs="*", metavar="MODEL",
                         help="folders as train.py leaves them, or tiny [tiny, and out/tiny-rpo/model if there]")
-    parser.error = refuse
     args = parser.parse_args(argv)
     default = "out/tiny-rpo/model"
     if not args.models:

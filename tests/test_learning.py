@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+import common
 import options
 from extras import learning, tiny
 
@@ -36,7 +37,7 @@ def test_a_run_gives_its_rows_and_a_killed_command_goes_on(quick_tiny, tmp_path,
     every = []
     for beta, lr, swapped in learning.settings():
         every += [row | {"beta": beta, "lr": lr, "swapped": float(swapped)} for row in rows]
-    learning.write_rows(every, tmp_path)
+    common.write_csv(tmp_path / "learning.csv", every[0], every)
     monkeypatch.setattr(learning, "measure_run", None)  # calling it would raise
     learning.main(["--out", str(tmp_path)])
     assert (tmp_path / "learning.png").exists()
