@@ -5,10 +5,12 @@ import os
 LAUNCHER = os.getppid()  # noted before the imports, which take seconds in which the launcher may be killed
 
 import argparse
+import concurrent.futures
 import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import re
@@ -24,7 +26,10 @@ from pathlib import Path
 import filelock
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
+BEAT, SILENCE = 5, 40  # seconds between the signs of life of a process; after which it is taken for lost
+ENDED = threading.Event()  # this process is about to end: nobody need be watched any more
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
 
 
@@ -60,6 +65,10 @@ def one_line(error, advice):
         return f"out of memory ({first_line}). {advice}"
     if re.search("No space left|os error 28|File too large|uota exceeded", text):
         return f"there is no room to write ({first_line}). With more room the same command goes on"
+
+    if dist.is_initialized() and re.search("gloo/|NCCL|by peer|Broken pipe", text):
+        return (f"another process, or the way to it, is lost ({first_line}). The same command goes on from the last "
+                "checkpoint")
 
     # A reader that dies while it hands over a tensor shows as a broken connection to it.
     is_lost = re.search(r"DataLoader (worker \(pid|timed out)", text)
@@ -212,6 +221,30 @@ def newest_checkpoint(folder):
     return max(folder.glob("checkpoint-*.pt"), default=None)
 
 
+class CheckpointWriter:
+    """Writes the checkpoints of a folder by a thread, one at a time, from copies on the host: steps go on meanwhile."""
+
+    def __init__(self, folder):
+        self.folder, self.thread, self.writing = folder, concurrent.futures.ThreadPoolExecutor(1), None
+
+    def save(self, state, kept=None):
+        """Begins to write a state, once the one before is written."""
+        self.wait()
+        state = tree_map(lambda x: x.detach().to("cpu", copy=True) if torch.is_tensor(x) else x, state)
+        self.writing = self.thread.submit(save_checkpoint, self.folder, state, kept)
+
+    def check(self):
+        """Raises what went wrong in the thread, if it has ended."""
+        if self.writing and self.writing.done():
+            self.wait()
+
+    def wait(self):
+        """Returns when all is written. InputError where it cannot be."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+
 def save_checkpoint(folder, state, kept=None):
     """Writes checkpoint-STEP.pt aside, flushes, renames it, and removes those before, but one that is to be kept."""
     file = folder / f"checkpoint-{state['step']:06d}.pt"
@@ -336,15 +369,106 @@ def run_folder(folder):
 # Processes and signals
 
 
+def to_device(tensor, device):
+    """A tensor of the host on a device, without waiting for what the device still has to do."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def init_processes(device):
     """Joins the processes of torchrun; nothing to do without it."""
     if torchrun_env()[2] > 1:
         is_cuda = device.type == "cuda"
         if is_cuda:
             torch.cuda.set_device(device)
-        # Patient: others wait while the first one samples and saves. A process that ends is noticed anyway.
+        # Patient: others wait while the first one samples and saves. What is lost is noticed by the heartbeat.
         dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30),
                                 device_id=device if is_cuda else None)
+        Heartbeat().start()
+
+
+class Heartbeat:
+    """Ends this process, in one line, where another one or the way to it is lost: a collective would wait for it.
+
+    A thread of every process writes a number to the launcher's store every BEAT seconds, whatever the process is
+    doing: it may sample or save for as long as it takes. The first process listens to all and says who is lost, the
+    others listen to the first. A second thread keeps the time, for the first may itself wait for the store.
+    """
+
+    def __init__(self):
+        self.rank, _, world_size = torchrun_env()
+        now = time.monotonic()
+        self.heard = {rank: now for rank in (range(1, world_size) if self.rank == 0 else [0])}  # {rank: when}
+        self.lost = None  # who, in words
+
+    def start(self):
+        ENDED.clear()
+        for task in (self.exchange, self.watch):
+            threading.Thread(target=task, daemon=True).start()
+
+    @contextlib.contextmanager
+    def store(self):
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        with contextlib.suppress(RuntimeError):  # it is gone, or out of reach: then all are silent
+            yield dist.PrefixStore(f"heartbeat {attempt}", dist.TCPStore(host, port, is_master=False))
+
+    def exchange(self):
+        beats = {}
+        with self.store() as store:
+            for beat in itertools.count():
+                store.set(str(self.rank), str(beat))
+                for rank in self.heard:
+                    heard = store.get(str(rank)) if store.check([str(rank)]) else None
+                    if heard != beats.get(rank):
+                        beats[rank], self.heard[rank] = heard, time.monotonic()
+                if self.rank == 0 and self.lost:
+                    store.set("lost", self.lost)
+                elif store.check(["lost"]):
+                    self.lost = store.get("lost").decode()
+                if ENDED.wait(BEAT):
+                    break
+
+    def watch(self):
+        while not ENDED.wait(1):
+            silent = [rank for rank, when in self.heard.items() if time.monotonic() - when > SILENCE]
+            if silent:
+                self.lost = f"nothing was heard of process {', '.join(map(str, silent))} for {SILENCE} s"
+            if silent and self.rank == 0 and ENDED.wait(2 * BEAT):  # in which the others read it
+                break
+            if self.lost:
+                print(f"\ntrain.py: process {self.rank}: {self.lost}: a machine or the network is gone. The same "
+                      "command goes on from the last checkpoint", file=sys.stderr, flush=True)  # below the bar
+                os._exit(1)
+
+
+def check_shared(folder):
+    """InputError where a process does not see the files of the first one in a folder."""
+    if not dist.is_initialized():
+        return
+    rank, _, _ = torchrun_env()
+    token, *_ = all_gather_list([secrets.token_hex(8)])
+    file = folder / f"shared-{token}.part"
+    if rank == 0:
+        file.touch()
+    dist.barrier()
+    blind = all_gather_list([] if file.exists() else [str(rank)])
+    if rank == 0:
+        file.unlink()
+    if blind:
+        raise InputError(f"process {', '.join(blind)} does not see what process 0 writes to {folder}; it must lie on "
+                         "storage that all machines share")
+
+
+def check_alike(values):
+    """InputError where a process has other values, {name: value}, than the first one."""
+    first, *others = all_gather_list([values])
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise InputError(f"process {rank} has another {name} than process 0 ({other.get(name)}, "
+                                 f"{first.get(name)}); give all machines the same files")
 
 
 def all_gather(x):
@@ -421,6 +545,7 @@ def release_signals():
     for number in (signal.SIGTERM, signal.SIGCHLD):  # the latter is the loader's, to report dead processes
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    ENDED.set()
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

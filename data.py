@@ -14,8 +14,8 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
     unreadable        (row number, why) of pairs that could not be used and were replaced on the way here
     COLUMNS           [B] float32 each
     of a `Stream`     position [B] int64, record [B, 3] float64; t [B], noise [B, C, h, w],
-                      vae_noise [B, 2, C, h, w]
-    of images         pixels [B, 2, 3, H, W] float32 in [-1, 1], one crop and one flip for both images of a pair;
+                      vae_noise [B, 2, C, h, w], unless the VAE's mean is taken
+    of images         pixels [B, 2, 3, H, W] uint8, one crop and one flip for both images of a pair;
                       clip_pixels [B, 2, 3, h, w], the images as CLIP wants them, if it was asked for
     of a cache        mean, std [B, 2, C, h, w], prompt_embeds [B, L, E], pooled_prompt_embeds [B, P] (SDXL),
                       clip_embeds [B, 3, E'] of caption, winner, loser
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 
-from common import InputError, brief, digest, fingerprint, hub_id, is_hidden, keyed_generator
+from common import InputError, brief, digest, fingerprint, hub_id, is_hidden, keyed_generator, to_device
 
 SCAN_LIMIT = 10_000  # pairs; up to here train.py decodes all once at the start, and data.json is complete at once
 COLUMNS = ()  # further columns of the data, a number per pair, that a loss may name: add yours
@@ -412,8 +412,8 @@ def reason_of(error):
 def crop_and_resize(image, size, y, x, flip):
     """The square of side `size` pixels at place (y, x), in [0, 1], of the image scaled to that short side.
 
-    It cuts before it scales, so that a 3 x 4000 picture costs nothing. Returns pixels [3, size, size] in
-    [-1, 1] and SDXL's time_ids [6]; the crop is counted in the scaled, flipped image, as SDXL was trained.
+    It cuts before it scales, so that a 3 x 4000 picture costs nothing. Returns pixels [3, size, size]
+    uint8 and SDXL's time_ids [6]; the crop is counted in the scaled, flipped image, as SDXL was trained.
     """
     image = ImageOps.mirror(image) if flip else image
     scale = size / min(image.size)
@@ -422,7 +422,7 @@ def crop_and_resize(image, size, y, x, flip):
     right, bottom = min((left + size) / scale, image.width), min((top + size) / scale, image.height)
     box = (min(left / scale, image.width), min(top / scale, image.height), right, bottom)
     pixels = np.array(image.resize((size, size), Image.LANCZOS, box=box))
-    pixels = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     return pixels, torch.tensor([image.height, image.width, top, left, size, size], dtype=torch.float32)
 
 
@@ -804,25 +804,29 @@ class Stream(torch.utils.data.Dataset):
     process       its sample_t draws a timestep
     latent_shape  (C, h, w)
     group_noise   what the pairs of a group share: "own", nothing; "timestep"; "both", the noise, too
+    vae_sample    "mean" or "sample", which takes a noise of its own
     """
 
-    def __init__(self, pairs, process, latent_shape, seed, batch_size, group_size, group_noise):
+    def __init__(self, pairs, process, latent_shape, seed, batch_size, group_size, group_noise, vae_sample="sample"):
         self.pairs, self.process, self.latent_shape = pairs, process, latent_shape
         self.seed, self.batch_size = seed, batch_size
         self.group_size, self.group_noise = group_size, group_noise
+        self.vae_sample = vae_sample
 
     def draw(self, position):
-        """{"t": [], "noise": [C, h, w], "vae_noise": [2, C, h, w]} of a position."""
+        """{"t": [], "noise": [C, h, w]} of a position, and "vae_noise": [2, C, h, w] where it is used."""
         step, place = divmod(position, self.batch_size)
         first = place - place % self.group_size  # what a group shares is drawn as for its first pair
         t_place = place if self.group_noise == "own" else first
         noise_place = first if self.group_noise == "both" else place
         t_generator = keyed_generator(self.seed, "timestep", step, t_place)
         noise_generator = keyed_generator(self.seed, "noise", step, noise_place)
-        vae_generator = keyed_generator(self.seed, "vae", step, place)
-        return {"t": self.sample_t(t_generator, place),
-                "noise": torch.randn(self.latent_shape, generator=noise_generator),
-                "vae_noise": torch.randn((2, *self.latent_shape), generator=vae_generator)}
+        drawn = {"t": self.sample_t(t_generator, place),
+                 "noise": torch.randn(self.latent_shape, generator=noise_generator)}
+        if self.vae_sample == "sample":
+            vae_generator = keyed_generator(self.seed, "vae", step, place)
+            drawn["vae_noise"] = torch.randn((2, *self.latent_shape), generator=vae_generator)
+        return drawn
 
     def sample_t(self, generator, place):
         return self.process.sample_t(generator)
@@ -855,8 +859,8 @@ class HeldOutStream(Stream):
     measured on the same draws.
     """
 
-    def __init__(self, pairs, process, latent_shape, count):
-        super().__init__(pairs, process, latent_shape, "held out", count, 1, "own")
+    def __init__(self, pairs, process, latent_shape, count, vae_sample="sample"):
+        super().__init__(pairs, process, latent_shape, "held out", count, 1, "own", vae_sample)
 
     def sample_t(self, generator, place):
         return self.process.sample_t(generator, quarter=place % 4)
@@ -902,13 +906,13 @@ class Clip:
     def embed_texts(self, captions):
         """[B, E] float32 of B captions."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model.encode_text(self.tokenizer(captions).to(self.device)).float()
+            return self.model.encode_text(to_device(self.tokenizer(captions), self.device)).float()
 
     @torch.no_grad()
     def embed_images(self, pixels):
         """[N, E] float32 of N pictures, stacked after `transform`."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model.encode_image(pixels.to(self.device)).float()
+            return self.model.encode_image(to_device(pixels, self.device)).float()
 
     def digest(self):
         """16 hex digits of what embeds: weights, architecture, preprocessing, tokenizer."""

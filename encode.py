@@ -377,6 +377,7 @@ class ReferenceErrors:
         """
         args = trainer.args
         missing = [step for step in steps if self.errors[step].isnan().any()]
+        common.check_alike({f"file of reference errors {self.file}": common.digest(missing)})
         batches = trainer.load(missing)
         for step in tqdm(missing, "reference", disable=trainer.rank > 0):
             errors, records = [], []
@@ -412,8 +413,8 @@ class ReferenceErrors:
         step, place = batch.position // batch_size, batch.position % batch_size         # [B]
         check_records(f"--reference_errors {self.file} was computed", self.records[step, place], batch.record,
                       int(step[0]), int(place[0]))
-        step, place = step.to(self.errors.device), place.to(self.errors.device)
-        return self.errors[step, place].T.flatten()
+        device = self.errors.device
+        return self.errors[common.to_device(step, device), common.to_device(place, device)].T.flatten()
 
 
 def write_errors(name, file, errors, records, identity):
@@ -470,7 +471,8 @@ class Validation:
     def __init__(self, trainer, file):
         args, pairs, model = trainer.args, trainer.held_out, trainer.model
         self.trainer, self.count = trainer, min(args.validate_pairs, len(pairs))
-        stream = HeldOutStream(pairs, model.process, model.latent_shape(args.resolution), self.count)
+        stream = HeldOutStream(pairs, model.process, model.latent_shape(args.resolution), self.count,
+                               args.vae_sample)
         forwards = math.ceil(self.count / (args.micro_batch * trainer.world_size))
         places = trainer.places(0, forwards * args.micro_batch * trainer.world_size)
         self.batches, records = [], []

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import InputError, brief, clip_tokenizer, digest, fingerprint, hub_id
+from common import InputError, brief, clip_tokenizer, digest, fingerprint, hub_id, to_device
 from loss import DDPM
 
 HUB_IDS = {
@@ -46,6 +46,7 @@ class StableDiffusion:
 
     denoiser_name = "unet"
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    blocks = ("BasicTransformerBlock", "ResnetBlock2D")  # that are compiled: nearly all of the arithmetic
     text_encoders = ("text_encoder",)
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     optimizer = "adamw"
@@ -119,12 +120,16 @@ class StableDiffusion:
         embeds = {"prompt_embeds": torch.cat([output[0] for output in outputs])}
         if len(outputs[0]) > 2:
             embeds["pooled_prompt_embeds"] = torch.cat([output[2] for output in outputs])
+        embeds = {name: value.float() for name, value in embeds.items()}
         zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
-        keep = torch.tensor([bool(prompt) or not zeros for prompt in prompts]).to(device)
-        return {name: value.float() * keep.view(-1, *[1] * (value.dim() - 1)) for name, value in embeds.items()}
+        for number, prompt in enumerate(prompts):
+            if zeros and not prompt:
+                for value in embeds.values():
+                    value[number] = 0
+        return embeds
 
     def encode_images(self, pixels):
-        """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W], before the scaling.
+        """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W] uint8, before the scaling.
 
         In `vae_dtype`, never in fp16, in which SDXL's VAE overflows. A few pairs at a time: at 1024 px one
         activation of 16 pairs would have 2^32 elements.
@@ -132,8 +137,8 @@ class StableDiffusion:
         vae = self.encoding_vae
 
         def encode(images):
-            images = images.flatten(0, 1).to(vae.device, vae.dtype, non_blocking=True)
-            posterior = vae.encode(images).latent_dist
+            images = to_device(images.flatten(0, 1), vae.device).float() / 127.5 - 1    # in [-1, 1]
+            posterior = vae.encode(images.to(vae.dtype)).latent_dist
             return posterior.mean.float(), posterior.std.float()
 
         at_once = max(1, 2 ** 21 // pixels[0, 0, 0].numel())
@@ -193,6 +198,10 @@ class StableDiffusion:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.denoiser.add_adapter(config)
+        layer_class = peft.tuners.tuners_utils.BaseTunerLayer
+        self.lora_layers = [module for module in self.denoiser.modules() if isinstance(module, layer_class)]
+        for layer in self.lora_layers:
+            layer.cast_input_dtype_enabled = False  # to float32, from which autocast would cast them back
 
     def save(self, folder):
         """A diffusers pipeline; or, where the denoiser holds an adapter, what load_lora_weights loads."""
@@ -282,13 +291,31 @@ def frozen_reference(network, dtype=torch.float32):
 
 
 @contextlib.contextmanager
-def disabled_adapter(network):
-    """`network` without its LoRA adapter, the reference of a policy that is one; on again on any way out."""
-    network.disable_adapters()
+def disabled_adapter(lora_layers):
+    """A network without its LoRA adapter, the reference of a policy that is one; on again on any way out.
+
+    It is peft's own switch, less a search of the network and of what trains in it, which at SDXL takes 50 ms.
+
+    lora_layers  the layers that hold it, see `add_lora`
+    """
+    for layer in lora_layers:
+        layer._disable_adapters = True
     try:
-        yield network
+        yield
     finally:
-        network.enable_adapters()
+        for layer in lora_layers:
+            layer._disable_adapters = False
+
+
+def compile_blocks(network, names):
+    """Compiles, in place, the modules of a network whose class has one of these names: no trace in its weights.
+
+    A graph for every size of input: one for any would round otherwise than each of its own.
+    """
+    torch._dynamo.config.recompile_limit = 256  # of one class: sizes, by with and without gradient and adapter
+    for module in network.modules():
+        if type(module).__name__ in names:
+            module.compile(dynamic=False)
 
 
 def digest_with_config(network):

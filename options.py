@@ -20,18 +20,18 @@ PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Di
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
     "tiny": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10,
                  beta=500.0, prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0,
-                 save_every=40, resolution=32),
+                 resolution=32),
     "tiny sft": dict(lr=1e-4),
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
-                 random_flip=True, resolution=512, optimizer="adamw", save_every=50),
+                 random_flip=True, resolution=512, optimizer="adamw"),
     "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=200,
                  random_flip=True, resolution=1024, optimizer="adafactor", gradient_checkpointing=True,
-                 guidance=5.0, save_every=20),
+                 guidance=5.0),
 }
 # When a run goes on these may differ; anything else would make it another run.
-MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pairs", "save_every", "sample_every",
-              "gradient_checkpointing", "compile", "reference_errors", "workers", "data_timeout", "device", "out",
-              "dry_run"}
+MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pairs", "save_minutes", "save_every",
+              "sample_every", "gradient_checkpointing", "compile", "reference_errors", "workers", "data_timeout",
+              "device", "out", "dry_run"}
 MAY_MOVE = {"model", "config", "init_lora", "data", "clip"}  # names of what is known by its content
 # What a loss is given by name; any other parameter of it is a hyperparameter. See the head of loss.py.
 VECTORS = {"err_w", "err_l", "ref_err_w", "ref_err_l", "t", "snr", "weights", *COLUMNS}
@@ -55,6 +55,10 @@ COUNT = number(int, 1)
 NATURAL = number(int, 0)
 POSITIVE = number(float, 0, above=True)
 SHARE = number(float, 0, 1)
+
+
+def count_or_auto(text):
+    return text if text == "auto" else COUNT(text)
 
 
 class Options:
@@ -121,7 +125,8 @@ def train_args(argv=None):
     # optimisation
     add("steps", 1000, COUNT)
     add("batch_size", 32, COUNT, "pairs per step, over all processes")
-    add("micro_batch", None, COUNT, "pairs per forward; for memory alone [8; 16 up to 512 px]")
+    add("micro_batch", None, count_or_auto, "pairs per forward; for memory alone; auto: the most of 1, 2, 4, 8, 16 that "
+        "fit [8; 16 up to 512 px]", "N|auto")
     add("optimizer", None, ["adamw", "adafactor", "sgd"], "[adafactor for SDXL, else adamw]")
     add("lr", 1e-5, POSITIVE)
     add("warmup", 0, NATURAL, "steps of linear warm-up to a constant rate")
@@ -144,7 +149,8 @@ def train_args(argv=None):
         "differ in loss, beta, tau, lr alone; no second network in memory", "FILE")
     add("data_timeout", 600, COUNT, "seconds that workers may take for a batch [600]")
     # what it leaves
-    add("save_every", 100, NATURAL, "steps between checkpoints; 0 = one, at the end")
+    add("save_minutes", 15.0, number(float, 0), "minutes between checkpoints; 0 = by --save_every alone [15]")
+    add("save_every", 0, NATURAL, "steps between checkpoints, beside; 0 = none but the last [0]")
     add("sample_every", 100, NATURAL, "steps between grids of samples; 0 = never")
     add("sample_prompts", None, str, "a txt file, a prompt a line; eight are drawn [captions of the data]", "FILE")
     add("sample_steps", 30, COUNT, "denoising steps of a sample")
@@ -289,14 +295,23 @@ def fit_micro_batch(args, group_size):
     _, _, world_size = torchrun_env()
     if args.batch_size % group_size:
         raise InputError(f"--batch_size {args.batch_size} is not a multiple of --group_size {group_size}")
-    pairs_per_process, rest = divmod(args.batch_size, world_size)
-    if rest or args.micro_batch and pairs_per_process % args.micro_batch:
+    if args.micro_batch == "auto" and get_device(args.device).type != "cuda":
+        args.micro_batch = None  # where memory may be swapped, nothing is too much
+    least = 1 if args.micro_batch == "auto" else args.micro_batch or 1
+    if not fits(least, args):
         raise InputError(f"--batch_size {args.batch_size} is not a multiple of {world_size} processes * "
-                         f"--micro_batch {args.micro_batch or 1}")
+                         f"--micro_batch {least}")
+    pairs_per_process = args.batch_size // world_size
     most = 16 if (args.resolution or 1024) <= 512 else 8
     sizes = [n for n in range(1, most + 1) if pairs_per_process % n == 0]
     whole_groups = [n for n in sizes if n * world_size % group_size == 0]
     return args.micro_batch or max(whole_groups or sizes)
+
+
+def fits(micro_batch, args):
+    """Whether the batch of all processes is made of such micro-batches."""
+    _, _, world_size = torchrun_env()
+    return isinstance(micro_batch, int) and args.batch_size % (micro_batch * world_size) == 0
 
 
 def check_same_run(args, before, out, has_digests=False):

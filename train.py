@@ -33,22 +33,25 @@ import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from torchvision.utils import save_image
 from tqdm import tqdm
-from transformers import Adafactor
+import transformers
 
 from common import InputError, atomic_write, print0
 from data import (COLUMNS, SCAN_LIMIT, TO_VALIDATE, Clip, EncodedPairs, ImagePairs, Stream, collate, crop_summary,
                   cross_pair_weights, find_held_out, find_prompts, is_cache, read_rows)
 from encode import ReferenceErrors, Validation, check_cache, check_records, encode_batch, plot_validation
 from loss import LOSSES, denoising_error, wants
-from models import cast_for_autocast, disabled_adapter, find_model, frozen_reference, fuse_lora, load_model
-from options import H14, cache_settings, check_same_run, held_out_share, hyperparameters, train_args
+from models import (cast_for_autocast, compile_blocks, disabled_adapter, find_model, frozen_reference, fuse_lora,
+                    load_model)
+from options import H14, cache_settings, check_same_run, fits, held_out_share, hyperparameters, train_args
 
 ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no "
           "second network) or fewer --workers; in another --out, --lora_rank 16, --optimizer adafactor or a "
           "smaller --resolution help")
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
          "skipped": "skipped"}
+MICRO_BATCHES = (1, 2, 4, 8, 16)  # that --micro_batch auto tries
 WEIGHED_BY = ("clip_embeds", "image_ids")  # of a batch, what the cross-pair weights are made of
+OF_IMAGES = ("mean", "std", "vae_noise", "time_ids")  # of a batch, by pair and image
 STAY_ON_CPU = ("pixels", "clip_pixels", "row", "position", "record")  # of a batch
 TERMS = {  # of a step, in the order of their computation
     "latents": "the VAE's latents", "clip_embeds": "the CLIP embeddings", "ref_err_w": "the reference's errors",
@@ -84,7 +87,7 @@ class Trainer:
         self.process = model.process.to(device)
         latent_shape = model.latent_shape(args.resolution)
         self.stream = Stream(pairs, model.process, latent_shape, args.seed,
-                             args.batch_size, args.group_size, args.group_noise)
+                             args.batch_size, args.group_size, args.group_noise, args.vae_sample)
 
         # What no parameter of the loss names is not computed.
         self.loss_fn = LOSSES[args.loss]
@@ -97,14 +100,8 @@ class Trainer:
             if name not in pairs.columns:
                 raise InputError(f"{args.loss} wants {name}, which --data {args.data} lacks")
 
-        # The pairs of a group share one loss. Where the forwards of all processes together hold whole groups, a
-        # chunk is one forward of each, and one pass does.
-        self.group_size = args.group_size if self.wants_weights else args.micro_batch
-        pairs_per_forward = args.micro_batch * self.world_size
-        self.chunk = math.lcm(self.group_size, pairs_per_forward)
-        self.micro_batches_per_chunk = self.chunk // pairs_per_forward
-        self.one_pass = self.micro_batches_per_chunk == 1
-        self.gathers = self.world_size > 1 and args.micro_batch % self.group_size > 0
+        if args.micro_batch != "auto":  # of which `set_up` makes a number
+            self.take_micro_batch(args.micro_batch)
 
         # Encoded pairs bring CLIP's embeddings with them; equal weights and a group of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
@@ -120,6 +117,61 @@ class Trainer:
             self.reference_errors = ReferenceErrors(args, self.digests)
         if self.clip:
             self.digests = self.digests | {"CLIP": self.clip.digest()}
+
+    def take_micro_batch(self, micro_batch):
+        """Sets what follows from the number of pairs of a forward."""
+        args = self.args
+        args.micro_batch = micro_batch
+
+        # The pairs of a group share one loss. Where the forwards of all processes together hold whole groups, a
+        # chunk is one forward of each, and one pass does.
+        self.group_size = args.group_size if self.wants_weights else micro_batch
+        pairs_per_forward = micro_batch * self.world_size
+        self.chunk = math.lcm(self.group_size, pairs_per_forward)
+        self.micro_batches_per_chunk = self.chunk // pairs_per_forward
+        self.one_pass = self.micro_batches_per_chunk == 1
+        self.gathers = self.world_size > 1 and micro_batch % self.group_size > 0
+
+    def largest_micro_batch(self):
+        """The most pairs of MICRO_BATCHES whose forward and backward every process has the memory for.
+
+        InputError where one pair is too many.
+        """
+        args, largest = self.args, 0
+        for micro_batch in MICRO_BATCHES:
+            if args.batch_size % (micro_batch * self.world_size):
+                break
+            if not all(common.all_gather_list([self.has_room_for(micro_batch)])):
+                break
+            largest = micro_batch
+        if not largest:
+            raise InputError(f"out of memory with one pair a forward. {ADVICE}")
+        return largest
+
+    def has_room_for(self, micro_batch):
+        """Whether a forward and a backward of the first pairs fit beside all that a step holds, and a twentieth more."""
+        params = [*self.params.values()]
+        copies = {"adamw": 2}.get(self.args.optimizer, 0) + bool(self.args.ema)
+        try:
+            held = [torch.empty_like(param) for param in params for _ in range(copies)]
+            if self.device.type == "cuda":
+                _, total = torch.cuda.mem_get_info(self.device)
+                held.append(torch.empty(total // 20, dtype=torch.uint8, device=self.device))
+            for param in params:
+                param.grad = torch.zeros_like(param)
+            batch = self.prepare(next(self.load_places(self.stream, [range(micro_batch)])))
+            err = self.policy_error(batch)
+            if self.wants_reference and not self.reference_errors:
+                self.reference_error(batch)
+            err.sum().backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            for param in params:
+                param.grad = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def place_models(self):
         """Puts the networks on the device and says what trains. Frozen weights are held as autocast casts them."""
@@ -141,22 +193,21 @@ class Trainer:
         if is_cuda or is_cpu and not args.lora_rank:
             denoiser.to(memory_format=torch.channels_last)  # the faster layout; on a CPU not for frozen weights
 
-        # The compiled network shares the denoiser's weights and leaves no trace in it.
-        self.policy = self.compiled(denoiser)
-        self.reference = None
+        if args.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        self.policy, self.reference = denoiser, None
         if self.wants_reference and (args.lora_rank or args.reference_errors):
             self.reference = self.policy  # its adapter is disabled then; or it is asked before it moves
         elif self.wants_reference:
-            self.reference = self.compiled(frozen_reference(denoiser, self.dtype))
+            self.reference = frozen_reference(denoiser, self.dtype)
+        if args.compile:
+            for network in {self.policy, self.reference} - {None}:
+                compile_blocks(network, model.blocks)
 
     def place_encoders(self, device):
         for network in self.model.networks().values():
             if network is not self.model.denoiser:
                 network.to(device)
-
-    def compiled(self, network):
-        """A graph for every size of batch: one for any would round otherwise than each of its own."""
-        return torch.compile(network, dynamic=False) if self.args.compile else network
 
     def places(self, first, count):
         """This process's micro-batches, ranges of positions, of some; the k-th of all processes are one stretch."""
@@ -190,20 +241,21 @@ class Trainer:
         if "pixels" in batch:
             batch |= encode_batch(self.model, clip, batch, images, self.dtype)
         for name, value in batch.items():
+            if name in OF_IMAGES:
+                value = value[:, :images]                                               # [B, S, ...]
             if torch.is_tensor(value) and name not in STAY_ON_CPU:
-                batch[name] = value.to(self.device, non_blocking=True)
+                batch[name] = common.to_device(value, self.device)
 
-        latents = batch["mean"][:, :images].float()                                     # [B, S, C, h, w]
+        latents = batch["mean"].float()                                                 # [B, S, C, h, w]
         if self.args.vae_sample == "sample":
-            std = batch["std"][:, :images].float()
-            latents = latents + std * batch["vae_noise"][:, :images]
+            latents = latents + batch["std"].float() * batch["vae_noise"]
         latents = latents.transpose(0, 1).flatten(0, 1)                                 # [S B, C, h, w]
         t = batch["t"]                                                                  # [B]
         inputs = {
             "x": self.model.scale_latents(latents),
             "eps": batch["noise"].repeat(images, 1, 1, 1),
             "t": t.repeat(images),
-            "cond": self.model.conditioning(batch, batch["time_ids"][:, :images]),
+            "cond": self.model.conditioning(batch, batch["time_ids"]),
         }
         values = {"t": t, "snr": self.process.snr(t)}
         for name in (*WEIGHED_BY, *COLUMNS):
@@ -221,7 +273,7 @@ class Trainer:
     def reference_error(self, batch):                                                   # [S B]
         if not self.args.lora_rank:
             return self.error(self.reference, batch.inputs)
-        with disabled_adapter(self.model.denoiser):
+        with disabled_adapter(self.model.lora_layers):
             return self.error(self.reference, batch.inputs)
 
     def loss_values(self, batch, err):
@@ -300,8 +352,6 @@ def train(args, out, state):
         output.validation = Validation(trainer, out / "validation.safetensors")
         if not trainer.trains_with_encoders:
             trainer.place_encoders("cpu")
-    if args.gradient_checkpointing:
-        trainer.model.denoiser.enable_gradient_checkpointing()
     if state:
         output.restore(state)
     for param in params:
@@ -310,37 +360,42 @@ def train(args, out, state):
     output.begin(start)
     progress = tqdm(range(start, args.steps), args.loss, args.steps,
                     initial=start, disable=trainer.rank > 0)
+    t_last = time.time()
 
     for step in progress:
-        t0, metrics = time.time(), []
+        metrics = []
         for _ in range(args.batch_size // trainer.chunk):
-            # The policy's and the reference's errors of the chunk, by one function on the same batch. Where a
-            # chunk takes two passes, this first one is without a graph: its errors are for the loss alone.
+            # The policy's and the reference's errors of the chunk, by one function on the same batch. There is
+            # memory for the graph of one micro-batch, which is the last one's: of those before it, this first
+            # pass gives the errors alone.
             micro_batches, errors, columns = [], [], []
-            for _ in range(trainer.micro_batches_per_chunk):
+            for k in range(trainer.micro_batches_per_chunk):
                 batch = trainer.prepare(next(batches))
-                with torch.set_grad_enabled(trainer.one_pass):
+                with torch.set_grad_enabled(k == trainer.micro_batches_per_chunk - 1):
                     err = trainer.policy_error(batch)                                   # [S B]
                 micro_batches.append(batch)
                 errors.append(err)
                 columns.append(trainer.loss_values(batch, err.detach()))                # {name: [B, ...]}
 
             # The loss over whole groups, across micro-batches and processes, and its slopes along the errors.
-            # With two passes this is gradient caching, arXiv:2101.06983: the gradient of one giant batch in the
-            # memory of one micro-batch.
+            # With a second pass this is gradient caching, arXiv:2101.06983: the gradient of one giant batch in the
+            # memory of one micro-batch. It goes backwards: the graph that is kept makes room for the others.
             slopes, group_metrics = trainer.loss_and_slopes(trainer.gather_chunk(columns))
             metrics += group_metrics
-            for batch, err, slope in zip(micro_batches, errors, slopes):                # slope: [S B]
-                if not trainer.one_pass:
-                    err = trainer.policy_error(batch)
-                scaler.scale(err @ slope).backward()
+            for k in reversed(range(trainer.micro_batches_per_chunk)):
+                err = errors.pop()
+                if not err.requires_grad:
+                    err = trainer.policy_error(micro_batches[k])
+                scaler.scale(err @ slopes[k]).backward()                                # slopes[k]: [S B]
 
         # Data parallel: a process has back-propagated its own pairs' part of the loss; the sum is the gradient.
         common.sum_gradients(params)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-        record = read_metrics(metrics, grad_norm, stop, trainer.device)                 # the step's one sync
+        more = {"grad_norm": grad_norm, "stop": stop.requested, "save": output.is_save_due()}
+        record = read_metrics(metrics, more, trainer.device)                            # the step's one sync
         if not trainer.is_sound(record, scaler):
+            output.checkpoints.wait()
             raise InputError(explain_not_finite(trainer, out, step, record))
 
         # A linear warm-up to a constant rate. fp16's scaler leaves out a step that overflowed, --skip_above one
@@ -354,7 +409,9 @@ def train(args, out, state):
         if output.ema:
             output.ema.step(params)
         record["lr"] = optimizer.param_groups[0]["lr"]
-        record["pairs_per_second"] = args.batch_size / (time.time() - t0)
+        now = time.time()
+        record["pairs_per_second"] = args.batch_size / (now - t_last)  # with what was saved and drawn since
+        t_last = now
         output.after_step(step, record, progress)
 
     output.save_model()
@@ -371,6 +428,8 @@ def set_up(args, out, state):
     """The Trainer of a run; what is quickest to fail comes first."""
     device = common.get_device(args.device)
     common.init_processes(device)
+    if out:
+        common.check_shared(out)
     if not args.random_init and args.model != "tiny":  # which is built below, once the data are found good
         find_model(args.model, args.config)
     is_encoded = is_cache(args.data)
@@ -412,11 +471,11 @@ def set_up(args, out, state):
         pairs.scan()
     if args.reference_errors and state.get("step", 0) < args.steps:
         trainer.reference_errors.check(trainer.stream, state.get("step", 0))
-    steps_taken = common.all_gather_list([state.get("step", 0)])
-    if len(set(steps_taken)) > 1:
-        raise InputError(f"the processes see different files in {out}; it must lie on shared storage")
+    common.check_alike({"number of steps taken": state.get("step", 0)} | trainer.digests)
     trainer.place_models()
-    say_what_runs(trainer, steps_taken[0])
+    if args.micro_batch == "auto":
+        trainer.take_micro_batch(trainer.largest_micro_batch())
+    say_what_runs(trainer, state.get("step", 0))
     return trainer
 
 
@@ -478,21 +537,75 @@ def make_optimizer(args, params):
         return torch.optim.AdamW(params, **settings, fused=True)
     if args.optimizer == "sgd":
         return torch.optim.SGD(params, **settings)
-    # transformers' Adafactor: torch's cannot be told to take lr as it is.
     return Adafactor(params, **settings, scale_parameter=False, relative_step=False)
 
 
-def read_metrics(metrics, grad_norm, stop, device):
-    """The means over groups and processes, the gradient's norm, and whether any process is to stop: floats.
+class Adafactor(transformers.Adafactor):
+    """transformers' Adafactor, its rule and its state, with fewer passes over memory, for an lr taken as it is.
+
+    The update is made in the place of the gradients, which are used up: nothing larger than a parameter is
+    allocated. (torch's own Adafactor is another rule: it scales lr by the parameters and by the step.)
+
+    raises  ValueError where scale_parameter, relative_step or beta1 asks for another lr, or for a momentum
+    """
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        group = self.defaults
+        if group["scale_parameter"] or group["relative_step"] or group["beta1"] is not None:
+            raise ValueError("this Adafactor has no scale_parameter, no relative_step and no beta1")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            grads = [param.grad for param in params]
+            for param in params:
+                self.precondition(param, group)
+
+            # A gradient whose root mean square is above the threshold is scaled down to it.
+            rms = torch._foreach_norm(grads)
+            torch._foreach_div_(rms, [grad.numel() ** 0.5 * group["clip_threshold"] for grad in grads])
+            rates = group["lr"] / torch.stack(rms).clamp(min=1)                         # [parameters]
+            torch._foreach_mul_(grads, [*rates.unbind()])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(params, grads)
+
+    def precondition(self, param, group):
+        """Divides a gradient by the root of its running mean square, factored where it has two axes or more."""
+        grad, state, eps = param.grad, self.state[param], group["eps"][0]
+        state["step"] = state.get("step", 0) + 1
+        weight = state["step"] ** group["decay_rate"]  # of this step in the running mean; 1 in the first
+        square = grad.square()
+        if grad.dim() < 2:
+            means = {"exp_avg_sq": square + eps}
+        else:
+            means = {"exp_avg_sq_row": square.mean(dim=-1) + eps,                       # [..., n]
+                     "exp_avg_sq_col": square.mean(dim=-2) + eps}                       # [..., m]
+        for name, mean in means.items():
+            if name in state:
+                mean = state[name].lerp_(mean, weight)
+            state[name] = mean
+        if grad.dim() < 2:
+            grad.mul_(state["exp_avg_sq"].rsqrt())
+        else:
+            row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            grad.mul_((row / row.mean(dim=-1, keepdim=True)).rsqrt().unsqueeze(-1))
+            grad.mul_(column.rsqrt().unsqueeze(-2))
+
+
+def read_metrics(metrics, more, device):
+    """The means over groups and processes, as floats.
 
     metrics  the dicts of this process's groups, all with the same keys
+    more     {name: tensor [] or number} beside them, a number or a truth per process
     """
     values = {}
     for name in metrics[0]:
         of_groups = torch.stack([group[name] for group in metrics])
         values[name] = of_groups.mean()
-    values["grad_norm"] = grad_norm
-    values["stop"] = torch.tensor(float(stop.requested), device=device)
+    for name, value in more.items():
+        values[name] = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True)
     means = common.mean_over_processes(torch.stack([*values.values()]))
     return dict(zip(values, means.tolist()))
 
@@ -538,6 +651,7 @@ class Output:
         self.ema, self.is_one_hot = None, True
         self.validation, self.measured = None, {}  # what it measured last
         self.grad_norms, self.kept = [], None  # of the last steps; the checkpoint before the first spike
+        self.checkpoints, self.saved_at = common.CheckpointWriter(out), time.time()
         self.is_writer = trainer.rank == 0
         if self.is_writer:
             self.write_json("config.json", vars(self.args))
@@ -573,8 +687,9 @@ class Output:
         for k in range(0, len(self.prompts), 4):  # at most four at once, for memory
             prompts = self.prompts[k:k + 4]
             noise = [common.keyed_generator(args.seed, "sample", k + i) for i in range(len(prompts))]
-            latents = model.sample(prompts, noise, args.sample_steps, args.guidance,
-                                   self.trainer.dtype, **size)
+            with torch.compiler.set_stance("force_eager"):  # no graphs for sizes that no step has
+                latents = model.sample(prompts, noise, args.sample_steps, args.guidance,
+                                       self.trainer.dtype, **size)
             images.append(model.decode(latents))
         enlarged = max(1, 128 // args.resolution)
         return F.interpolate(torch.cat(images), scale_factor=enlarged)
@@ -613,6 +728,7 @@ class Output:
             return False
         self.skipped += 1
         if self.is_writer:
+            self.checkpoints.wait()
             self.kept = self.kept or common.newest_checkpoint(self.out)
             times = grad_norm / statistics.median(norms)
             tqdm.write(f"step {step} is skipped: its gradient norm, {grad_norm:.3g}, is {times:.1f} times the median; "
@@ -660,7 +776,8 @@ class Output:
         """Logs; draws, saves and stops when it is time."""
         args, done = self.args, step + 1
         is_last = done == args.steps
-        is_stopping = record.pop("stop") > 0
+        is_stopping, is_saving = record.pop("stop") > 0, record.pop("save") > 0
+        self.checkpoints.check()
         if self.scaler.is_enabled():
             if not math.isfinite(record["grad_norm"]):
                 self.skipped += 1
@@ -683,9 +800,10 @@ class Output:
             progress.set_postfix({SHOWN[name]: shown[name] for name in SHOWN if name in shown})
             if is_due(done, args.sample_every, is_last and args.sample_every > 0):
                 self.save_samples(done)
-        if is_due(done, args.save_every, is_last or is_stopping):
+        if is_due(done, args.save_every, is_last or is_stopping or is_saving):
             self.save_checkpoint(done)
         if is_stopping and not is_last:
+            self.checkpoints.wait()
             end_early(f"saved after {done} steps; the same command goes on")
 
     def say_what_weights(self, step, own_weight):
@@ -703,11 +821,17 @@ class Output:
         file = self.out / "samples" / f"{done:06d}.png"
         save_image(grid, file, nrow=len(self.prompts), padding=0)
 
+    def is_save_due(self):
+        """Whether --save_minutes have passed, by the clock of the first process."""
+        minutes = self.args.save_minutes
+        return self.is_writer and minutes > 0 and time.time() - self.saved_at > 60 * minutes
+
     def save_checkpoint(self, done):
         trainer, pairs = self.trainer, self.trainer.pairs
         pairs.unreadable = dict(common.all_gather_list([*pairs.unreadable.items()]))
         if self.is_writer:
             self.log.sync()
+            self.saved_at = time.time()
             state = {
                 "step": done,
                 "args": vars(self.args),
@@ -723,10 +847,11 @@ class Output:
                 "kept": self.kept and self.kept.name,
                 "ema": self.ema.state_dict() if self.ema else None,
             }
-            common.save_checkpoint(self.out, state, self.kept)
+            self.checkpoints.save(state, self.kept)
 
     def save_model(self):
         """model/, aside and then renamed: it is whole or not there."""
+        self.checkpoints.wait()
         if not self.is_writer:
             return
         part = self.out / "model.part"
@@ -780,6 +905,8 @@ def main(argv=None):
         with common.run_folder(args.out) as out:
             state, arguments = common.load_checkpoint(out)
             check_same_run(args, arguments, out, "digests" in state)
+            if args.micro_batch == "auto" and fits(arguments.get("micro_batch"), args):
+                args.micro_batch = arguments["micro_batch"]  # as it was found at the start
             steps_taken = state.get("step", 0)
             if steps_taken > args.steps:
                 raise InputError(f"{out} has taken {steps_taken} steps already; --steps {args.steps} is less")

@@ -132,7 +132,8 @@ def peers(argv, micro_batch):
 def peers_loss(trainer, batch):
     """Diffusion-DPO's loss of a batch of B pairs of images, all of it computed in the step."""
     model, pipe, device, dtype = trainer.model, trainer.model.pipe, trainer.device, trainer.dtype
-    pixels = batch["pixels"].transpose(0, 1).flatten(0, 1).to(device, dtype)            # [2 B, 3, H, W]
+    pixels = batch["pixels"].transpose(0, 1).flatten(0, 1) / 127.5 - 1                  # [2 B, 3, H, W]
+    pixels = pixels.to(device, dtype)
     with torch.no_grad():
         latents = pipe.vae.encode(pixels).latent_dist.sample()                          # [2 B, C, h, w]
         encoded = pipe.encode_prompt(batch["prompt"], device=device, num_images_per_prompt=1,
@@ -151,7 +152,7 @@ def peers_loss(trainer, batch):
 
     err_w, err_l = error(trainer.policy).chunk(2)
     is_adapter = trainer.args.lora_rank > 0
-    without_adapter = disabled_adapter(model.denoiser) if is_adapter else contextlib.nullcontext()
+    without_adapter = disabled_adapter(model.lora_layers) if is_adapter else contextlib.nullcontext()
     with torch.no_grad(), without_adapter:
         ref_err_w, ref_err_l = error(trainer.reference).chunk(2)
     loss, _ = dpo_loss(err_w, err_l, ref_err_w, ref_err_l, trainer.args.beta)

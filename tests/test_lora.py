@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -168,16 +167,16 @@ def test_without_its_adapter_a_network_is_the_base_model(small_model, dtype):
     model = fresh(small_model("sdxl"))
     unet, inputs = model.denoiser, pair_inputs(model) | {"dtype": dtype}
     base = denoising_error(network=unet, **inputs)
-    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    model.add_lora(4, seed=0)
     adapter = [param for param in unet.parameters() if param.requires_grad]
     for param in adapter:
         torch.nn.init.normal_(param)
     cast_for_autocast(unet, dtype)
     on = denoising_error(network=unet, **inputs)
-    with disabled_adapter(unet):
+    with disabled_adapter(model.lora_layers):
         off = denoising_error(network=unet, **inputs)
     assert torch.equal(off, base) and not torch.equal(on, base)
-    with pytest.raises(KeyboardInterrupt), disabled_adapter(unet):
+    with pytest.raises(KeyboardInterrupt), disabled_adapter(model.lora_layers):
         raise KeyboardInterrupt
     assert all(param.requires_grad for param in adapter)
     assert torch.equal(denoising_error(network=unet, **inputs), on)

@@ -367,9 +367,9 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
 
 def test_latents_are_the_vaes_posterior(small_model):
     model = models.load_model(small_model("sdxl"))
-    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        posterior = model.pipe.vae.encode(pixels).latent_dist
+        posterior = model.pipe.vae.encode(pixels / 127.5 - 1).latent_dist
     mean, std = model.encode_images(pixels[:, None])
     torch.testing.assert_close(mean[:, 0], posterior.mean)
     torch.testing.assert_close(std[:, 0], posterior.std)
