@@ -377,7 +377,7 @@ class ReferenceErrors:
         """
         args = trainer.args
         missing = [step for step in steps if self.errors[step].isnan().any()]
-        common.check_alike({f"file of reference errors {self.file}": common.digest(missing)})
+        common.check_alike({"number of missing reference errors": len(missing)})
         batches = trainer.load(missing)
         for step in tqdm(missing, "reference", disable=trainer.rank > 0):
             errors, records = [], []

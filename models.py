@@ -272,8 +272,10 @@ def by_rows(function, rows, device, at_once, threads=1):
         return list(pool.map(function, (rows[i:i + 1] for i in range(len(rows)))))
 
 
-def cast_for_autocast(network, dtype):
+def cast_for_autocast(network, dtype, device=None):
     """`network`, its frozen Linear and Conv weights cast in place, as autocast would in every forward.
+
+    On their way to a device, one by one: neither the host nor the device has a whole network in float32 for that.
 
     All other parameters stay float32, as autocast leaves them, so that under autocast to `dtype` the numbers
     are the very same: a reference held whole in bf16 would move logits at step 0 by 1. So do those that train
@@ -281,8 +283,8 @@ def cast_for_autocast(network, dtype):
     """
     for module in network.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
-            module.to(dtype)
-    return network
+            module.to(device, dtype)
+    return network.to(device)
 
 
 def frozen_reference(network, dtype=torch.float32):

@@ -178,8 +178,7 @@ class Trainer:
         args, model, denoiser = self.args, self.model, self.model.denoiser
         if args.lora_rank:
             model.add_lora(args.lora_rank, args.seed)
-            for name in (model.denoiser_name, *model.text_encoders):
-                cast_for_autocast(getattr(model.pipe, name), self.dtype)
+            cast_for_autocast(denoiser, self.dtype, self.device)
         else:
             denoiser.requires_grad_(True)
         self.params = {}
@@ -205,8 +204,10 @@ class Trainer:
                 compile_blocks(network, model.blocks)
 
     def place_encoders(self, device):
-        for network in self.model.networks().values():
-            if network is not self.model.denoiser:
+        for name, network in self.model.networks().items():
+            if self.args.lora_rank and name in self.model.text_encoders:
+                cast_for_autocast(network, self.dtype, device)
+            elif network is not self.model.denoiser:
                 network.to(device)
 
     def places(self, first, count):
@@ -414,6 +415,7 @@ def train(args, out, state):
         t_last = now
         output.after_step(step, record, progress)
 
+    output.checkpoints.wait()
     output.save_model()
     shown = f", {out}/samples shows it" if args.sample_every else ""
     if trainer.held_out:
@@ -851,7 +853,6 @@ class Output:
 
     def save_model(self):
         """model/, aside and then renamed: it is whole or not there."""
-        self.checkpoints.wait()
         if not self.is_writer:
             return
         part = self.out / "model.part"
