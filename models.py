@@ -148,10 +148,14 @@ class StableDiffusion:
 
     @functools.cached_property
     def encoding_vae(self):
-        """The VAE in `vae_dtype`; a copy where that is not float32, in which samples are decoded."""
-        if self.vae_dtype == torch.float32:
-            return self.pipe.vae
-        return copy.deepcopy(self.pipe.vae).to(self.vae_dtype)
+        """The VAE in `vae_dtype`; a copy where that is not float32, in which samples are decoded.
+
+        Channels-last on a CPU, where that is 1.5 times as fast; on an H100 it was slower.
+        """
+        vae = self.pipe.vae
+        if self.vae_dtype != torch.float32:
+            vae = copy.deepcopy(vae).to(self.vae_dtype)
+        return vae.to(memory_format=torch.channels_last) if vae.device.type == "cpu" else vae
 
     def scale_latents(self, latents):
         """Latents as the VAE gives them -> as the denoiser knows them, of about unit variance."""
@@ -554,11 +558,10 @@ def random_model(name, **smaller):
         text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
         if "text_encoder_2" in config:
             text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"]))
+    with torch.device("cpu"):  # on "meta", where a model has no weights, they would have no schedule
+        euler, pndm = EulerDiscreteScheduler(**SCHEDULE), PNDMScheduler(skip_prk_steps=True, **SCHEDULE)
     if "text_encoder_2" in config:
-        scheduler = EulerDiscreteScheduler(**SCHEDULE)
-        pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet, scheduler)
+        pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet, euler)
         return StableDiffusionXL(pipe)
-    scheduler = PNDMScheduler(skip_prk_steps=True, **SCHEDULE)
-    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None,
-                                   requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, pndm, None, None, requires_safety_checker=False)
     return StableDiffusion(pipe)

@@ -3,6 +3,7 @@
     python -m extras.bench                                              the embedded model, here
     python -m extras.bench --model sd15 --random_init --resolution 64 --lora_rank 16    full size, no download
     python -m extras.bench --model sdxl --random_init --data my_pairs   train.py's options, all rows
+    python -m extras.bench --count                                      FLOP and bytes of the full-size models, in a minute
 
 Every row is a process of its own, on the same pairs, model, batch, precision and adapter:
 
@@ -18,6 +19,7 @@ if it runs; counted by torch, nothing twice) over what a large matmul reaches he
 
 import concurrent.futures
 import contextlib
+import copy
 import json
 import multiprocessing
 import resource
@@ -25,11 +27,15 @@ import statistics
 import sys
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -37,11 +43,12 @@ import data
 import encode
 import train
 from loss import denoising_error, dpo_loss
-from models import disabled_adapter, load_model
+from models import disabled_adapter, load_model, random_model
 from options import train_args
 
 STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
 PAIRS = 64  # of the data, that are used
+VAE_BATCH = 8  # images that diffusers' scripts encode at once
 DEFAULTS = ["--batch_size", "16", "--micro_batch", "8", "--group_size", "1", "--data", "tiny"]
 ENCODE_OPTIONS = ("model", "config", "init_lora", "clip", "device", "precision", "resolution", "vae_sample",
                   "vae_precision", "seed")
@@ -99,6 +106,24 @@ def ours(argv):
 # The peers' step
 
 
+class PeersPairs(data.ImagePairs):
+    """Pairs as diffusers' scripts bring them to size: bilinearly; for SDXL as floats, the second at the first's size."""
+
+    for_sdxl = False
+
+    def content(self, row, pair, epoch, prompt):
+        pictures = [picture for picture, _ in pair]
+        if self.for_sdxl:
+            pictures[1] = pictures[1].resize(pictures[0].size)
+            pictures = [TF.to_tensor(picture) for picture in pictures]
+        pictures = [TF.center_crop(TF.resize(picture, self.resolution), self.resolution) for picture in pictures]
+        if not self.for_sdxl:
+            pictures = [TF.to_tensor(picture) for picture in pictures]
+        height, width = pair[0][0].height, pair[0][0].width
+        time_ids = torch.tensor([height, width, 0, 0, self.resolution, self.resolution], dtype=torch.float32)
+        return {"pixels": TF.normalize(torch.stack(pictures), [0.5], [0.5]), "time_ids": time_ids.repeat(2, 1)}
+
+
 def peers(argv, micro_batch):
     """The Row of the peers' step, `micro_batch` pairs a forward."""
     args = train_args(argv)
@@ -111,8 +136,10 @@ def peers(argv, micro_batch):
     optimizer = train.make_optimizer(args, params)
     micro_batches = args.batch_size // micro_batch
     positions = [range(k * micro_batch, (k + 1) * micro_batch) for k in range(STEPS * micro_batches)]
+    pairs = PeersPairs(args.data, args.resolution, args.seed, prompt_dropout=args.prompt_dropout)
+    pairs.for_sdxl = "text_encoder_2" in model.text_encoders
     batches = iter(torch.utils.data.DataLoader(
-        trainer.pairs, batch_sampler=positions, collate_fn=data.collate, num_workers=args.workers,
+        pairs, batch_sampler=positions, collate_fn=data.collate, num_workers=args.workers,
         pin_memory=trainer.device.type == "cuda"))
 
     seconds = []
@@ -132,10 +159,10 @@ def peers(argv, micro_batch):
 def peers_loss(trainer, batch):
     """Diffusion-DPO's loss of a batch of B pairs of images, all of it computed in the step."""
     model, pipe, device, dtype = trainer.model, trainer.model.pipe, trainer.device, trainer.dtype
-    pixels = batch["pixels"].transpose(0, 1).flatten(0, 1) / 127.5 - 1                  # [2 B, 3, H, W]
-    pixels = pixels.to(device, dtype)
+    pixels = batch["pixels"].transpose(0, 1).flatten(0, 1).to(device, dtype)            # [2 B, 3, H, W]
     with torch.no_grad():
-        latents = pipe.vae.encode(pixels).latent_dist.sample()                          # [2 B, C, h, w]
+        parts = [pipe.vae.encode(part).latent_dist.sample() for part in pixels.split(VAE_BATCH)]
+        latents = torch.cat(parts)                                                      # [2 B, C, h, w]
         encoded = pipe.encode_prompt(batch["prompt"], device=device, num_images_per_prompt=1,
                                      do_classifier_free_guidance=False)
     embeds = {"prompt_embeds": encoded[0]}
@@ -199,18 +226,100 @@ def arithmetic(argv):
 def denoiser_flops(model, resolution):
     """FLOPs of a pair, counted on the meta device, which computes nothing: (forward and backward, forward)."""
     with torch.device("meta"):
-        denoiser, pipe = model.denoiser.to("meta"), model.pipe
-        length, width = pipe.tokenizer.model_max_length, denoiser.config.cross_attention_dim
-        embeds = {"prompt_embeds": torch.empty(1, length, width)}
-        if "text_encoder_2" in model.text_encoders:
-            embeds["pooled_prompt_embeds"] = torch.empty(1, pipe.text_encoder_2.config.projection_dim)
-        cond = model.conditioning(embeds, torch.empty(1, 2, 6))
-        x_t, t = torch.empty(2, *model.latent_shape(resolution)), torch.ones(2)
+        denoiser = model.denoiser.to("meta")
+        inputs = example_inputs(model, resolution, 1)
         with FlopCounterMode(display=False) as both:
-            model.predict(denoiser, x_t, t, cond).sum().backward()
+            model.predict(denoiser, *inputs).sum().backward()
         with FlopCounterMode(display=False) as forward, torch.no_grad():
-            model.predict(denoiser, x_t, t, cond)
+            model.predict(denoiser, *inputs)
     return both.get_total_flops(), forward.get_total_flops()
+
+
+def example_inputs(model, resolution, pairs):
+    """What `predict` takes beside the network for some pairs: x_t, t, cond, of no values."""
+    pipe = model.pipe
+    length, width = pipe.tokenizer.model_max_length, model.denoiser.config.cross_attention_dim
+    embeds = {"prompt_embeds": torch.empty(pairs, length, width)}
+    if "text_encoder_2" in model.text_encoders:
+        embeds["pooled_prompt_embeds"] = torch.empty(pairs, pipe.text_encoder_2.config.projection_dim)
+    cond = model.conditioning(embeds, torch.empty(pairs, 2, 6))
+    return torch.empty(2 * pairs, *model.latent_shape(resolution)), torch.ones(2 * pairs), cond
+
+
+@contextlib.contextmanager
+def autocast_of_a_gpu():
+    """A CPU's autocast to bf16, but for norms, which it would leave in bf16 and a GPU's takes to float32."""
+    def in_float32(norm):
+        return lambda x, *more, **options: norm(x.float(), *more, **options)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("group_norm", "layer_norm"):
+            stack.enter_context(unittest.mock.patch.object(F, name, in_float32(getattr(F, name))))
+        yield stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+
+
+def saved_bytes(model, resolution, pairs):
+    """Bytes that a forward of the policy keeps for its backward, in bf16, beside the weights and their copies.
+
+    On fake tensors, which have a size and no memory.
+    """
+    denoiser, storages = copy.deepcopy(model.denoiser), {}
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+        denoiser.to_empty(device="cpu")
+        weights = {param.untyped_storage()._cdata for param in denoiser.parameters()}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                storages[storage._cdata] = tensor  # kept, so that no other one takes its place
+            return tensor
+
+        inputs = example_inputs(model, resolution, pairs)
+        stack.enter_context(autocast_of_a_gpu())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        prediction = model.predict(denoiser, *inputs)
+        del prediction
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def count(name, lora_rank, optimizer):
+    """A row of the table of FLOP and bytes: of a published model, trained whole or by an adapter."""
+    with torch.device("meta"):
+        model = random_model(name)
+        if lora_rank:
+            model.add_lora(lora_rank, seed=0)
+        else:
+            model.denoiser.requires_grad_(True)
+    resolution = model.resolution()
+    policy, reference = denoiser_flops(model, resolution)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as vae:
+        model.pipe.vae.encode(torch.empty(2, 3, resolution, resolution))
+    model.denoiser.zero_grad()
+    sizes = {True: 0, False: 0}
+    for param in model.denoiser.parameters():
+        sizes[param.requires_grad] += param.numel()
+    copies = {"adamw": 2, "adafactor": 0}[optimizer]  # in float32; Adafactor's means are next to nothing
+    held = sizes[True] * (4 + 4 + 4 * copies + 2) + sizes[False] * 2  # weights, gradients, optimizer, autocast's copies
+    if not lora_rank:
+        held += sizes[True] * 2  # the reference
+    of_pair = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+        one, two = (saved_bytes(model, resolution, pairs) for pairs in (1, 2))
+        of_pair.append(two - one)
+    kind = f"LoRA {lora_rank}" if lora_rank else "all weights"
+    flops = [policy + reference, reference, vae.get_total_flops()]
+    cells = [f"{name}, {resolution} px, {kind}, {optimizer}", *(f"{n / 1e12:.2f}" for n in flops), f"{held / 1e9:.1f}"]
+    return "| " + " | ".join(cells + [f"{n / 1e9:.2f}" for n in of_pair]) + " |"
+
+
+def print_counted():
+    print("| | TFLOP of a pair's step | of it the reference | and the VAE, from pairs | GB held | GB per pair of a forward "
+          "| with checkpointing |\n|---|---|---|---|---|---|---|")
+    for name, optimizer in (("sd15", "adamw"), ("sdxl", "adafactor")):
+        print(count(name, 0, optimizer))
+        print(count(name, 16, "adamw"))
 
 
 def measure_matmul(device, dtype):
@@ -277,7 +386,10 @@ def format_table(table, counted):
 
 def main(argv=None):
     with common.one_line_errors("bench.py", train.ADVICE):
-        argv = DEFAULTS + (sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        if argv == ["--count"]:
+            return print_counted()
+        argv = DEFAULTS + argv
         args = train_args(argv)
         counted = alone(arithmetic, argv)
         with tempfile.TemporaryDirectory() as folder:

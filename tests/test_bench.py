@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,51 @@ def test_the_peers_step_has_the_loss_of_two_equal_networks_at_first(small_model,
         assert len(losses) == 6 and losses[:2] == pytest.approx([0.693147] * 2, abs=1e-5)
         assert losses[2:] != pytest.approx([0.693147] * 4, abs=1e-3)  # the second step's networks differ
         assert row.pairs_per_second > 0 and row.gib > 0
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_what_a_forward_keeps_grows_by_the_pair(small_model, lora_rank):
+    """By the same bytes each, fewer with an adapter's frozen weights, and far fewer with gradient checkpointing."""
+    kept = {}
+    for checkpointing in (False, True):
+        model = fresh(small_model("sdxl"))
+        model.denoiser.requires_grad_(lora_rank == 0)
+        if lora_rank:
+            model.add_lora(lora_rank, 0)
+        if checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+        one, two, three = (bench.saved_bytes(model, 32, pairs) for pairs in (1, 2, 3))
+        assert three - two == two - one > 0
+        kept[checkpointing] = two - one
+    assert kept[True] < kept[False] / 3
+
+
+def test_what_a_forward_keeps_is_what_it_keeps(small_model):
+    """The bytes that real tensors have."""
+    model = fresh(small_model("sd"))
+    model.denoiser.requires_grad_(True)
+    weights = {param.data_ptr() for param in model.denoiser.parameters()}
+    kept, inputs = {}, bench.example_inputs(model, 32, 2)
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with bench.autocast_of_a_gpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.predict(model.denoiser, *inputs)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    untrained = fresh(small_model("sd"))
+    untrained.denoiser.requires_grad_(True)
+    assert bench.saved_bytes(untrained, 32, 2) == real
+
+
+@pytest.mark.slow
+def test_the_guides_table_of_sizes_is_what_is_counted(capsys):
+    bench.main(["--count"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| s")]
+    guide = (Path(bench.__file__).parent.parent / "GUIDE.md").read_text()
+    assert len(rows) == 4 and all(row in guide for row in rows)
 
 
 def test_encode_takes_what_the_run_takes(small_model, few_pairs):

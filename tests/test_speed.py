@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import models
 import train
 from common import InputError
 from conftest import fresh, launch, log_of
+from data import ImagePairs, Stream
 from options import train_args
 
 pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
@@ -235,3 +237,75 @@ def test_an_adapter_is_switched_without_a_search(small_model):
     with models.disabled_adapter(model.lora_layers):
         assert all(layer.disable_adapters for layer in layers)
     assert not any(layer.disable_adapters for layer in layers) and all(param.requires_grad for param in adapter)
+
+
+# Checkpoints
+
+
+def test_checkpoints_by_the_minute_and_by_the_step(tmp_path, command, monkeypatch):
+    """By the clock of the first process, beside --save_every; by default the last alone, in a run this short."""
+    saved, save = [], common.save_checkpoint
+
+    def noted(folder, state, kept):
+        saved.append(state["step"])
+        save(folder, state, kept)
+
+    monkeypatch.setattr(common, "save_checkpoint", noted)
+    for options, steps in (("", [3]), ("--save_every 2", [2, 3]), ("--save_minutes 1e-9", [1, 2, 3]),
+                           ("--save_minutes 0", [3])):
+        saved.clear()
+        train.main(command(options, tmp_path / options.replace(" ", "_")))
+        assert saved == steps
+
+
+def test_a_checkpoint_holds_its_step_however_late_it_is_written(tmp_path, command, monkeypatch):
+    """The thread waits until the weights have moved on: what it writes are the copies."""
+    train.main(command("--steps 1 --ema 0.5", tmp_path / "one"))
+    expected, _ = common.load_checkpoint(tmp_path / "one")
+    moved_on, states = threading.Event(), []
+    save, after_step = common.save_checkpoint, train.Output.after_step
+
+    def late(folder, state, kept):
+        assert state["step"] > 1 or moved_on.wait(60)
+        save(folder, state, kept)
+        states.append(torch.load(common.newest_checkpoint(folder), weights_only=True))
+
+    def noted(output, step, *rest):
+        if step == 1:  # the optimizer has stepped again
+            moved_on.set()
+        after_step(output, step, *rest)
+
+    monkeypatch.setattr(common, "save_checkpoint", late)
+    monkeypatch.setattr(train.Output, "after_step", noted)
+    train.main(command("--save_every 1 --ema 0.5", tmp_path / "out"))
+    assert [state["step"] for state in states] == [1, 2, 3]
+    for part in ("weights", "optimizer", "ema"):
+        a, b = (torch.utils._pytree.tree_leaves(state[part]) for state in (states[0], expected))
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+
+
+# What travels
+
+
+def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, command, monkeypatch):
+    """Images as bytes; of SFT the winners alone; no noise for the VAE's mean."""
+    sent, to_device = [], common.to_device
+
+    def noted(tensor, device):
+        sent.append(tensor)
+        return to_device(tensor, device)
+
+    for module in (common, models):
+        monkeypatch.setattr(module, "to_device", noted)
+    train.main(command("--loss sft --vae_sample mean --steps 1 --micro_batch 8", tmp_path / "out"))
+    shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in sent}
+    assert ((1, 3, 32, 32), torch.uint8) in shapes and not any(shape[1:2] == (2,) for shape, dtype in shapes
+                                                               if dtype == torch.float32)
+    stream = Stream(ImagePairs(few_pairs, 32), fresh(small_model("sd")).process, (4, 8, 8), 0, 8, 8, "own", "mean")
+    assert stream[3].keys() == Stream(*vars_of(stream))[3].keys() - {"vae_noise"}
+
+
+def vars_of(stream):
+    """What makes the same stream, for a VAE that is drawn from."""
+    return stream.pairs, stream.process, stream.latent_shape, 0, 8, 8, "own"
