@@ -10,11 +10,14 @@ import math
 import os
 from pathlib import Path
 
+import torch
+
 from common import InputError, Parser, get_device, torchrun_env
 from data import COLUMNS, is_cache, read_manifest
 from loss import LOSSES, wants
 from models import CONFIGS
 
+ROOMY = 75e9  # bytes of a GPU on which an adapter of SDXL trains without gradient checkpointing
 H14 = "ViT-H-14:laion2b_s32b_b79k"
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
@@ -125,8 +128,8 @@ def train_args(argv=None):
     # optimisation
     add("steps", 1000, COUNT)
     add("batch_size", 32, COUNT, "pairs per step, over all processes")
-    add("micro_batch", None, count_or_auto, "pairs per forward; for memory alone; auto: the most of 1, 2, 4, 8, 16 that "
-        "fit [8; 16 up to 512 px]", "N|auto")
+    add("micro_batch", None, count_or_auto, "pairs per forward; for memory alone; auto: the most of 1, 2, 4, 8, 16 "
+        "that fit [16 up to 512 px, 8 up to 768 px or with checkpointing, else 4]", "N|auto")
     add("optimizer", None, ["adamw", "adafactor", "sgd"], "[adafactor for SDXL, else adamw]")
     add("lr", 1e-5, POSITIVE)
     add("warmup", 0, NATURAL, "steps of linear warm-up to a constant rate")
@@ -143,7 +146,8 @@ def train_args(argv=None):
     add("validate_every", 100, COUNT, "steps between measurements [100]")
     add("validate_pairs", 512, COUNT, "held-out pairs at most [512]")
     # machine
-    add("gradient_checkpointing", False, bool, "less memory for a third more time")
+    add("gradient_checkpointing", False, bool, "less memory for a third more time [sdxl: yes, but for an adapter on a GPU "
+        "of 80 GB]")
     add("compile", False, bool, "torch.compile the network: minutes at first, then faster")
     add("reference_errors", None, str, "compute the reference's errors before the first step, for all runs that "
         "differ in loss, beta, tau, lr alone; no second network in memory", "FILE")
@@ -211,12 +215,19 @@ def resolve(options, argv):
                              "out, or encode the pairs once more")
         setattr(args, name, value)
     device = get_device(args.device)
+    if "gradient_checkpointing" in preset.keys() - typed.keys() and args.lora_rank and gpu_bytes(device) > ROOMY:
+        args.gradient_checkpointing = False  # an adapter's activations fit, and a step takes three quarters of the time
     args.device = args.device or device.type
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     args.vae_precision = args.vae_precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs CUDA or MPS; on the CPU take bf16 or fp32")
     return args
+
+
+def gpu_bytes(device):
+    """The memory of a GPU; 0 of another device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def as_typed(values):
@@ -303,6 +314,8 @@ def fit_micro_batch(args, group_size):
                          f"--micro_batch {least}")
     pairs_per_process = args.batch_size // world_size
     most = 16 if (args.resolution or 1024) <= 512 else 8
+    if (args.resolution or 1024) > 768 and not args.gradient_checkpointing:
+        most = 4  # of 15 GB each
     sizes = [n for n in range(1, most + 1) if pairs_per_process % n == 0]
     whole_groups = [n for n in sizes if n * world_size % group_size == 0]
     return args.micro_batch or max(whole_groups or sizes)

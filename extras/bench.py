@@ -282,6 +282,15 @@ def saved_bytes(model, resolution, pairs):
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
+def optimizer_numbers(param, optimizer):
+    """What AdamW (two means) or Adafactor (means of rows and columns) keeps of a parameter."""
+    if optimizer == "adamw":
+        return 2 * param.numel()
+    if param.dim() < 2:
+        return param.numel()
+    return param.numel() // param.shape[-1] + param.numel() // param.shape[-2]
+
+
 def count(name, lora_rank, optimizer):
     """A row of the table of FLOP and bytes: of a published model, trained whole or by an adapter."""
     with torch.device("meta"):
@@ -298,8 +307,9 @@ def count(name, lora_rank, optimizer):
     sizes = {True: 0, False: 0}
     for param in model.denoiser.parameters():
         sizes[param.requires_grad] += param.numel()
-    copies = {"adamw": 2, "adafactor": 0}[optimizer]  # in float32; Adafactor's means are next to nothing
-    held = sizes[True] * (4 + 4 + 4 * copies + 2) + sizes[False] * 2  # weights, gradients, optimizer, autocast's copies
+    held = sizes[True] * (4 + 4 + 2) + sizes[False] * 2  # weights and gradients in float32, autocast's copies
+    for param in filter(lambda param: param.requires_grad, model.denoiser.parameters()):
+        held += 4 * optimizer_numbers(param, optimizer)
     if not lora_rank:
         held += sizes[True] * 2  # the reference
     of_pair = []

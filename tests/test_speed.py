@@ -10,6 +10,7 @@ import transformers
 
 import common
 import models
+import options as options_file
 import train
 from common import InputError
 from conftest import fresh, launch, log_of
@@ -309,3 +310,13 @@ def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, comm
 def vars_of(stream):
     """What makes the same stream, for a VAE that is drawn from."""
     return stream.pairs, stream.process, stream.latent_shape, 0, 8, 8, "own"
+
+
+@pytest.mark.parametrize("options, memory, expected", [
+    ("", 85e9, (True, 8)), ("--lora_rank 4", 24e9, (True, 8)), ("--lora_rank 4", 85e9, (False, 4)),
+    ("--lora_rank 4 --gradient_checkpointing", 85e9, (True, 8))])
+def test_an_adapter_of_sdxl_is_checkpointed_where_memory_is_short(monkeypatch, options, memory, expected):
+    """On 80 GB it is not, unless it is asked for."""
+    monkeypatch.setattr(options_file, "gpu_bytes", lambda device: memory)
+    args = train_args(["--model", "sdxl", *options.split()])
+    assert (args.gradient_checkpointing, args.micro_batch) == expected
