@@ -213,11 +213,9 @@ class Encoder:
 
     def missing_bytes(self):
         """The size of what is not written yet."""
-        pipe = self.model.pipe
         latent = np.prod(self.model.latent_shape(self.args.resolution))
         numbers = len(self.pairs) * 2 * latent * (2 if self.args.vae_sample == "sample" else 1)
-        width = self.model.denoiser.config.cross_attention_dim
-        numbers += len(self.prompts) * pipe.tokenizer.model_max_length * width
+        numbers += len(self.prompts) * np.prod(self.model.prompt_shape())
         written = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))  # whole ones, which stay
         return int(numbers) * (2 if self.args.store == "fp16" else 4) - written
 

@@ -1,15 +1,14 @@
 """Relative Preference Optimization for diffusion models, next to Diffusion-DPO and SFT.
 
 Pair i is a prompt c_i, the latent x_i^w of its preferred image (winner) and x_i^l of the other (loser). Both
-are noised with one timestep t_i and one noise eps_i:  x_t = sqrt(a_t) x + sqrt(1 - a_t) eps.
+are noised with one timestep t_i and one noise eps_i, by `DDPM`, or by `Flow` for models of flow matching.
 
     err(theta; x, c, t, eps) = mean over the latent's elements of (prediction - target)^2
     D_i^w = err_policy(x_i^w) - err_ref(x_i^w)        D_j^l = err_policy(x_j^l) - err_ref(x_j^l)
 
     SFT   L = mean_i   err_policy(x_i^w)
     DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )                     Eq. (14) of arXiv:2311.12908
-    RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        outside: arXiv:2406.06382,
-                                                                                    OpenReview rH6IZIXqZG
+    RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        outside: arXiv:2406.06382
           L = mean_ij  -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )             inside: arXiv:2402.10958
           w_ij = softmax over j of ( -d_ij / tau )                                  cross_pair_weights in data.py
 
@@ -21,8 +20,8 @@ what no parameter names is not computed: without ref_err_* there is no reference
 
     err_w, err_l, ref_err_w, ref_err_l   [B] float32, the errors above; the policy's carry the gradient
     weights                              [B, B] float32; then the B pairs are one group of --group_size
-    t                                    [B] timesteps, int64 in [0, T)
-    snr                                  [B] float32, a_t / (1 - a_t)
+    t                                    [B] timesteps, int64 in [0, T); of a Flow float32 in (0, 1)
+    snr                                  [B] float32, a_t / (1 - a_t); of a Flow ((1 - t) / t)^2
     a name of data.COLUMNS               [B] float32, a number per pair out of the data
     any other                            a hyperparameter: the option of its name, or --loss_args NAME=VALUE
 
@@ -40,7 +39,6 @@ class DDPM:
 
     alphas_cumprod   [T] float32, the schedule's a_t
     prediction_type  "epsilon" (the network predicts eps) or "v_prediction" (v, section 4 of arXiv:2202.00512)
-    raises           ValueError for any other prediction_type
     """
 
     def __init__(self, alphas_cumprod, prediction_type="epsilon"):
@@ -50,14 +48,13 @@ class DDPM:
         self.prediction_type = prediction_type
 
     def to(self, device):
-        """The same process on another device."""
         return DDPM(self.alphas_cumprod.to(device), self.prediction_type)
 
     def sample_t(self, generator, quarter=None):
         """The timestep of one pair, int64 in [0, T), uniform as in Eq. (14); or in a quarter, 0 of the least noise."""
-        first, end = 0, len(self.alphas_cumprod)
-        if quarter is not None:
-            first, end = end * quarter // 4, end * (quarter + 1) // 4
+        num_steps = len(self.alphas_cumprod)
+        first, end = (0, 4) if quarter is None else (quarter, quarter + 1)  # quarters
+        first, end = num_steps * first // 4, num_steps * end // 4
         return torch.randint(first, end, (), generator=generator)
 
     def snr(self, t):
@@ -69,27 +66,55 @@ class DDPM:
         """(x_t, target) of clean latents x and noise eps [N, C, h, w] at t [N], each [N, C, h, w]."""
         a_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)                      # [N, 1, 1, 1]
         x_t = a_t.sqrt() * x + (1 - a_t).sqrt() * eps
-        if self.prediction_type == "epsilon":
-            target = eps
-        else:
+        target = eps
+        if self.prediction_type == "v_prediction":
             target = a_t.sqrt() * eps - (1 - a_t).sqrt() * x
         return x_t, target
 
 
+class Flow:
+    """Rectified flow, of SD3 and FLUX (arXiv:2403.03206): x_t = (1 - t) x + t eps, and the network predicts eps - x.
+
+    sampling     of t before the shift: "uniform", or "logit_normal", sigmoid(mean + scale * normal)
+    shift        t -> shift t / (1 + (shift - 1) t), section 5.3.2: above 1, more of the noisy ones
+    """
+
+    def __init__(self, sampling="logit_normal", mean=0.0, scale=1.0, shift=1.0):
+        self.sampling, self.mean, self.scale, self.shift = sampling, mean, scale, shift
+
+    def to(self, device):
+        return self  # it holds no tensor
+
+    def sample_t(self, generator, quarter=None):
+        """The time of one pair, float32 in (0, 1); or of a quarter of all that are drawn, 0 of the least noise."""
+        t = torch.rand((), generator=generator, dtype=torch.float64)
+        if quarter is not None:
+            t = (quarter + t) / 4
+        if self.sampling == "logit_normal":
+            t = (self.mean + self.scale * torch.special.ndtri(t)).sigmoid()
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return t.float().clamp(1e-4, 1 - 1e-4)
+
+    def snr(self, t):
+        return ((1 - t) / t).square()
+
+    def diffuse(self, x, eps, t):
+        t = t.view(-1, 1, 1, 1)                                             # [N, 1, 1, 1]
+        return (1 - t) * x + t * eps, eps - x
+
+
 def denoising_error(predict, network, process, x, eps, t, cond, dtype=torch.float32):
-    """err(theta; x, c, t, eps) of every sample: the one way in which policy and reference are measured.
+    """err(theta; x, c, t, eps) of every sample, [N] float32: the one way to measure policy and reference.
 
     The forward runs under autocast to `dtype`; the difference is taken and averaged in float32, because a
-    preference logit is a small difference of errors times thousands. With gradient checkpointing, that is
-    after `network.enable_gradient_checkpointing()`, activations are recomputed in the backward pass: less
-    memory, a third more time, the same gradients.
+    preference logit is a small difference of errors times thousands. After `network.enable_gradient_checkpointing()`
+    activations are recomputed in the backward pass: less memory, a third more time, the same gradients.
 
     predict   predict(network, x_t, t, cond) -> [N, C, h, w]: how a network of this family is called
-    process   a DDPM
+    process   a DDPM or a Flow
     x, eps    [N, C, h, w] float32: scaled clean latents, standard normal noise
     t         [N] timesteps
     cond      what the network is conditioned on, N rows each
-    returns   [N] float32
     """
     x_t, target = process.diffuse(x, eps, t)                                # [N, C, h, w]
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
@@ -105,8 +130,7 @@ def sft_loss(err_w):
 def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
     """Diffusion-DPO, Eq. (14) of arXiv:2311.12908: mean_i -log sigmoid( -beta/2 * (D_i^w - D_i^l) ).
 
-    beta     the strength of the pull to the reference
-    returns  (loss scalar, metrics: see `preference_metrics`)
+    beta  the strength of the pull to the reference
     """
     d_w = err_w - ref_err_w                                                 # [B]
     d_l = err_l - ref_err_l                                                 # [B]
@@ -117,15 +141,11 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
 def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position="outside"):
     """Diffusion-RPO, arXiv:2406.06382: every winner of a group of B pairs against every loser of it.
 
-    weight_position="outside"  mean_i sum_j w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) ): the paper's form
-    weight_position="inside"   mean_ij -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) ): that of the authors'
-                               RPO for language models, arXiv:2402.10958
-
-    Outside, beta means what it means in DPO, whatever the group. Inside, a logit's effective beta is
-    beta * w_ij, about beta / B: choose beta and B together. With B = 1 both are DPO.
+    Weights stand outside the log-sigmoid, as in the paper, or inside: see the head of this file. Outside, beta
+    means what it means in DPO, whatever the group. Inside, a logit's effective beta is beta * w_ij, about
+    beta / B: choose beta and B together. With B = 1 both are DPO.
 
     weights  [B, B], row i = winner i, column j = loser j, rows sum to 1; constants
-    returns  (loss scalar, metrics: see `preference_metrics`)
     raises   ValueError where weight_position or the shape of weights is none of these
     """
     if weights.shape != (len(err_w), len(err_l)):
@@ -159,7 +179,7 @@ def preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta):
 
     reward/chosen, reward/rejected   mean of -beta/2 D^w, of -beta/2 D^l: the gain over the reference
     reward/margin, reward/accuracy   chosen - rejected; the share of positive margins, a zero counting half
-    mse/{policy,ref}_{w,l}           the mean errors themselves
+    mse/{policy,ref}_{w,l}           the mean errors
     """
     chosen = -beta / 2 * (err_w - ref_err_w)                                # [B]
     rejected = -beta / 2 * (err_l - ref_err_l)                              # [B]

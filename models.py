@@ -14,6 +14,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import re
 from pathlib import Path
 
@@ -22,11 +23,13 @@ import torch
 from safetensors import safe_open
 
 from common import InputError, brief, clip_tokenizer, digest, fingerprint, hub_id, to_device
-from loss import DDPM
+from loss import DDPM, Flow
 
 HUB_IDS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
 }
 SCHEDULE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
                  "rescale_betas_zero_snr")
@@ -53,17 +56,26 @@ class StableDiffusion:
     guidance = 7.5
 
     def __init__(self, pipe):
-        from diffusers import DDPMScheduler
-
         self.pipe, self.init_lora, self.vae_dtype = pipe, None, torch.float32
         self.denoiser = getattr(pipe, self.denoiser_name)
-        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        self.process = DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        self.process = self.make_process()
         self.num_parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
         self.is_toy = self.num_parameters < TOY
         pipe.set_progress_bar_config(disable=True)
         for network in self.networks().values():
             network.eval().requires_grad_(False)  # eval(): dropout would part the policy from its reference
+
+    def make_process(self):
+        """The diffusion process of the pipeline's schedule. ValueError where it, or the network, is of another kind."""
+        from diffusers import DDPMScheduler
+
+        config = self.pipe.scheduler.config
+        if "beta_schedule" not in config or self.pipe.vae.config.get("latents_mean") is not None:
+            raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
+        if self.denoiser.config.get("time_cond_proj_dim"):
+            raise ValueError("its UNet wants an embedding of the guidance, as latent consistency models do")
+        scheduler = DDPMScheduler.from_config(config)
+        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def networks(self):
         """{name: network} of the pipeline."""
@@ -73,13 +85,25 @@ class StableDiffusion:
         """The side of the images, pixels: `wanted`, or the model's own. InputError if it will not do."""
         least = self.pipe.vae_scale_factor
         if for_training:  # whose latents are not padded, as a pipeline pads them, where halves meet
-            least *= 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+            least *= self.latent_multiple()
         if wanted and wanted % least:
             raise InputError(f"--resolution {wanted} is no multiple of {least}, as this model needs")
-        own = self.denoiser.config.get("sample_size")
+        own = self.own_sample_size()
         if not wanted and own is None:
             raise InputError("the model does not say the size of its images; give --resolution")
         return wanted or int(np.min(own)) * self.pipe.vae_scale_factor
+
+    def latent_multiple(self):
+        """What the side of a latent must be a multiple of."""
+        return 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
+    def own_sample_size(self):
+        """The side of the model's own latents, or None."""
+        return self.denoiser.config.get("sample_size")
+
+    def prompt_shape(self):
+        """(L, E) of `prompt_embeds`."""
+        return self.pipe.tokenizer.model_max_length, self.denoiser.config.cross_attention_dim
 
     def latent_shape(self, resolution):
         side = resolution // self.pipe.vae_scale_factor
@@ -113,20 +137,22 @@ class StableDiffusion:
 
         def encode(texts):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return self.pipe.encode_prompt(texts, device=device, num_images_per_prompt=1,
-                                               do_classifier_free_guidance=False)
+                return self.pipeline_embeds(texts, device)
 
         outputs = by_rows(encode, prompts, device, len(prompts))
-        embeds = {"prompt_embeds": torch.cat([output[0] for output in outputs])}
-        if len(outputs[0]) > 2:
-            embeds["pooled_prompt_embeds"] = torch.cat([output[2] for output in outputs])
-        embeds = {name: value.float() for name, value in embeds.items()}
+        embeds = {name: torch.cat([output[name] for output in outputs]).float() for name in outputs[0]}
         zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
         for number, prompt in enumerate(prompts):
             if zeros and not prompt:
                 for value in embeds.values():
                     value[number] = 0
         return embeds
+
+    def pipeline_embeds(self, texts, device):
+        """{name: [B, ...]} as the pipeline encodes B texts."""
+        embeds, _, *pooled = self.pipe.encode_prompt(texts, device=device, num_images_per_prompt=1,
+                                                     do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds} | ({"pooled_prompt_embeds": pooled[0]} if pooled else {})
 
     def encode_images(self, pixels):
         """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W] uint8, before the scaling.
@@ -159,12 +185,14 @@ class StableDiffusion:
 
     def scale_latents(self, latents):
         """Latents as the VAE gives them -> as the denoiser knows them, of about unit variance."""
-        return latents * self.pipe.vae.config.scaling_factor
+        config = self.pipe.vae.config
+        return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents):
         """Pictures [N, 3, H, W] float32 on the CPU, in [0, 1], of scaled latents [N, C, h, w]; in float32."""
-        latents = latents.float() / self.pipe.vae.config.scaling_factor
+        config = self.pipe.vae.config
+        latents = latents.float() / config.scaling_factor + (config.get("shift_factor") or 0)
         at_once = max(1, 2 ** 14 // latents[0, 0].numel())
         pictures = [self.pipe.vae.decode(part).sample.cpu() for part in latents.split(at_once)]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
@@ -215,7 +243,9 @@ class StableDiffusion:
         if not hasattr(self.denoiser, "peft_config"):
             return self.pipe.save_pretrained(folder)
         weights = peft.get_peft_model_state_dict(self.denoiser)
-        self.pipe.save_lora_weights(folder, diffusers.utils.convert_state_dict_to_diffusers(weights))
+        if self.denoiser_name == "unet":
+            weights = diffusers.utils.convert_state_dict_to_diffusers(weights)
+        self.pipe.save_lora_weights(folder, weights)
         if self.init_lora:
             is_local = Path(self.init_lora).exists()
             below = str(Path(self.init_lora).absolute()) if is_local else self.init_lora
@@ -238,9 +268,12 @@ class StableDiffusion:
     @functools.cached_property
     def digests(self):
         """{name: digest} of all that a run starts from; to be asked for before anything trains."""
-        schedule = digest([self.process.prediction_type, self.process.alphas_cumprod.tolist()])
         denoiser = digest_with_config(self.denoiser)
-        return self.encoder_digests | {self.denoiser_name: denoiser, "noise schedule": schedule}
+        return self.encoder_digests | {self.denoiser_name: denoiser, "noise schedule": digest(self.schedule())}
+
+    def schedule(self):
+        """What the process is a function of, plain numbers and words."""
+        return [self.process.prediction_type, self.process.alphas_cumprod.tolist()]
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -259,7 +292,123 @@ class StableDiffusionXL(StableDiffusion):
         return super().conditioning(prompt_embeds, time_ids) | {"added_cond_kwargs": added}
 
 
-FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
+class StableDiffusion3(StableDiffusion):
+    """SD3 and SD3.5: a transformer of flow matching, two CLIP text encoders, and T5, which may be left out."""
+
+    denoiser_name = "transformer"
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
+    blocks = ("JointTransformerBlock",)
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    guidance = 4.5
+
+    def make_process(self):
+        """Logit-normal, as SD3 was trained (section 5.3.1 of arXiv:2403.03206), with the shift that it samples by."""
+        config = self.pipe.scheduler.config
+        if "shift" not in config:
+            raise ValueError("its scheduler is not of flow matching")
+        return Flow("logit_normal", 0.0, 1.0, self.shift(config))
+
+    def shift(self, config):
+        return config.shift
+
+    def schedule(self):
+        return vars(self.process)
+
+    def latent_multiple(self):
+        return self.denoiser.config.patch_size
+
+    def prompt_shape(self):
+        return self.pipe.tokenizer.model_max_length + 256, self.denoiser.config.joint_attention_dim
+
+    def resolution(self, wanted=None, for_training=True):
+        """See above; the positions of a model end at some size."""
+        side = super().resolution(wanted, for_training)
+        most = self.denoiser.config.pos_embed_max_size * self.latent_multiple() * self.pipe.vae_scale_factor
+        if side > most:
+            raise InputError(f"--resolution {side}: this model has positions for {most} pixels")
+        return side
+
+    def pipeline_embeds(self, texts, device):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(texts, None, None, device=device,
+                                                       do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def conditioning(self, prompt_embeds, time_ids):
+        images = time_ids.shape[1]
+        return {"encoder_hidden_states": prompt_embeds["prompt_embeds"].float().repeat(images, 1, 1),
+                "pooled_projections": prompt_embeds["pooled_prompt_embeds"].float().repeat(images, 1)}
+
+    def predict(self, network, x_t, t, cond):
+        """See above; t [N] in (0, 1), of which the network takes thousandths."""
+        return network(x_t, timestep=1000 * t, **cond, return_dict=False)[0]
+
+    def check_scheduler(self):
+        """Any scheduler of flow matching draws by the same paths."""
+
+
+class Flux(StableDiffusion3):
+    """FLUX.1: latents in packs of 2 x 2, positions of each, and, in dev, an embedding of the distilled guidance.
+
+    train_guidance  that the network is told while it trains
+    """
+
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    text_encoders = ("text_encoder", "text_encoder_2")
+    guidance = 3.5
+    train_guidance = 1.0
+
+    def shift(self, config):
+        """Of the model's own size of images, as its pipeline computes it."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        if not config.get("use_dynamic_shifting"):
+            return config.shift
+        tokens = (self.own_sample_size() // 2) ** 2
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return math.exp(calculate_shift(tokens, *(config[key] for key in keys)))
+
+    def latent_multiple(self):
+        return 2
+
+    def own_sample_size(self):
+        return self.pipe.default_sample_size
+
+    def prompt_shape(self):
+        return 512, self.denoiser.config.joint_attention_dim
+
+    def resolution(self, wanted=None, for_training=True):
+        return StableDiffusion.resolution(self, wanted, for_training)
+
+    def pipeline_embeds(self, texts, device):
+        embeds, pooled, _ = self.pipe.encode_prompt(texts, device=device)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def predict(self, network, x_t, t, cond):
+        count, channels, height, width = x_t.shape
+        pack, ids = self.pipe._pack_latents, self.pipe._prepare_latent_image_ids
+        guidance = None
+        if network.config.guidance_embeds:
+            guidance = torch.full_like(t, self.train_guidance)
+        prediction = network(
+            pack(x_t, count, channels, height, width), timestep=t, guidance=guidance, **cond,
+            img_ids=ids(count, height // 2, width // 2, x_t.device, x_t.dtype),
+            txt_ids=x_t.new_zeros(cond["encoder_hidden_states"].shape[1], 3), return_dict=False)[0]
+        return self.unpack(prediction, height, width)
+
+    def unpack(self, packed, height, width):
+        """[N, h w / 4, 4 C] -> [N, C, h, w]."""
+        return self.pipe._unpack_latents(packed, height, width, 1)
+
+    def sample(self, *inputs, height, width, **more):
+        packed = super().sample(*inputs, height=height, width=width, **more)
+        scale = self.pipe.vae_scale_factor
+        return self.unpack(packed, height // scale, width // scale)
+
+
+FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL,
+            "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
 
 
 def by_rows(function, rows, device, at_once, threads=1):
@@ -384,7 +533,7 @@ def find_model(name, config=None):
         way_out = "; give its configuration by --config DIR, a diffusers folder of such a model" if is_file else ""
         raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error)}{way_out}")
     if kind not in FAMILIES:
-        raise InputError(f"--model {source} is a {kind}, not of the SD 1.x or the SDXL kind")
+        raise InputError(f"--model {source} is a {kind}, none of {', '.join(FAMILIES)}")
     for part in FAMILIES[kind].parts:
         is_listed = part in index and index[part][0] is not None
         if not is_listed or is_local and not (Path(source) / part).is_dir():
@@ -406,7 +555,9 @@ def load_pipeline(source, family):
     index = DiffusionPipeline.load_config(source)
     networks = {}
     for name in (family.denoiser_name, "vae", *family.text_encoders):
-        library, class_name = index[name]
+        library, class_name = index.get(name) or (None, None)
+        if library is None:
+            continue  # a text encoder that was left out
         network_class = getattr(importlib.import_module(library), class_name)
         networks[name], info = load_network(network_class, source, name)
         if info["missing_keys"]:
@@ -453,14 +604,10 @@ def load_single_file(file, family, config=None):
 
 
 def checked(pipe):
-    """A pipeline, if it has its vocabularies and what it computes is what we compute."""
+    """A pipeline, if it has its vocabularies."""
     for name, part in pipe.components.items():
         if name.startswith("tokenizer") and part.vocab_size <= len(set(part.all_special_ids)):
             raise ValueError(f"its {name} has no vocabulary")
-    if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
-        raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
-    if pipe.unet.config.get("time_cond_proj_dim"):
-        raise ValueError("its UNet wants an embedding of the guidance, as latent consistency models do")
     return pipe
 
 
@@ -481,7 +628,10 @@ def fuse_lora(model, source):
         fuse_lora(model, lower)
     try:
         refuse_dora(source)
-        weights, *_ = pipe.lora_state_dict(source, unet_config=model.denoiser.config)
+        if model.denoiser_name == "unet":
+            weights, *_ = pipe.lora_state_dict(source, unet_config=model.denoiser.config)
+        else:
+            weights = pipe.lora_state_dict(source)
         pipe.load_lora_weights(source)
         loaded = set()
         for network in model.networks().values():

@@ -108,16 +108,28 @@ def launch(folder, world, function, *args):
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
-    """small_model("sd" | "sdxl" | "sd-v"): a folder in that format, random weights, 32 px to 8x8 latents."""
+    """small_model("sd" | "sdxl" | "sd-v" | "sd3" | "flux"): such a folder, random weights, 32 px to 8x8 latents."""
     from diffusers import (
         AutoencoderKL,
         EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
         PNDMScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
 
     def text_encoder(kind, width):
         return kind(
@@ -189,12 +201,52 @@ def small_model(tmp_path_factory):
             requires_safety_checker=False,
         )
 
+    def build_flow(kind):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+        t5_tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+        t5 = T5EncoderModel(
+            T5Config(vocab_size=len(pieces), d_model=96, d_kv=8, d_ff=64, num_layers=2, num_heads=2,
+                     feed_forward_proj="gated-gelu")
+        )
+        tokenizer = clip_tokenizer(77)
+        if kind == "sd3":
+            transformer = SD3Transformer2DModel(
+                sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+                num_attention_heads=4, joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=80,
+                pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
+            )
+            encoders = [text_encoder(CLIPTextModelWithProjection, width) for width in (32, 48)]
+            return StableDiffusion3Pipeline(
+                transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, encoders[0], tokenizer, encoders[1],
+                tokenizer, t5, t5_tokenizer,
+            )
+        transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=96, pooled_projection_dim=32, guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        return FluxPipeline(scheduler, vae, text_encoder(CLIPTextModel, 32), tokenizer, t5, t5_tokenizer, transformer)
+
     folders = {}
 
     def folder(kind):
         if kind not in folders:
             folders[kind] = str(tmp_path_factory.mktemp(kind))
-            build(kind).save_pretrained(folders[kind])
+            pipe = build_flow(kind) if kind in ("sd3", "flux") else build(kind)
+            pipe.save_pretrained(folders[kind])
         return folders[kind]
 
     return folder

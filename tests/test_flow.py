@@ -1,0 +1,289 @@
+"""Models of flow matching, SD3 and FLUX: the process, and that a run of theirs keeps every promise of a UNet's."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+import common
+import encode
+import evaluate
+import train
+from common import InputError
+from conftest import fresh, launch, log_of
+from data import ImagePairs, Stream
+from loss import DDPM, Flow, denoising_error
+
+KINDS = ["sd3", "flux"]
+pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+
+
+# The process
+
+
+def latents(count=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((2, count, 4, 8, 8), generator=generator)
+
+
+def test_an_ideal_velocity_has_no_error():
+    x, eps = latents()
+    t = torch.tensor([0.1, 0.5, 0.9])
+    ideal = denoising_error(lambda *_: eps - x, None, Flow(), x, eps, t, None)
+    assert torch.equal(ideal, torch.zeros(3))
+    off = denoising_error(lambda *_: eps - x + 0.5, None, Flow(), x, eps, t, None)
+    torch.testing.assert_close(off, torch.full((3,), 0.25))
+
+
+def test_ddpm_and_flow_are_one_path():
+    """x_t over (sqrt(a) + sqrt(1 - a)) is x_s at s = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)); the velocity that follows
+    from epsilon leads to the same clean image; and the signal-to-noise ratios agree."""
+    x, eps = latents()
+    ddpm, flow = DDPM(torch.linspace(0.99, 0.01, 100)), Flow()
+    t = torch.tensor([3, 50, 96])
+    a = ddpm.alphas_cumprod[t].view(-1, 1, 1, 1)
+    total = a.sqrt() + (1 - a).sqrt()
+    s = ((1 - a).sqrt() / total).flatten()
+    x_t, epsilon = ddpm.diffuse(x, eps, t)
+    x_s, velocity = flow.diffuse(x, eps, s)
+    torch.testing.assert_close(x_t / total, x_s, rtol=0, atol=1e-6)
+    clean = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()
+    torch.testing.assert_close(x_s - s.view(-1, 1, 1, 1) * (epsilon - clean), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(x_s - s.view(-1, 1, 1, 1) * velocity, x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(flow.snr(s), ddpm.snr(t), rtol=1e-4, atol=0)
+
+
+def drawn(process, count=4000, quarter=None):
+    return torch.stack([process.sample_t(common.keyed_generator(k), quarter) for k in range(count)])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_shift_is_the_schedulers_own(shift):
+    """A uniform draw, shifted, is the scheduler's sigma at the same point."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    t = drawn(Flow("uniform", shift=shift), 200)
+    points = drawn(Flow("uniform"), 200).double()
+    positions = (1 - points) * 999  # of the sigmas, from much noise to little, over [1/1000, 1]
+    unshifted = 1 - positions / 1000 * 1000 / 999 * 999 / 1000
+    expected = shift * unshifted / (1 + (shift - 1) * unshifted)
+    sigmas = scheduler.sigmas.double()
+    low, high = sigmas[positions.ceil().long()], sigmas[positions.floor().long()]
+    assert ((t >= low - 2e-3) & (t <= high + 2e-3)).all()
+    torch.testing.assert_close(t.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_times_are_distributed_as_they_are_said_to_be():
+    """The quantiles of sigmoid(mean + scale * normal), shifted; and the quarters share them out."""
+    process = Flow("logit_normal", 0.5, 2.0, 3.0)
+    t = drawn(process).double()
+    assert t.dtype == torch.float64 and 0 < t.min() and t.max() < 1
+    unshifted = t / (3 - 2 * t)
+    standard = (torch.logit(unshifted) - 0.5) / 2
+    for share in (0.1, 0.5, 0.9):
+        assert (torch.special.ndtr(standard) < share).double().mean() == pytest.approx(share, abs=0.025)
+    uniform = drawn(Flow("uniform"))
+    for share in (0.1, 0.5, 0.9):
+        assert (uniform < share).double().mean() == pytest.approx(share, abs=0.025)
+    edges = [drawn(process, 200, quarter) for quarter in range(4)]
+    for lower, upper in zip(edges, edges[1:]):
+        assert lower.max() <= upper.min()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_draws_by_its_own_schedulers_shift(small_model, kind):
+    model = fresh(small_model(kind))
+    expected = 3.0 if kind == "sd3" else math.exp(calculate_shift(64 * 64))
+    assert model.process.shift == pytest.approx(expected)
+
+
+# The families
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_denoising_error_is_that_of_the_pipelines_own_call(small_model, few_pairs, kind, monkeypatch):
+    """The network gets what the pipeline gives it: of a step of the pipeline, noted, the same prediction from ours."""
+    model = fresh(small_model(kind))
+    pipe, seen = model.pipe, []
+    forward = type(pipe.transformer).forward
+
+    def noted(network, *inputs, **more):
+        output = forward(network, *inputs, **more)
+        seen.append((inputs, more, output[0]))
+        return output
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(type(pipe.transformer), "forward", noted)
+            pipe("a cat", num_inference_steps=2, guidance_scale=1.0, height=32, width=32, output_type="latent",
+                 generator=torch.Generator().manual_seed(0))
+        _, given, theirs = seen[1]
+        x_t, t = given["hidden_states"], given["timestep"]
+        embeds = model.encode_prompts(["a cat"])
+        cond = model.conditioning(embeds, torch.zeros(1, 1, 6))
+        torch.testing.assert_close(cond["encoder_hidden_states"], given["encoder_hidden_states"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(cond["pooled_projections"], given["pooled_projections"], rtol=0, atol=1e-6)
+        if kind == "flux":
+            x_t, theirs, model.train_guidance = model.unpack(x_t, 8, 8), model.unpack(theirs, 8, 8), 1.0
+        else:
+            t = t / 1000
+        ours = model.predict(model.denoiser, x_t, t, cond)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+        x, eps = latents(1)
+        x_t, target = model.process.diffuse(x, eps, t)
+        packed = model.pipe._pack_latents(x_t, 1, 4, 8, 8) if kind == "flux" else x_t
+        stock = pipe.transformer(**given | {"hidden_states": packed, "return_dict": False})[0]
+        stock = model.unpack(stock, 8, 8) if kind == "flux" else stock
+        err = denoising_error(model.predict, model.denoiser, model.process, x, eps, t, cond)
+        torch.testing.assert_close(err, (stock - target).square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_latent_survives_the_vaes_shift_and_scale(small_model, kind):
+    """What is decoded is what the pipeline decodes, of what encoding gave."""
+    model = fresh(small_model(kind))
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scaled = model.scale_latents(z)
+    torch.testing.assert_close(scaled, (z - 0.0609) * 1.5305)
+    with torch.no_grad():
+        pictures = (model.pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(model.decode(scaled), pictures, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_the_stock_pipelines_image(small_model, kind):
+    model = fresh(small_model(kind))
+    size = dict(height=32, width=32)
+    ours = model.decode(model.sample(["a cat"], [common.keyed_generator(1)], 3, 3.0, **size))
+    stock = DiffusionPipeline.from_pretrained(small_model(kind))
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock("a cat", num_inference_steps=3, guidance_scale=3.0, generator=[common.keyed_generator(1)],
+                   output_type="pt", **size).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+# Runs
+
+
+@pytest.fixture
+def command(small_model, few_pairs):
+    def command(kind, options, out):
+        argv = ["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu", "--out", str(out)]
+        argv += "--resolution 32 --batch_size 8 --steps 2 --sample_every 0 --lr 1e-3".split()
+        return [*argv, *options.split()]
+
+    return command
+
+
+def numbers_of(out, names=("loss", "grad_norm", "mse/policy_w", "mse/policy_l")):
+    return [record[name] for record in log_of(out) for name in names]
+
+
+@pytest.mark.parametrize("loss", ["rpo", "dpo"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, precision, loss):
+    """By an adapter, and in fp32 by the whole network, too."""
+    runs = ["--lora_rank 4", ""] if precision == "fp32" else ["--lora_rank 4"]
+    for options in runs:
+        out = tmp_path / f"out{len(options)}"
+        train.main(command(kind, f"{options} --precision {precision} --loss {loss}", out))
+        first, second = log_of(out)
+        assert first["reward/margin"] == first["reward/chosen"] == 0
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and second["reward/chosen"] != 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_processes_and_caches_do_not_change_a_run(tmp_path, command, small_model, few_pairs, kind):
+    """One pass or two, one process or two; and from a cache to rounding, at the VAE's mean."""
+    options = "--lora_rank 4 --prompt_dropout 0 --vae_sample mean --lr 1e-5 --beta 100 --workers 0"
+    train.main(command(kind, f"{options} --micro_batch 8", tmp_path / "one"))
+    expected = numbers_of(tmp_path / "one")
+    train.main(command(kind, f"{options} --micro_batch 2", tmp_path / "two"))
+    assert numbers_of(tmp_path / "two") == pytest.approx(expected, rel=1e-5)
+    for status, text in launch(tmp_path, 2, train.main, command(kind, f"{options} --micro_batch 4", tmp_path / "both")):
+        assert status == 0, text
+    assert numbers_of(tmp_path / "both") == pytest.approx(expected, rel=1e-5)
+    cache = str(tmp_path / "cache")
+    encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
+                 "--resolution", "32", "--vae_sample", "mean", "--out", cache])
+    train.main([*command(kind, f"{options} --micro_batch 8", tmp_path / "cached"), "--data", cache])
+    assert numbers_of(tmp_path / "cached") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, command, small_model, kind):
+    """To the bit; and the stock pipeline, once it has loaded it, draws another image: that of our own."""
+    options = "--lora_rank 4 --micro_batch 4 --reference_errors ERRORS".replace("ERRORS", str(tmp_path / "errors"))
+    for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
+        train.main(command(kind, f"{options} --steps {steps}", tmp_path / name))
+    (state, _), (expected, _) = (common.load_checkpoint(tmp_path / name) for name in ("two", "four"))
+    for part in ("weights", "optimizer"):
+        a, b = (torch.utils._pytree.tree_leaves(kept[part]) for kept in (state, expected))
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y) if torch.is_tensor(x) else x == y, part
+
+    stock = DiffusionPipeline.from_pretrained(small_model(kind))
+    stock.set_progress_bar_config(disable=True)
+    draw = dict(num_inference_steps=2, guidance_scale=1.0, height=32, width=32, output_type="pt")
+    before = stock("a cat", generator=torch.Generator().manual_seed(0), **draw).images
+    stock.load_lora_weights(tmp_path / "two" / "model")
+    after = stock("a cat", generator=torch.Generator().manual_seed(0), **draw).images
+    assert (after - before).abs().max() > 1e-3
+    trained = fresh(small_model(kind))
+    trained.add_lora(4, 0)
+    named = dict(trained.denoiser.named_parameters())
+    with torch.no_grad():
+        for name, weight in state["weights"].items():
+            named[name].copy_(weight)
+    ours = trained.pipe("a cat", generator=torch.Generator().manual_seed(0), **draw).images
+    torch.testing.assert_close(after, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
+    """A whole run leaves a pipeline, grids and the held-out curve; evaluate.py draws with it and with an adapter."""
+    options = "--sample_every 2 --sample_steps 2 --ema 0.5"
+    argv = [*command(kind, options, tmp_path / "out"), "--validate", few_pairs, "--validate_every", "1"]
+    train.main(argv)
+    assert "validate/accuracy" in log_of(tmp_path / "out")[1] and (tmp_path / "out/samples/000002.png").exists()
+    DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    images = tmp_path / "images"
+    evaluate.main(["generate", "--model", str(tmp_path / "out" / "model"), "--prompts", str(prompts), "--resolution",
+                   "32", "--steps", "2", "--device", "cpu", "--out", str(images)])
+    manifest = json.loads((images / "manifest.json").read_text())
+    assert len(manifest["images"]) == 2
+
+
+def test_a_scheduler_of_another_kind_is_refused(tmp_path, small_model):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(small_model("sd3"), folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    shutil.copy(f"{small_model('sd')}/scheduler/scheduler_config.json", file)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="cannot be loaded: its scheduler is not of flow matching"):
+        train.load_model(str(folder))
+
+
+def test_a_resolution_without_positions_is_refused(small_model):
+    model = fresh(small_model("sd3"))
+    assert model.resolution() == 32 and model.resolution(64) == 64
+    with pytest.raises(InputError, match="--resolution 72: this model has positions for 64 pixels"):
+        model.resolution(72)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_functions_of_seed_and_position(small_model, few_pairs, kind):
+    process = fresh(small_model(kind)).process
+    streams = [Stream(ImagePairs(few_pairs, 32), process, (4, 8, 8), seed, 8, 8, "own") for seed in (0, 0, 1)]
+    times = [torch.stack([stream[p]["t"] for p in range(16)]) for stream in streams]
+    assert torch.equal(times[0], times[1]) and not torch.equal(times[0], times[2]) and len(times[0].unique()) == 16
