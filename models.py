@@ -77,6 +77,12 @@ class StableDiffusion:
         scheduler = DDPMScheduler.from_config(config)
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
+    def set_times(self, args):
+        """Draws times by the --timestep_* options, and notes in them what is drawn by. InputError where there are none."""
+        for name in ("sampling", "mean", "scale", "shift"):
+            if getattr(args, f"timestep_{name}") is not None:
+                raise InputError(f"--timestep_{name} is for models of flow matching; this one draws its timesteps uniformly")
+
     def networks(self):
         """{name: network} of the pipeline."""
         return {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
@@ -312,6 +318,12 @@ class StableDiffusion3(StableDiffusion):
     def shift(self, config):
         return config.shift
 
+    def set_times(self, args):
+        for name, value in vars(self.process).items():
+            typed = getattr(args, f"timestep_{name}")
+            setattr(self.process, name, value if typed is None else typed)
+            setattr(args, f"timestep_{name}", getattr(self.process, name))
+
     def schedule(self):
         return vars(self.process)
 
@@ -368,6 +380,13 @@ class Flux(StableDiffusion3):
         tokens = (self.own_sample_size() // 2) ** 2
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return math.exp(calculate_shift(tokens, *(config[key] for key in keys)))
+
+    def set_times(self, args):
+        super().set_times(args)
+        self.train_guidance = args.train_guidance
+
+    def schedule(self):
+        return super().schedule() | {"train_guidance": self.train_guidance}
 
     def latent_multiple(self):
         return 2
@@ -669,9 +688,14 @@ def tensor_digest(tensor):
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 CLIP_TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                  projection_dim=768, hidden_act="quick_gelu")
+T5_XXL = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+              feed_forward_proj="gated-gelu")
+CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+              projection_dim=1280, hidden_act="gelu")
 VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
            up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4)
-CONFIGS = {  # of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, but for diffusers' defaults
+VAE_16 = VAE | dict(sample_size=1024, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+CONFIGS = {  # of the published models, but for diffusers' defaults
     "sd15": dict(
         unet=dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
         vae=VAE | dict(sample_size=512, scaling_factor=0.18215),
@@ -685,8 +709,21 @@ CONFIGS = {  # of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, but fo
                   projection_class_embeddings_input_dim=2816),
         vae=VAE | dict(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
         text_encoder=CLIP_TEXT,
-        text_encoder_2=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-                            num_attention_heads=20, projection_dim=1280, hidden_act="gelu")),
+        text_encoder_2=CLIP_G),
+    "sd3.5-medium": dict(
+        transformer=dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+                         dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
+        vae=VAE_16 | dict(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=CLIP_TEXT,
+        text_encoder_2=CLIP_G,
+        text_encoder_3=T5_XXL,
+        scheduler=dict(shift=3.0)),
+    "flux-dev": dict(
+        transformer=dict(guidance_embeds=True),
+        vae=VAE_16 | dict(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=CLIP_TEXT,
+        text_encoder_2=T5_XXL,
+        scheduler=dict(shift=3.0, use_dynamic_shifting=True)),
 }
 
 
@@ -700,6 +737,8 @@ def random_model(name, **smaller):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = {part: values | smaller.get(part, {}) for part, values in CONFIGS[name].items()}
+    if "transformer" in config:
+        return random_flow_model(config)
     tokenizer = clip_tokenizer(77)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -715,3 +754,31 @@ def random_model(name, **smaller):
         return StableDiffusionXL(pipe)
     pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, pndm, None, None, requires_safety_checker=False)
     return StableDiffusion(pipe)
+
+
+def random_flow_model(config):
+    """The model of SD3's or FLUX's kind of {part: its configuration}; T5 gets a tokenizer of letters."""
+    from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
+                           SD3Transformer2DModel, StableDiffusion3Pipeline)
+    from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel,
+                              T5Tokenizer)
+
+    is_sd3 = "text_encoder_3" in config
+    transformer_class = SD3Transformer2DModel if is_sd3 else FluxTransformer2DModel
+    clip_class = CLIPTextModelWithProjection if is_sd3 else CLIPTextModel
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127))]
+    t5_tokenizer = T5Tokenizer(vocab=[(piece, -float(rank)) for rank, piece in enumerate(pieces)], extra_ids=0)
+    tokenizer = clip_tokenizer(77)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = transformer_class(**config["transformer"])
+        vae = AutoencoderKL(**config["vae"])
+        clip = clip_class(CLIPTextConfig(**config["text_encoder"]))
+        clip_2 = clip_class(CLIPTextConfig(**config["text_encoder_2"])) if is_sd3 else None
+        t5 = T5EncoderModel(T5Config(**config["text_encoder_3" if is_sd3 else "text_encoder_2"]))
+    with torch.device("cpu"):
+        scheduler = FlowMatchEulerDiscreteScheduler(**config["scheduler"])
+    if is_sd3:
+        return StableDiffusion3(StableDiffusion3Pipeline(transformer, scheduler, vae, clip, tokenizer, clip_2, tokenizer,
+                                                         t5, t5_tokenizer))
+    return Flux(FluxPipeline(scheduler, vae, clip, tokenizer, t5, t5_tokenizer, transformer))

@@ -30,6 +30,11 @@ PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Di
     "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=200,
                  random_flip=True, resolution=1024, optimizer="adafactor", gradient_checkpointing=True,
                  guidance=5.0),
+    # Not tuned by us: rates and betas that others report of such runs (Flow-Factory: 1e-4 collapses; verl-omni).
+    "sd3.5-medium": dict(data="pickapic", clip=H14, steps=1000, batch_size=64, lora_rank=32, lr=1e-5, warmup=50,
+                         beta=2000.0, resolution=1024, gradient_checkpointing=True, guidance=4.5),
+    "flux-dev": dict(data="pickapic", clip=H14, steps=1000, batch_size=64, lora_rank=32, lr=1e-5, warmup=50,
+                     beta=2000.0, resolution=1024, gradient_checkpointing=True, guidance=3.5),
 }
 # When a run goes on these may differ; anything else would make it another run.
 MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pairs", "save_minutes", "save_every",
@@ -90,7 +95,7 @@ def add_shared_options(options):
     add("model", "tiny", str, "tiny, sd15, sdxl, or a diffusers folder, a hub id or a .safetensors (SD 1.x/2.x, "
         "SDXL) [tiny]")
     add("config", None, str, "a diffusers folder that describes a --model in one .safetensors file", "DIR")
-    add("random_init", False, bool, "sd15, sdxl: random weights, nothing is downloaded")
+    add("random_init", False, bool, "of a preset: random weights, nothing is downloaded")
     add("init_lora", None, str, "LoRA weights that policy and reference start with: an earlier run's model/, a "
         "file or a hub id", "LORA")
     add("data", None, str, "tiny, pickapic, a parquet file, a folder, a hub id [the preset's]", "PAIRS")
@@ -124,6 +129,12 @@ def train_args(argv=None):
     options.defaults["loss_args"] = []
     options.parser.add_argument("--loss_args", nargs="+", action="extend", metavar="NAME=VALUE",
                                 help="what the loss has no option for")
+    add("timestep_sampling", None, ["uniform", "logit_normal"], "flow matching: of times, before their shift [the "
+        "family's]")
+    add("timestep_mean", None, number(float, -math.inf), "flow matching, logit_normal: mean [0]")
+    add("timestep_scale", None, POSITIVE, "flow matching, logit_normal: deviation [1]")
+    add("timestep_shift", None, POSITIVE, "flow matching: above 1 more noisy times [the scheduler's]")
+    add("train_guidance", 1.0, number(float, 0), "flux: the guidance that the network is told in training [1]")
     add("prompt_dropout", 0.2, SHARE, "share of pairs trained without their prompt [0.2]")
     # optimisation
     add("steps", 1000, COUNT)

@@ -456,6 +456,7 @@ def set_up(args, out, state):
         held_out.resolution = args.resolution
         check_held_out(args)
     model.vae_dtype = common.DTYPES[args.vae_precision]
+    model.set_times(args)
     args.optimizer = args.optimizer or model.optimizer
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
     trainer = Trainer(args, pairs, held_out, model, device)
