@@ -431,7 +431,7 @@ class Heartbeat:
                     break
 
     def watch(self):
-        while not ENDED.wait(1):
+        while not ENDED.wait(BEAT / 5):
             silent = [rank for rank, when in self.heard.items() if time.monotonic() - when > SILENCE]
             if silent:
                 self.lost = f"nothing was heard of process {', '.join(map(str, silent))} for {SILENCE} s"
