@@ -431,7 +431,7 @@ class Heartbeat:
                     break
 
     def watch(self):
-        while not ENDED.wait(1):
+        while not ENDED.wait(BEAT / 5):
             silent = [rank for rank, when in self.heard.items() if time.monotonic() - when > SILENCE]
             if silent:
                 self.lost = f"nothing was heard of process {', '.join(map(str, silent))} for {SILENCE} s"
@@ -506,11 +506,32 @@ def broadcast(tensor):
         dist.broadcast(tensor.data, 0)
 
 
-def sum_gradients(params):
-    """Replaces each parameter's gradient by its sum over the processes, all of them on their way at once."""
-    if dist.is_initialized():
-        for work in [dist.all_reduce(param.grad, async_op=True) for param in params]:
-            work.wait()
+class GradientSum:
+    """Replaces each parameter's gradient by its sum over the processes, in place.
+
+    `begins` is set before the last backward of a step: from then on each gradient is sent as soon as it is complete,
+    while those of earlier layers are computed. Every process does so in the same order, that of the graph.
+    """
+
+    def __init__(self, params):
+        self.params, self.begins, self.sent = params, False, {}  # {parameter: its transfer}
+        if dist.is_initialized():
+            for param in params:
+                param.register_post_accumulate_grad_hook(self.send)
+
+    def send(self, param):
+        if self.begins:
+            self.sent[param] = dist.all_reduce(param.grad, async_op=True)
+
+    def finish(self):
+        """Sends what had no part in the last backward, and waits until all is summed."""
+        if dist.is_initialized():
+            for param in self.params:
+                if param not in self.sent:
+                    self.send(param)
+            for transfer in self.sent.values():
+                transfer.wait()
+        self.begins, self.sent = False, {}
 
 
 def mean_over_processes(values):

@@ -358,6 +358,7 @@ def train(args, out, state):
     for param in params:
         common.broadcast(param)
     batches = trainer.load(range(start, args.steps))
+    gradient_sum, num_chunks = common.GradientSum(params), args.batch_size // trainer.chunk
     output.begin(start)
     progress = tqdm(range(start, args.steps), args.loss, args.steps,
                     initial=start, disable=trainer.rank > 0)
@@ -365,7 +366,7 @@ def train(args, out, state):
 
     for step in progress:
         metrics = []
-        for _ in range(args.batch_size // trainer.chunk):
+        for chunk in range(num_chunks):
             # The policy's and the reference's errors of the chunk, by one function on the same batch. There is
             # memory for the graph of one micro-batch, which is the last one's: of those before it, this first
             # pass gives the errors alone.
@@ -387,10 +388,11 @@ def train(args, out, state):
                 err = errors.pop()
                 if not err.requires_grad:
                     err = trainer.policy_error(micro_batches[k])
+                gradient_sum.begins = chunk == num_chunks - 1 and k == 0
                 scaler.scale(err @ slopes[k]).backward()                                # slopes[k]: [S B]
 
         # Data parallel: a process has back-propagated its own pairs' part of the loss; the sum is the gradient.
-        common.sum_gradients(params)
+        gradient_sum.finish()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         more = {"grad_norm": grad_norm, "stop": stop.requested, "save": output.is_save_due()}

@@ -26,7 +26,7 @@ METHODS = [("rpo", 8), ("rpo", 16), ("dpo", 8), ("sft", 8)]
 def observed(argv, file):
     """train.main, and what a run does not tell: its first gradient, every draw, what is summed over processes."""
     clip, draw = torch.nn.utils.clip_grad_norm_, data.Stream.draw
-    records_of, sum_gradients = data.Stream.records_of, common.sum_gradients
+    records_of, finish = data.Stream.records_of, common.GradientSum.finish
     seen = {"gradient": None, "noise": {}, "sums": []}
 
     def clip_grad_norm_(params, *rest):
@@ -47,11 +47,13 @@ def observed(argv, file):
         data.Stream.draw = observed_draw
         return records
 
-    def observed_sum(params):
-        seen["sums"].append(sum(param.grad.numel() for param in params))
-        sum_gradients(params)
+    def observed_finish(gradient_sum):
+        _, _, world_size = common.torchrun_env()
+        sent = gradient_sum.sent if world_size > 1 else gradient_sum.params  # on their way before the step waits for them
+        seen["sums"].append(sum(param.grad.numel() for param in sent))
+        finish(gradient_sum)
 
-    torch.nn.utils.clip_grad_norm_, common.sum_gradients = clip_grad_norm_, observed_sum
+    torch.nn.utils.clip_grad_norm_, common.GradientSum.finish = clip_grad_norm_, observed_finish
     data.Stream.draw, data.Stream.records_of = observed_draw, records_unobserved
     train.main(argv)
     rank, _, _ = common.torchrun_env()

@@ -1,5 +1,6 @@
 """Several machines: what one of them loses ends the run on all, soon and in one line, and the same command goes on."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -35,38 +36,59 @@ def quicker():
     common.BEAT, common.SILENCE = 0.2, 2
 
 
-def cut_off(argv):
-    """The second process loses its way to the first: it neither sends nor hears, and its step waits for ever."""
+class Line:
+    """A store until it is cut."""
+
+    cut = threading.Event()
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        if self.cut.is_set():
+            raise RuntimeError("there is no way to the store")
+        return getattr(self.store, name)
+
+
+def with_a_line_to_cut(store):
+    @contextlib.contextmanager
+    def line(heartbeat):
+        with store(heartbeat) as whole:
+            yield Line(whole)
+
+    return line
+
+
+def without_a_way_out(*batch):
+    """In its first step; it ends after the others, so that its closed connections are not what they notice."""
+    common.SILENCE = 8
+    Line.cut.set()
+    threading.Event().wait()
+
+
+def last_is_cut_off(argv):
+    """The last process loses its way to the others: it neither sends nor hears, and its step waits for ever."""
     quicker()
-    rank, _, _ = torchrun_env()
-    if rank == 1:
-        common.Heartbeat.exchange = lambda heartbeat: None
-        train.Trainer.prepare = lambda *_: threading.Event().wait()
+    rank, _, world_size = torchrun_env()
+    if rank == world_size - 1:
+        common.Heartbeat.store = with_a_line_to_cut(common.Heartbeat.store)
+        train.Trainer.prepare = without_a_way_out
     train.main(argv)
 
 
 def test_what_is_not_heard_of_any_more_ends_all_in_one_line(tmp_path, options):
     """The first process waits in a collective that never ends, the second never comes to it."""
     argv = [*options, "--out", str(tmp_path / "out")]
-    for rank, (status, text) in enumerate(launch(tmp_path, 2, cut_off, argv)):
+    for rank, (status, text) in enumerate(launch(tmp_path, 2, last_is_cut_off, argv)):
         (line,) = lines_of(text)
         assert status == 1 and line == (
-            f"train.py: process {rank}: nothing was heard of process {1 - rank} for 2 s: a machine or the network is "
-            "gone. The same command goes on from the last checkpoint")
-
-
-def third_is_cut_off(argv):
-    quicker()
-    rank, _, _ = torchrun_env()
-    if rank == 2:
-        common.Heartbeat.exchange = lambda heartbeat: None
-        train.Trainer.prepare = lambda *_: threading.Event().wait()
-    train.main(argv)
+            f"train.py: process {rank}: nothing was heard of process {1 - rank} for {(2, 8)[rank]} s: a machine or the "
+            "network is gone. The same command goes on from the last checkpoint")
 
 
 def test_the_first_process_tells_the_others_who_is_lost(tmp_path, options):
     argv = [*options, "--batch_size", "24", "--out", str(tmp_path / "out")]
-    ended = launch(tmp_path, 3, third_is_cut_off, argv)
+    ended = launch(tmp_path, 3, last_is_cut_off, argv)
     assert [status for status, _ in ended] == [1, 1, 1]
     for rank in (0, 1):
         (line,) = lines_of(ended[rank][1])
