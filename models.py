@@ -111,6 +111,10 @@ class StableDiffusion:
         """(L, E) of `prompt_embeds`."""
         return self.pipe.tokenizer.model_max_length, self.denoiser.config.cross_attention_dim
 
+    def pooled_width(self):
+        """P of `pooled_prompt_embeds`; 0 where there are none."""
+        return 0
+
     def latent_shape(self, resolution):
         side = resolution // self.pipe.vae_scale_factor
         return self.pipe.vae.config.latent_channels, side, side
@@ -290,6 +294,9 @@ class StableDiffusionXL(StableDiffusion):
     optimizer = "adafactor"
     guidance = 5.0
 
+    def pooled_width(self):
+        return self.pipe.text_encoder_2.config.projection_dim
+
     def conditioning(self, prompt_embeds, time_ids):
         """See above; time_ids stay float32: bf16 would round 1023 to 1024."""
         images = time_ids.shape[1]
@@ -318,6 +325,9 @@ class StableDiffusion3(StableDiffusion):
     def shift(self, config):
         return config.shift
 
+    def pooled_width(self):
+        return self.denoiser.config.pooled_projection_dim
+
     def set_times(self, args):
         for name, value in vars(self.process).items():
             typed = getattr(args, f"timestep_{name}")
@@ -331,7 +341,9 @@ class StableDiffusion3(StableDiffusion):
         return self.denoiser.config.patch_size
 
     def prompt_shape(self):
-        return self.pipe.tokenizer.model_max_length + 256, self.denoiser.config.joint_attention_dim
+        of_clip = self.pipe.tokenizer.model_max_length
+        of_t5 = 256 if self.pipe.text_encoder_3 else of_clip  # zeros
+        return of_clip + of_t5, self.denoiser.config.joint_attention_dim
 
     def resolution(self, wanted=None, for_training=True):
         """See above; the positions of a model end at some size."""

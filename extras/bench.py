@@ -163,14 +163,11 @@ def peers_loss(trainer, batch):
     with torch.no_grad():
         parts = [pipe.vae.encode(part).latent_dist.sample() for part in pixels.split(VAE_BATCH)]
         latents = torch.cat(parts)                                                      # [2 B, C, h, w]
-        encoded = pipe.encode_prompt(batch["prompt"], device=device, num_images_per_prompt=1,
-                                     do_classifier_free_guidance=False)
-    embeds = {"prompt_embeds": encoded[0]}
-    if len(encoded) > 2:  # of SDXL
-        embeds["pooled_prompt_embeds"] = encoded[2]
+        embeds = model.pipeline_embeds(batch["prompt"], device)
     latents = model.scale_latents(latents).float()
     noise = torch.randn_like(latents[:len(latents) // 2])                               # [B, C, h, w]
-    t = torch.randint(len(trainer.process.alphas_cumprod), (len(noise),), device=device)
+    times = [trainer.process.sample_t(torch.default_generator) for _ in noise]
+    t = torch.stack(times).to(device)
     inputs = {"x": latents, "eps": noise.repeat(2, 1, 1, 1), "t": t.repeat(2), "dtype": dtype,
               "cond": model.conditioning(embeds, batch["time_ids"].to(device))}
 
@@ -237,11 +234,9 @@ def denoiser_flops(model, resolution):
 
 def example_inputs(model, resolution, pairs):
     """What `predict` takes beside the network for some pairs: x_t, t, cond, of no values."""
-    pipe = model.pipe
-    length, width = pipe.tokenizer.model_max_length, model.denoiser.config.cross_attention_dim
-    embeds = {"prompt_embeds": torch.empty(pairs, length, width)}
-    if "text_encoder_2" in model.text_encoders:
-        embeds["pooled_prompt_embeds"] = torch.empty(pairs, pipe.text_encoder_2.config.projection_dim)
+    embeds = {"prompt_embeds": torch.empty(pairs, *model.prompt_shape())}
+    if model.pooled_width():
+        embeds["pooled_prompt_embeds"] = torch.empty(pairs, model.pooled_width())
     cond = model.conditioning(embeds, torch.empty(pairs, 2, 6))
     return torch.empty(2 * pairs, *model.latent_shape(resolution)), torch.ones(2 * pairs), cond
 
@@ -327,8 +322,9 @@ def count(name, lora_rank, optimizer):
 def print_counted():
     print("| | TFLOP of a pair's step | of it the reference | and the VAE, from pairs | GB held | GB per pair of a forward "
           "| with checkpointing |\n|---|---|---|---|---|---|---|")
-    for name, optimizer in (("sd15", "adamw"), ("sdxl", "adafactor")):
-        print(count(name, 0, optimizer))
+    for name, optimizer in (("sd15", "adamw"), ("sdxl", "adafactor"), ("sd3.5-medium", "adafactor"), ("flux-dev", None)):
+        if optimizer:
+            print(count(name, 0, optimizer))
         print(count(name, 16, "adamw"))
 
 

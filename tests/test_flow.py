@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 import common
 import encode
 import evaluate
+import models
 import train
 from common import InputError
 from conftest import fresh, launch, log_of
@@ -61,18 +63,16 @@ def drawn(process, count=4000, quarter=None):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_shift_is_the_schedulers_own(shift):
-    """A uniform draw, shifted, is the scheduler's sigma at the same point."""
+def test_the_shift_is_the_schedulers_own(monkeypatch, shift):
+    """Where the draw falls on the points of the scheduler, the times are its sigmas; by its dynamic shift, too."""
+    points = torch.linspace(0.999, 0.001, 999, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *_, **more: points)
+    times = Flow("uniform", shift=shift).sample_t(None)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    t = drawn(Flow("uniform", shift=shift), 200)
-    points = drawn(Flow("uniform"), 200).double()
-    positions = (1 - points) * 999  # of the sigmas, from much noise to little, over [1/1000, 1]
-    unshifted = 1 - positions / 1000 * 1000 / 999 * 999 / 1000
-    expected = shift * unshifted / (1 + (shift - 1) * unshifted)
-    sigmas = scheduler.sigmas.double()
-    low, high = sigmas[positions.ceil().long()], sigmas[positions.floor().long()]
-    assert ((t >= low - 2e-3) & (t <= high + 2e-3)).all()
-    torch.testing.assert_close(t.double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(times, scheduler.sigmas[1:], rtol=0, atol=1e-6)
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    dynamic.set_timesteps(sigmas=points.numpy(), mu=math.log(shift))
+    torch.testing.assert_close(times, dynamic.sigmas[:-1].float(), rtol=0, atol=1e-6)
 
 
 def test_times_are_distributed_as_they_are_said_to_be():
@@ -260,9 +260,58 @@ def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
     assert len(manifest["images"]) == 2
 
 
-def test_a_scheduler_of_another_kind_is_refused(tmp_path, small_model):
-    import shutil
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_times_are_drawn_is_part_of_the_run(tmp_path, command, small_model, kind):
+    """The options are taken and kept, other ones refused when the run goes on, and by a file of reference errors."""
+    errors = f"--reference_errors {tmp_path / 'errors'}"
+    times = "--timestep_sampling uniform --timestep_shift 2"
+    train.main(command(kind, f"{times} {errors} --lora_rank 2", tmp_path / "out"))
+    kept = common.load_checkpoint(tmp_path / "out")[1]
+    assert [kept[f"timestep_{name}"] for name in ("sampling", "mean", "scale", "shift")] == ["uniform", 0, 1, 2]
+    train.main(command(kind, f"{times} {errors} --lora_rank 2 --steps 3", tmp_path / "out"))
+    with pytest.raises(SystemExit, match="holds a run with --timestep_shift 2.0, not 3.0"):
+        train.main(command(kind, f"{errors} --lora_rank 2 --steps 4 --timestep_shift 3", tmp_path / "out"))
+    with pytest.raises(SystemExit, match="is of a run with noise schedule"):
+        train.main(command(kind, f"{errors} --lora_rank 2 --timestep_shift 3", tmp_path / "other"))
 
+
+def test_flux_is_told_the_guidance_that_it_trains_with(tmp_path, command):
+    train.main(command("flux", "--steps 1 --loss sft", tmp_path / "one"))
+    train.main(command("flux", "--steps 1 --loss sft --train_guidance 3.5", tmp_path / "other"))
+    assert numbers_of(tmp_path / "one", ["loss"]) != numbers_of(tmp_path / "other", ["loss"])
+    with pytest.raises(SystemExit, match="holds a run with --train_guidance 1.0, not 3.5"):
+        train.main(command("flux", "--steps 2 --loss sft --train_guidance 3.5", tmp_path / "one"))
+
+
+def test_times_of_a_model_with_timesteps_are_refused(tmp_path, command):
+    with pytest.raises(SystemExit, match="--timestep_shift is for models of flow matching"):
+        train.main(command("sd", "--timestep_shift 3", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# Full size
+
+
+@pytest.mark.parametrize("name, size", [("sd3.5-medium", 2_243_171_520), ("flux-dev", 11_901_408_320)])
+def test_random_weights_have_the_published_architecture(name, size):
+    with torch.device("meta"):
+        model = models.random_model(name)
+    assert model.num_parameters == size and model.resolution() == 1024
+    t5 = model.pipe.text_encoder_3 if name == "sd3.5-medium" else model.pipe.text_encoder_2
+    assert sum(param.numel() for param in t5.parameters()) == 4_762_310_656
+
+
+def test_t5_may_be_left_out(tmp_path, small_model, command):
+    """Its place is zeros then, as in the pipeline."""
+    pipe = DiffusionPipeline.from_pretrained(small_model("sd3"), text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path / "model")
+    model = train.load_model(str(tmp_path / "model"))
+    embeds = model.encode_prompts(["a cat"])["prompt_embeds"]
+    assert embeds.shape[1:] == model.prompt_shape() and not embeds[0, 77:].any()
+    train.main([*command("sd3", "--lora_rank 2 --steps 1", tmp_path / "out"), "--model", str(tmp_path / "model")])
+
+
+def test_a_scheduler_of_another_kind_is_refused(tmp_path, small_model):
     folder = tmp_path / "model"
     shutil.copytree(small_model("sd3"), folder)
     file = folder / "scheduler" / "scheduler_config.json"
