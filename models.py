@@ -265,7 +265,8 @@ class StableDiffusion:
     def encoder_digests(self):
         """{name: digest} of all that encoded pairs stand for: VAE, text encoders, tokenizers."""
         digests = {"force_zeros_for_empty_prompt": bool(self.pipe.config.get("force_zeros_for_empty_prompt"))}
-        for name, part in sorted(self.pipe.components.items()):
+        parts = {name: part for name, part in self.pipe.components.items() if part}
+        for name, part in sorted(parts.items()):
             if name == "vae" or name in self.text_encoders:
                 digests[name] = digest_with_config(part)
             elif name.startswith("tokenizer"):
@@ -341,9 +342,7 @@ class StableDiffusion3(StableDiffusion):
         return self.denoiser.config.patch_size
 
     def prompt_shape(self):
-        of_clip = self.pipe.tokenizer.model_max_length
-        of_t5 = 256 if self.pipe.text_encoder_3 else of_clip  # zeros
-        return of_clip + of_t5, self.denoiser.config.joint_attention_dim
+        return self.pipe.tokenizer.model_max_length + 256, self.denoiser.config.joint_attention_dim  # CLIP's and T5's
 
     def resolution(self, wanted=None, for_training=True):
         """See above; the positions of a model end at some size."""
@@ -584,11 +583,11 @@ def load_pipeline(source, family):
     from diffusers import DiffusionPipeline
 
     index = DiffusionPipeline.load_config(source)
-    networks = {}
+    networks = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
     for name in (family.denoiser_name, "vae", *family.text_encoders):
-        library, class_name = index.get(name) or (None, None)
-        if library is None:
+        if name in networks:
             continue  # a text encoder that was left out
+        library, class_name = index[name]
         network_class = getattr(importlib.import_module(library), class_name)
         networks[name], info = load_network(network_class, source, name)
         if info["missing_keys"]:
@@ -637,7 +636,7 @@ def load_single_file(file, family, config=None):
 def checked(pipe):
     """A pipeline, if it has its vocabularies."""
     for name, part in pipe.components.items():
-        if name.startswith("tokenizer") and part.vocab_size <= len(set(part.all_special_ids)):
+        if name.startswith("tokenizer") and part and part.vocab_size <= len(set(part.all_special_ids)):
             raise ValueError(f"its {name} has no vocabulary")
     return pipe
 

@@ -92,8 +92,8 @@ class Options:
 def add_shared_options(options):
     """What encoded pairs depend on, and the machine."""
     add = options.add
-    add("model", "tiny", str, "tiny, sd15, sdxl, or a diffusers folder, a hub id or a .safetensors (SD 1.x/2.x, "
-        "SDXL) [tiny]")
+    add("model", "tiny", str, "tiny, sd15, sdxl, sd3.5-medium, flux-dev, or a diffusers folder or a hub id of such a kind, "
+        "or a .safetensors (SD 1.x/2.x, SDXL) [tiny]")
     add("config", None, str, "a diffusers folder that describes a --model in one .safetensors file", "DIR")
     add("random_init", False, bool, "of a preset: random weights, nothing is downloaded")
     add("init_lora", None, str, "LoRA weights that policy and reference start with: an earlier run's model/, a "
@@ -226,7 +226,8 @@ def resolve(options, argv):
                              "out, or encode the pairs once more")
         setattr(args, name, value)
     device = get_device(args.device)
-    if "gradient_checkpointing" in preset.keys() - typed.keys() and args.lora_rank and gpu_bytes(device) > ROOMY:
+    is_free = model == "sdxl" and "gradient_checkpointing" in preset.keys() - typed.keys()
+    if is_free and args.lora_rank and gpu_bytes(device) > ROOMY:
         args.gradient_checkpointing = False  # an adapter's activations fit, and a step takes three quarters of the time
     args.device = args.device or device.type
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
