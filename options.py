@@ -140,7 +140,7 @@ def train_args(argv=None):
     add("steps", 1000, COUNT)
     add("batch_size", 32, COUNT, "pairs per step, over all processes")
     add("micro_batch", None, count_or_auto, "pairs per forward; for memory alone; auto: the most of 1, 2, 4, 8, 16 "
-        "that fit [16 up to 512 px, 8 up to 768 px or with checkpointing, else 4]", "N|auto")
+        "that fit [16 up to 512 px; above 768 px without checkpointing 4; else 8]", "N|auto")
     add("optimizer", None, ["adamw", "adafactor", "sgd"], "[adafactor for SDXL, else adamw]")
     add("lr", 1e-5, POSITIVE)
     add("warmup", 0, NATURAL, "steps of linear warm-up to a constant rate")
@@ -326,7 +326,7 @@ def fit_micro_batch(args, group_size):
                          f"--micro_batch {least}")
     pairs_per_process = args.batch_size // world_size
     most = 16 if (args.resolution or 1024) <= 512 else 8
-    if (args.resolution or 1024) > 768 and not args.gradient_checkpointing:
+    if (args.resolution or 0) > 768 and not args.gradient_checkpointing:
         most = 4  # of 15 GB each
     sizes = [n for n in range(1, most + 1) if pairs_per_process % n == 0]
     whole_groups = [n for n in sizes if n * world_size % group_size == 0]

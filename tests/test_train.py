@@ -587,7 +587,7 @@ def test_hyperparameters_may_not_change_in_a_run(run, monkeypatch, capsys):
         (["--model", "{sd}", "--data", "{labels}"], "1 rows .* have a label_0 other than 0, 0.5 or 1"),
         (["--model", "{no-unet}", "--data", "{pairs}"], "--model .*no-unet lacks its unet"),
         (["--model", "{no-weights}", "--data", "{pairs}"], "--model .*no-weights cannot be loaded"),
-        (["--model", "{other}", "--data", "{pairs}"], "is a DDPMPipeline, not of the SD 1.x"),
+        (["--model", "{other}", "--data", "{pairs}"], "is a DDPMPipeline, none of StableDiffusionPipeline"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_anything_is_written(
