@@ -5,7 +5,6 @@ import os
 LAUNCHER = os.getppid()  # noted before the imports, which take seconds in which the launcher may be killed
 
 import argparse
-import concurrent.futures
 import contextlib
 import csv
 import hashlib
@@ -66,10 +65,6 @@ def one_line(error, advice):
     if re.search("No space left|os error 28|File too large|uota exceeded", text):
         return f"there is no room to write ({first_line}). With more room the same command goes on"
 
-    if dist.is_initialized() and re.search("gloo/|NCCL|by peer|Broken pipe", text):
-        return (f"another process, or the way to it, is lost ({first_line}). The same command goes on from the last "
-                "checkpoint")
-
     # A reader that dies while it hands over a tensor shows as a broken connection to it.
     is_lost = re.search(r"DataLoader (worker \(pid|timed out)", text)
     if isinstance(error, (ConnectionError, EOFError)):
@@ -78,6 +73,9 @@ def one_line(error, advice):
     if is_lost:
         return (f"reading the data broke off: {first_line}. The same command goes on from the last checkpoint; "
                 "fewer --workers take less memory, a larger --data_timeout waits longer")
+    if dist.is_initialized() and re.search("gloo/|NCCL|by peer", text):
+        return (f"another process, or the way to it, is lost ({first_line}). The same command goes on from the last "
+                "checkpoint")
 
 
 @contextlib.contextmanager
@@ -225,24 +223,32 @@ class CheckpointWriter:
     """Writes the checkpoints of a folder by a thread, one at a time, from copies on the host: steps go on meanwhile."""
 
     def __init__(self, folder):
-        self.folder, self.thread, self.writing = folder, concurrent.futures.ThreadPoolExecutor(1), None
+        self.folder, self.thread, self.error = folder, None, None
 
     def save(self, state, kept=None):
         """Begins to write a state, once the one before is written."""
         self.wait()
         state = tree_map(lambda x: x.detach().to("cpu", copy=True) if torch.is_tensor(x) else x, state)
-        self.writing = self.thread.submit(save_checkpoint, self.folder, state, kept)
+        self.thread = threading.Thread(target=self.write, args=(state, kept), daemon=True)  # Ctrl-C ends it, too
+        self.thread.start()
+
+    def write(self, state, kept):
+        try:
+            save_checkpoint(self.folder, state, kept)
+        except Exception as error:
+            self.error = error
 
     def check(self):
         """Raises what went wrong in the thread, if it has ended."""
-        if self.writing and self.writing.done():
-            self.wait()
+        error, self.error = self.error, None
+        if error:
+            raise error
 
     def wait(self):
         """Returns when all is written. InputError where it cannot be."""
-        writing, self.writing = self.writing, None
-        if writing:
-            writing.result()
+        if self.thread:
+            self.thread.join()
+        self.check()
 
 
 def save_checkpoint(folder, state, kept=None):
@@ -431,8 +437,13 @@ class Heartbeat:
                     break
 
     def watch(self):
+        last_look = time.monotonic()
         while not ENDED.wait(BEAT / 5):
-            silent = [rank for rank, when in self.heard.items() if time.monotonic() - when > SILENCE]
+            now = time.monotonic()
+            if now - last_look > BEAT:  # this process was stopped itself, as by Slurm, and could not hear
+                self.heard = dict.fromkeys(self.heard, now)
+            last_look = now
+            silent = [rank for rank, when in self.heard.items() if now - when > SILENCE]
             if silent:
                 self.lost = f"nothing was heard of process {', '.join(map(str, silent))} for {SILENCE} s"
             if silent and self.rank == 0 and ENDED.wait(2 * BEAT):  # in which the others read it
@@ -449,13 +460,15 @@ def check_shared(folder):
         return
     rank, _, _ = torchrun_env()
     token, *_ = all_gather_list([secrets.token_hex(8)])
-    file = folder / f"shared-{token}.part"
-    if rank == 0:
-        file.touch()
-    dist.barrier()
-    blind = all_gather_list([] if file.exists() else [str(rank)])
-    if rank == 0:
-        file.unlink()
+    file = folder / f".shared-{token}.part"  # hidden: should it be left, it is nobody's
+    try:
+        if rank == 0:
+            file.touch()
+        dist.barrier()
+        blind = all_gather_list([] if file.exists() else [str(rank)])
+    finally:
+        if rank == 0:
+            file.unlink(missing_ok=True)
     if blind:
         raise InputError(f"process {', '.join(blind)} does not see what process 0 writes to {folder}; it must lie on "
                          "storage that all machines share")

@@ -229,9 +229,10 @@ def pending_batches(n, size, files, name):
 
 def make_manifest(args, model, source, prompts, columns, device, dtype):
     """All that makes the images of a source's prompts, as JSON will have it; less the weights."""
-    tokenizer, scheduler = model.pipe.tokenizer, model.pipe.scheduler
+    scheduler = model.pipe.scheduler
+    tokenizer, most = model.longest_reader()
     lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
-    cut = [i for i, length in enumerate(lengths) if length > tokenizer.model_max_length]
+    cut = [i for i, length in enumerate(lengths) if length > most]
     entries = []
     for i, prompt in enumerate(prompts):
         for k in range(args.per_prompt):  # the first of several is the one that is drawn alone
@@ -330,8 +331,8 @@ def generate(args):
             claim_folder(out, manifest)
             cut = manifest["prompts"]["cut"]
             if cut:
-                print(f"{len(cut)} prompts have more than the {model.pipe.tokenizer.model_max_length} tokens that the "
-                      f"model reads and are cut; the first is prompt {cut[0]}")
+                _, most = model.longest_reader()
+                print(f"{len(cut)} prompts have more than the {most} tokens that the model reads and are cut; the first is prompt {cut[0]}")
     barrier()
 
     cast_for_autocast(model.denoiser, dtype)

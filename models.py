@@ -79,9 +79,9 @@ class StableDiffusion:
 
     def set_times(self, args):
         """Draws times by the --timestep_* options, and notes in them what is drawn by. InputError where there are none."""
-        for name in ("sampling", "mean", "scale", "shift"):
-            if getattr(args, f"timestep_{name}") is not None:
-                raise InputError(f"--timestep_{name} is for models of flow matching; this one draws its timesteps uniformly")
+        for name in ("timestep_sampling", "timestep_mean", "timestep_scale", "timestep_shift", "train_guidance"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for models of flow matching; this one draws its timesteps uniformly")
 
     def networks(self):
         """{name: network} of the pipeline."""
@@ -110,6 +110,10 @@ class StableDiffusion:
     def prompt_shape(self):
         """(L, E) of `prompt_embeds`."""
         return self.pipe.tokenizer.model_max_length, self.denoiser.config.cross_attention_dim
+
+    def longest_reader(self):
+        """(tokenizer, tokens that it reads) of the text encoder that reads most of a prompt."""
+        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
 
     def pooled_width(self):
         """P of `pooled_prompt_embeds`; 0 where there are none."""
@@ -326,10 +330,17 @@ class StableDiffusion3(StableDiffusion):
     def shift(self, config):
         return config.shift
 
+    def longest_reader(self):
+        return (self.pipe.tokenizer_3, 256) if self.pipe.tokenizer_3 else super().longest_reader()
+
     def pooled_width(self):
         return self.denoiser.config.pooled_projection_dim
 
     def set_times(self, args):
+        if args.train_guidance is not None and not self.denoiser.config.get("guidance_embeds"):
+            raise InputError("--train_guidance: this model is told none")
+        if args.timestep_sampling == "uniform" and (args.timestep_mean, args.timestep_scale) != (None, None):
+            raise InputError("--timestep_mean and --timestep_scale are of --timestep_sampling logit_normal")
         for name, value in vars(self.process).items():
             typed = getattr(args, f"timestep_{name}")
             setattr(self.process, name, value if typed is None else typed)
@@ -345,8 +356,8 @@ class StableDiffusion3(StableDiffusion):
         return self.pipe.tokenizer.model_max_length + 256, self.denoiser.config.joint_attention_dim  # CLIP's and T5's
 
     def resolution(self, wanted=None, for_training=True):
-        """See above; the positions of a model end at some size."""
-        side = super().resolution(wanted, for_training)
+        """See above; its pipeline pads nothing either, and the positions of a model end at some size."""
+        side = super().resolution(wanted)
         most = self.denoiser.config.pos_embed_max_size * self.latent_multiple() * self.pipe.vae_scale_factor
         if side > most:
             raise InputError(f"--resolution {side}: this model has positions for {most} pixels")
@@ -382,19 +393,22 @@ class Flux(StableDiffusion3):
     guidance = 3.5
     train_guidance = 1.0
 
-    def shift(self, config):
-        """Of the model's own size of images, as its pipeline computes it."""
+    def shift(self, config, resolution=None):
+        """Of a size of images, pixels, by default the model's own, as its pipeline computes it."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         if not config.get("use_dynamic_shifting"):
             return config.shift
-        tokens = (self.own_sample_size() // 2) ** 2
+        tokens = ((resolution or self.resolution()) // self.pipe.vae_scale_factor // 2) ** 2
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return math.exp(calculate_shift(tokens, *(config[key] for key in keys)))
 
     def set_times(self, args):
+        self.process.shift = self.shift(self.pipe.scheduler.config, args.resolution)
+        if self.denoiser.config.guidance_embeds:
+            args.train_guidance = 1.0 if args.train_guidance is None else args.train_guidance
+            self.train_guidance = args.train_guidance
         super().set_times(args)
-        self.train_guidance = args.train_guidance
 
     def schedule(self):
         return super().schedule() | {"train_guidance": self.train_guidance}
@@ -405,11 +419,14 @@ class Flux(StableDiffusion3):
     def own_sample_size(self):
         return self.pipe.default_sample_size
 
+    def longest_reader(self):
+        return self.pipe.tokenizer_2, 512
+
     def prompt_shape(self):
         return 512, self.denoiser.config.joint_attention_dim
 
     def resolution(self, wanted=None, for_training=True):
-        return StableDiffusion.resolution(self, wanted, for_training)
+        return StableDiffusion.resolution(self, wanted)
 
     def pipeline_embeds(self, texts, device):
         embeds, pooled, _ = self.pipe.encode_prompt(texts, device=device)
@@ -671,7 +688,7 @@ def fuse_lora(model, source):
         homeless = [name for name, tensor in weights.items() if tensor_digest(tensor) not in loaded]
         if homeless:
             raise ValueError(f"{len(homeless)} of its {len(weights)} tensors fit nowhere: {homeless[0]} ...")
-        pipe.fuse_lora()
+        pipe.fuse_lora(components=pipe._lora_loadable_modules)
         pipe.unload_lora_weights()
         model.init_lora = source
     except Exception as error:

@@ -141,11 +141,16 @@ class Trainer:
         for micro_batch in MICRO_BATCHES:
             if args.batch_size % (micro_batch * self.world_size):
                 break
-            if not all(common.all_gather_list([self.has_room_for(micro_batch)])):
+            has_room = self.has_room_for(micro_batch)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not all(common.all_gather_list([has_room])):
                 break
             largest = micro_batch
+        self.first_time_ids.clear()  # of pairs that will come again
         if not largest:
-            raise InputError(f"out of memory with one pair a forward. {ADVICE}")
+            raise InputError("out of memory with one pair a forward; --gradient_checkpointing, --lora_rank 16, "
+                             "--optimizer adafactor or a smaller --resolution help")
         return largest
 
     def has_room_for(self, micro_batch):
@@ -165,13 +170,13 @@ class Trainer:
                 self.reference_error(batch)
             err.sum().backward()
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+                raise
             return False
         finally:
             for param in params:
                 param.grad = None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def place_models(self):
         """Puts the networks on the device and says what trains. Frozen weights are held as autocast casts them."""

@@ -43,7 +43,7 @@ import data
 import encode
 import train
 from loss import denoising_error, dpo_loss
-from models import disabled_adapter, load_model, random_model
+from models import StableDiffusionXL, disabled_adapter, load_model, random_model
 from options import train_args
 
 STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
@@ -129,15 +129,16 @@ def peers(argv, micro_batch):
     args = train_args(argv)
     trainer = train.set_up(args, None, {})
     model, params = trainer.model, trainer.params.values()
-    for name in ("vae", *model.text_encoders):
-        getattr(model.pipe, name).to(trainer.dtype)  # as they do
+    for network in model.networks().values():
+        if network is not model.denoiser:
+            network.to(trainer.dtype)  # as they do
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     optimizer = train.make_optimizer(args, params)
     micro_batches = args.batch_size // micro_batch
     positions = [range(k * micro_batch, (k + 1) * micro_batch) for k in range(STEPS * micro_batches)]
     pairs = PeersPairs(args.data, args.resolution, args.seed, prompt_dropout=args.prompt_dropout)
-    pairs.for_sdxl = "text_encoder_2" in model.text_encoders
+    pairs.for_sdxl = isinstance(model, StableDiffusionXL)
     batches = iter(torch.utils.data.DataLoader(
         pairs, batch_sampler=positions, collate_fn=data.collate, num_workers=args.workers,
         pin_memory=trainer.device.type == "cuda"))

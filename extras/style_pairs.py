@@ -32,7 +32,8 @@ from tqdm import tqdm
 import data
 import evaluate
 from common import InputError, keyed_generator
-from models import StableDiffusion, StableDiffusionXL, cast_for_autocast, load_model, load_pipeline, model_index
+from models import (Flux, StableDiffusion, StableDiffusionXL, cast_for_autocast, load_model, load_pipeline,
+                    model_index)
 
 STYLES = {  # of the paper, in words of ours; anything else with a {} for the prompt is a style, too
     "van-gogh": "{}, an oil painting in the style of Vincent van Gogh, swirling thick brush strokes",
@@ -232,6 +233,8 @@ def main(argv=None):
         models = {}
         if not args.images:
             models["model"] = load_model(args.model)
+            if isinstance(models["model"], Flux) and not args.editor:
+                raise InputError(f"--model {args.model}: FLUX's image-to-image is not known here; give --editor too")
         if args.editor:
             models["editor"] = load_editor(args.editor)
         for model in models.values():

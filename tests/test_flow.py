@@ -245,7 +245,7 @@ def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, com
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
-    """A whole run leaves a pipeline, grids and the held-out curve; evaluate.py draws with it and with an adapter."""
+    """A whole run leaves a pipeline, grids and the held-out curve; evaluate.py draws with it."""
     options = "--sample_every 2 --sample_steps 2 --ema 0.5"
     argv = [*command(kind, options, tmp_path / "out"), "--validate", few_pairs, "--validate_every", "1"]
     train.main(argv)
@@ -281,6 +281,22 @@ def test_flux_is_told_the_guidance_that_it_trains_with(tmp_path, command):
     assert numbers_of(tmp_path / "one", ["loss"]) != numbers_of(tmp_path / "other", ["loss"])
     with pytest.raises(SystemExit, match="holds a run with --train_guidance 1.0, not 3.5"):
         train.main(command("flux", "--steps 2 --loss sft --train_guidance 3.5", tmp_path / "one"))
+
+
+def test_flux_draws_times_by_the_shift_of_its_images(tmp_path, command):
+    """As its pipeline samples them: 32 px are 4 x 4 tokens here."""
+    train.main(command("flux", "--steps 1 --loss sft", tmp_path / "out"))
+    kept = common.load_checkpoint(tmp_path / "out")[1]
+    assert kept["timestep_shift"] == pytest.approx(math.exp(calculate_shift(16))) and kept["train_guidance"] == 1
+
+
+@pytest.mark.parametrize("kind, options, why", [
+    ("sd3", "--train_guidance 3", "this model is told none"),
+    ("flux", "--timestep_sampling uniform --timestep_mean 1", "are of --timestep_sampling logit_normal"),
+    ("flux", "--resolution 36", "36 is no multiple of 8")])
+def test_what_would_have_no_effect_is_refused(tmp_path, command, kind, options, why):
+    with pytest.raises(SystemExit, match=why):
+        train.main(command(kind, options, tmp_path / "out"))
 
 
 def test_times_of_a_model_with_timesteps_are_refused(tmp_path, command):
