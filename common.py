@@ -262,8 +262,6 @@ def save_checkpoint(folder, state, kept=None):
             os.fsync(stream.fileno())
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        if "DataLoader worker" in str(error):  # a dead worker's signal strikes anywhere
-            raise
         raise InputError(f"{file} cannot be written ({brief(error)[:200]}). Kept: "
                          f"{newest_checkpoint(folder) or 'no checkpoint'}. With more room the same command goes on")
     part.replace(file)

@@ -517,9 +517,6 @@ class Validation:
         tensor = tensor.cpu()
         return tensor.pin_memory() if self.trainer.device.type == "cuda" else tensor
 
-    def to_device(self, tensor):
-        return tensor.to(self.trainer.device, non_blocking=True)
-
     def gather(self, micro_batches):
         """[[B, ...]] of this process -> [N, ...] of all, on the CPU."""
         if self.trainer.world_size > 1:
@@ -531,7 +528,7 @@ class Validation:
         """The policy's errors [N, 2] float32 (winner, loser) as it is now."""
         errors = []
         for inputs in self.batches:
-            inputs = tree_map(self.to_device, inputs)
+            inputs = tree_map(lambda tensor: common.to_device(tensor, self.trainer.device), inputs)
             err = self.trainer.error(self.trainer.policy, inputs)                       # [2 B]
             errors.append(torch.stack(err.chunk(2), 1))                                 # [B, 2]
         return self.gather(errors)

@@ -332,7 +332,8 @@ def generate(args):
             cut = manifest["prompts"]["cut"]
             if cut:
                 _, most = model.longest_reader()
-                print(f"{len(cut)} prompts have more than the {most} tokens that the model reads and are cut; the first is prompt {cut[0]}")
+                print(f"{len(cut)} prompts have more than the {most} tokens that the model reads and are cut; the first "
+                      f"is prompt {cut[0]}")
     barrier()
 
     cast_for_autocast(model.denoiser, dtype)
@@ -635,9 +636,6 @@ def style(args):
 
 def parse_args(argv=None):
     """The options of a command, and its function. InputError on any that will not do."""
-    def refuse(message):
-        raise InputError(message)
-
     parser = common.Parser("evaluate.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
@@ -645,7 +643,7 @@ def parse_args(argv=None):
     def command(function):
         sub = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0], allow_abbrev=False,
                                   description=function.__doc__, formatter_class=formatter)
-        sub.error = lambda message: refuse(f"{function.__name__}: {message}")
+        sub.error = lambda message: parser.error(f"{function.__name__}: {message}")
         sub.set_defaults(function=function)
         if function not in (compare, pairs):
             sub.add_argument("--device", help="cuda, mps or cpu [the best there is]")
@@ -699,10 +697,10 @@ def parse_args(argv=None):
     for name in ("steps", "limit", "per_prompt", "resolution", "batch_size"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
-            refuse(f"{args.command}: --{name} must be at least 1, not {value}")
+            parser.error(f"{args.command}: --{name} must be at least 1, not {value}")
     if args.command == "generate" and args.prompts is None:
         if args.model != "tiny":
-            refuse("generate: --prompts is needed: a txt, tsv, csv, json or jsonl file, a hub id, or tiny")
+            parser.error("generate: --prompts is needed: a txt, tsv, csv, json or jsonl file, a hub id, or tiny")
         args.prompts = ["tiny"]
     return args
 

@@ -78,7 +78,7 @@ class StableDiffusion:
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def set_times(self, args):
-        """Draws times by the --timestep_* options, and notes in them what is drawn by. InputError where there are none."""
+        """Draws times by --timestep_* and notes there what is drawn by. InputError where they have no effect."""
         for name in ("timestep_sampling", "timestep_mean", "timestep_scale", "timestep_shift", "train_guidance"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} is for models of flow matching; this one draws its timesteps uniformly")
@@ -357,8 +357,8 @@ class StableDiffusion3(StableDiffusion):
 
     def resolution(self, wanted=None, for_training=True):
         """See above; its pipeline pads nothing either, and the positions of a model end at some size."""
-        side = super().resolution(wanted)
-        most = self.denoiser.config.pos_embed_max_size * self.latent_multiple() * self.pipe.vae_scale_factor
+        side, positions = super().resolution(wanted), self.denoiser.config.get("pos_embed_max_size")
+        most = (positions or math.inf) * self.latent_multiple() * self.pipe.vae_scale_factor
         if side > most:
             raise InputError(f"--resolution {side}: this model has positions for {most} pixels")
         return side
@@ -369,9 +369,8 @@ class StableDiffusion3(StableDiffusion):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def conditioning(self, prompt_embeds, time_ids):
-        images = time_ids.shape[1]
-        return {"encoder_hidden_states": prompt_embeds["prompt_embeds"].float().repeat(images, 1, 1),
-                "pooled_projections": prompt_embeds["pooled_prompt_embeds"].float().repeat(images, 1)}
+        pooled = prompt_embeds["pooled_prompt_embeds"].float().repeat(time_ids.shape[1], 1)
+        return super().conditioning(prompt_embeds, time_ids) | {"pooled_projections": pooled}
 
     def predict(self, network, x_t, t, cond):
         """See above; t [N] in (0, 1), of which the network takes thousandths."""
@@ -387,7 +386,6 @@ class Flux(StableDiffusion3):
     train_guidance  that the network is told while it trains
     """
 
-    parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     text_encoders = ("text_encoder", "text_encoder_2")
     guidance = 3.5
@@ -424,9 +422,6 @@ class Flux(StableDiffusion3):
 
     def prompt_shape(self):
         return 512, self.denoiser.config.joint_attention_dim
-
-    def resolution(self, wanted=None, for_training=True):
-        return StableDiffusion.resolution(self, wanted)
 
     def pipeline_embeds(self, texts, device):
         embeds, pooled, _ = self.pipe.encode_prompt(texts, device=device)
@@ -775,12 +770,13 @@ def random_model(name, **smaller):
         text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
         if "text_encoder_2" in config:
             text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"]))
-    with torch.device("cpu"):  # on "meta", where a model has no weights, they would have no schedule
-        euler, pndm = EulerDiscreteScheduler(**SCHEDULE), PNDMScheduler(skip_prk_steps=True, **SCHEDULE)
-    if "text_encoder_2" in config:
-        pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet, euler)
+    is_xl = "text_encoder_2" in config
+    with torch.device("cpu"):  # on "meta", where a model has no weights, it would have no schedule
+        scheduler = EulerDiscreteScheduler(**SCHEDULE) if is_xl else PNDMScheduler(skip_prk_steps=True, **SCHEDULE)
+    if is_xl:
+        pipe = StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer, unet, scheduler)
         return StableDiffusionXL(pipe)
-    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, pndm, None, None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
     return StableDiffusion(pipe)
 
 

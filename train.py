@@ -129,7 +129,6 @@ class Trainer:
         pairs_per_forward = micro_batch * self.world_size
         self.chunk = math.lcm(self.group_size, pairs_per_forward)
         self.micro_batches_per_chunk = self.chunk // pairs_per_forward
-        self.one_pass = self.micro_batches_per_chunk == 1
         self.gathers = self.world_size > 1 and micro_batch % self.group_size > 0
 
     def largest_micro_batch(self):
@@ -533,7 +532,7 @@ def say_what_runs(trainer, steps_taken):
              f"{args.micro_batch} a forward, processes: {trainer.world_size}"]
     if trainer.wants_weights:
         clip = args.clip if trainer.clip else "not loaded"
-        passes = "one pass" if trainer.one_pass else "two passes"
+        passes = "one pass" if trainer.micro_batches_per_chunk == 1 else "two passes"
         words.append(f"groups of {args.group_size} in {passes}, weights {args.weight_position}, tau {args.tau:g}, "
                      f"clip {clip}")
     if steps_taken:

@@ -91,7 +91,7 @@ class TimedReferenceErrors(encode.ReferenceErrors):
 def ours(argv):
     """The Row of a run of train.py."""
     train.ReferenceErrors = TimedReferenceErrors  # in a process of its own
-    train.main([*argv, "--steps", str(STEPS), "--sample_every", "0", "--save_every", "0"])
+    train.main([*argv, "--steps", str(STEPS), "--sample_every", "0", "--save_minutes", "0"])
     args = train_args(argv)
     lines = (Path(args.out) / "log.jsonl").read_text().splitlines()
     speeds = [json.loads(line)["pairs_per_second"] for line in lines[2:]]
@@ -132,12 +132,11 @@ def peers(argv, micro_batch):
     for network in model.networks().values():
         if network is not model.denoiser:
             network.to(trainer.dtype)  # as they do
-    if args.gradient_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
     optimizer = train.make_optimizer(args, params)
     micro_batches = args.batch_size // micro_batch
     positions = [range(k * micro_batch, (k + 1) * micro_batch) for k in range(STEPS * micro_batches)]
-    pairs = PeersPairs(args.data, args.resolution, args.seed, prompt_dropout=args.prompt_dropout)
+    pairs = PeersPairs(args.data, args.resolution, args.seed, prompt_dropout=args.prompt_dropout,
+                       source_rows=trainer.pairs.source_rows)
     pairs.for_sdxl = isinstance(model, StableDiffusionXL)
     batches = iter(torch.utils.data.DataLoader(
         pairs, batch_sampler=positions, collate_fn=data.collate, num_workers=args.workers,

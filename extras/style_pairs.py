@@ -57,9 +57,6 @@ def parse_args(argv=None):
     """The options; --style in its words. InputError on any that will not do."""
     parser = common.Parser(prog="style_pairs.py", allow_abbrev=False)
 
-    def refuse(message):
-        raise InputError(message)
-
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, sd15, sdxl, or a diffusers folder or hub id")
     add("--images", metavar="DIR", help="plain images instead of a model's, in the order of their names a prompt each")
@@ -83,13 +80,13 @@ def parse_args(argv=None):
     name = args.style
     args.style = (EDITS if args.editor else STYLES).get(name, name)
     if "{}" not in args.style and not args.editor:
-        refuse(f"--style {name} is none of {', '.join(STYLES)} and has no {{}} for the prompt")
+        parser.error(f"--style {name} is none of {', '.join(STYLES)} and has no {{}} for the prompt")
     if args.images and not args.editor:
-        refuse("--images needs --editor, which makes the styled images of them")
+        parser.error("--images needs --editor, which makes the styled images of them")
     if args.batch_size < 1:
-        refuse(f"--batch_size must be at least 1, not {args.batch_size}")
+        parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 0 < args.strength <= 1 or int(args.steps * args.strength) < 1:
-        refuse(f"--strength {args.strength} of {args.steps} steps leaves none; it lies above 0, up to 1")
+        parser.error(f"--strength {args.strength} of {args.steps} steps leaves none; it lies above 0, up to 1")
     return args
 
 

@@ -112,24 +112,12 @@ def small_model(tmp_path_factory):
     from diffusers import (
         AutoencoderKL,
         EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
         PNDMScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
     )
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        T5Config,
-        T5EncoderModel,
-        T5Tokenizer,
-    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def text_encoder(kind, width):
         return kind(
@@ -202,43 +190,33 @@ def small_model(tmp_path_factory):
         )
 
     def build_flow(kind):
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
+        clip = dict(intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        vae = dict(
             block_out_channels=(8, 8, 8),
             down_block_types=["DownEncoderBlock2D"] * 3,
             up_block_types=["UpDecoderBlock2D"] * 3,
             latent_channels=4,
             norm_num_groups=4,
+            layers_per_block=1,
             scaling_factor=1.5305,
             shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
         )
-        pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-        t5_tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
-        t5 = T5EncoderModel(
-            T5Config(vocab_size=len(pieces), d_model=96, d_kv=8, d_ff=64, num_layers=2, num_heads=2,
-                     feed_forward_proj="gated-gelu")
-        )
-        tokenizer = clip_tokenizer(77)
+        t5 = dict(vocab_size=98, d_model=96, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
         if kind == "sd3":
-            transformer = SD3Transformer2DModel(
-                sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-                num_attention_heads=4, joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=80,
-                pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
+            transformer = dict(
+                sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+                joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=80, pos_embed_max_size=8,
+                dual_attention_layers=(0,),
             )
-            encoders = [text_encoder(CLIPTextModelWithProjection, width) for width in (32, 48)]
-            return StableDiffusion3Pipeline(
-                transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, encoders[0], tokenizer, encoders[1],
-                tokenizer, t5, t5_tokenizer,
-            )
-        transformer = FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=96, pooled_projection_dim=32, guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
+            texts = [clip | dict(hidden_size=width, projection_dim=width) for width in (32, 48)]
+            parts = dict(text_encoder=texts[0], text_encoder_2=texts[1], text_encoder_3=t5)
+            return models.random_model("sd3.5-medium", transformer=transformer, vae=vae, **parts).pipe
+        transformer = dict(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=96, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
         )
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-        return FluxPipeline(scheduler, vae, text_encoder(CLIPTextModel, 32), tokenizer, t5, t5_tokenizer, transformer)
+        parts = dict(text_encoder=clip | dict(hidden_size=32, projection_dim=32), text_encoder_2=t5)
+        return models.random_model("flux-dev", transformer=transformer, vae=vae, **parts).pipe
 
     folders = {}
 
