@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest, hub_id, keyed_generator
 from data import Clip, as_text
-from models import cast_for_autocast, fuse_lora, load_model
+from models import EMBEDDED, cast_for_autocast, fuse_lora, load_model
 from report import (ImageFolder, comparable_folders, comparable_sets, first_difference, image_sets, open_batches,
                     read_json, refuse_twice, save_png, scored_rows, settings_of, style_table, table, to_pil,
                     writable_file, write_report)
@@ -653,7 +653,8 @@ def parse_args(argv=None):
         return sub.add_argument
 
     add = command(generate)
-    add("--model", default="tiny", help="tiny, sd15, sdxl, folder, hub id or .safetensors [%(default)s]")
+    add("--model", default="tiny", help="what train.py takes: a preset's name, a folder, a hub id or a .safetensors "
+        "[%(default)s]")
     add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights for it, one on top of the other: "
         "folders, files or hub ids")
     add("--config", metavar="DIR", help="a diffusers folder that describes a --model in one .safetensors file")
@@ -699,7 +700,7 @@ def parse_args(argv=None):
         if value is not None and value < 1:
             parser.error(f"{args.command}: --{name} must be at least 1, not {value}")
     if args.command == "generate" and args.prompts is None:
-        if args.model != "tiny":
+        if args.model not in EMBEDDED:
             parser.error("generate: --prompts is needed: a txt, tsv, csv, json or jsonl file, a hub id, or tiny")
         args.prompts = ["tiny"]
     return args

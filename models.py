@@ -31,6 +31,7 @@ HUB_IDS = {
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "flux-dev": "black-forest-labs/FLUX.1-dev",
 }
+EMBEDDED = {"tiny": "extras.tiny", "tiny-flow": "extras.tiny_flow"}  # the modules that build them
 SCHEDULE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
                  "rescale_betas_zero_snr")
 BELOW = "init_lora.json"  # beside LoRA weights: the LoRA weights that they stand on
@@ -168,6 +169,11 @@ class StableDiffusion:
                                                      do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds} | ({"pooled_prompt_embeds": pooled[0]} if pooled else {})
 
+    def sampling_embeds(self, prompts, dtype=torch.float32):
+        """What a pipeline takes in the place of prompts: their embeddings, and those of no prompt for its guidance."""
+        embeds, of_none = self.encode_prompts(prompts, dtype), self.encode_prompts([""] * len(prompts), dtype)
+        return embeds | {f"negative_{name}": value for name, value in of_none.items()}
+
     def encode_images(self, pixels):
         """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W] uint8, before the scaling.
 
@@ -215,8 +221,9 @@ class StableDiffusion:
     def sample(self, prompts, generators, steps, guidance, dtype=torch.float32, pipe=None, **more):
         """Scaled latents [N, C, h, w] of N prompts, each from the noise of its own CPU generator.
 
-        pipe  another pipeline on the same networks, of image-to-image
-        more  what the pipeline takes: height and width in pixels; image and strength of image-to-image
+        prompts  or None, with what `sampling_embeds` gave of them
+        pipe     another pipeline on the same networks, of image-to-image
+        more     what the pipeline takes: height and width in pixels; image and strength of image-to-image
         """
         pipe = pipe or self.pipe
         with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
@@ -563,9 +570,8 @@ def find_model(name, config=None):
     if config and not Path(name).is_file():
         raise InputError(f"--config is for a --model in one file; {name} is none, or has its own")
     source = HUB_IDS.get(name, name)
-    if name == "tiny":
-        tiny = importlib.import_module("extras.tiny")
-        source = str(tiny.part("pipeline"))
+    if name in EMBEDDED:
+        source = str(importlib.import_module(EMBEDDED[name]).part("pipeline"))
     is_local, is_file = Path(source).is_dir(), Path(source).is_file()
     try:
         described_by = (config or published_config(source)) if is_file else source

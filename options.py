@@ -25,6 +25,10 @@ PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Di
                  beta=500.0, prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0,
                  resolution=32),
     "tiny sft": dict(lr=1e-4),
+    "tiny-flow": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-4, warmup=10,
+                      beta=10.0, prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0,
+                      resolution=32),
+    "tiny-flow sft": dict(lr=1e-3),
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
                  random_flip=True, resolution=512, optimizer="adamw"),
     "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=200,
@@ -92,8 +96,8 @@ class Options:
 def add_shared_options(options):
     """What encoded pairs depend on, and the machine."""
     add = options.add
-    add("model", "tiny", str, "tiny, sd15, sdxl, sd3.5-medium, flux-dev, or a diffusers folder or a hub id of such a kind, "
-        "or a .safetensors (SD 1.x/2.x, SDXL) [tiny]")
+    add("model", "tiny", str, "tiny, tiny-flow, sd15, sdxl, sd3.5-medium, flux-dev, or a diffusers folder or a hub id of such a "
+        "kind, or a .safetensors (SD 1.x/2.x, SDXL) [tiny]")
     add("config", None, str, "a diffusers folder that describes a --model in one .safetensors file", "DIR")
     add("random_init", False, bool, "of a preset: random weights, nothing is downloaded")
     add("init_lora", None, str, "LoRA weights that policy and reference start with: an earlier run's model/, a "

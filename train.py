@@ -40,8 +40,8 @@ from data import (COLUMNS, SCAN_LIMIT, TO_VALIDATE, Clip, EncodedPairs, ImagePai
                   cross_pair_weights, find_held_out, find_prompts, is_cache, read_rows)
 from encode import ReferenceErrors, Validation, check_cache, check_records, encode_batch, plot_validation
 from loss import LOSSES, denoising_error, wants
-from models import (cast_for_autocast, compile_blocks, disabled_adapter, find_model, frozen_reference, fuse_lora,
-                    load_model)
+from models import (EMBEDDED, cast_for_autocast, compile_blocks, disabled_adapter, find_model, frozen_reference,
+                    fuse_lora, load_model)
 from options import H14, cache_settings, check_same_run, fits, held_out_share, hyperparameters, train_args
 
 ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no "
@@ -106,7 +106,7 @@ class Trainer:
         # Encoded pairs bring CLIP's embeddings with them; equal weights and a group of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
         self.clip, is_encoded = None, isinstance(pairs, EncodedPairs)
-        self.trains_with_encoders = args.sample_every or not is_encoded
+        self.encodes_pairs = not is_encoded
         if self.wants_weights and self.tau < math.inf and not is_encoded:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
@@ -190,8 +190,9 @@ class Trainer:
             if param.requires_grad:
                 self.params[name] = param
         denoiser.to(self.device)
-        if self.trains_with_encoders or isinstance(self.held_out, ImagePairs):
-            self.place_encoders(self.device)
+        is_drawing = self.rank == 0 and args.sample_every
+        if self.encodes_pairs or is_drawing or isinstance(self.held_out, ImagePairs):
+            self.place_encoders()
         is_cpu, is_cuda = self.device.type == "cpu", self.device.type == "cuda"
         if is_cuda or is_cpu and not args.lora_rank:
             denoiser.to(memory_format=torch.channels_last)  # the faster layout; on a CPU not for frozen weights
@@ -207,12 +208,21 @@ class Trainer:
             for network in {self.policy, self.reference} - {None}:
                 compile_blocks(network, model.blocks)
 
-    def place_encoders(self, device):
+    def place_encoders(self):
         for name, network in self.model.networks().items():
             if self.args.lora_rank and name in self.model.text_encoders:
-                cast_for_autocast(network, self.dtype, device)
+                cast_for_autocast(network, self.dtype, self.device)
             elif network is not self.model.denoiser:
-                network.to(device)
+                network.to(self.device)
+
+    def release_encoders(self):
+        """Takes off the device what nothing needs once samples' prompts and held-out pairs are encoded."""
+        if self.encodes_pairs:
+            return
+        vars(self.model).pop("encoding_vae", None)
+        for name, network in self.model.networks().items():
+            if name in self.model.text_encoders or name == "vae" and not self.args.sample_every:
+                network.to("cpu")
 
     def places(self, first, count):
         """This process's micro-batches, ranges of positions, of some; the k-th of all processes are one stretch."""
@@ -355,8 +365,7 @@ def train(args, out, state):
         trainer.reference = None
     if trainer.held_out:  # before a checkpoint is restored: the policy is the starting model
         output.validation = Validation(trainer, out / "validation.safetensors")
-        if not trainer.trains_with_encoders:
-            trainer.place_encoders("cpu")
+    trainer.release_encoders()
     if state:
         output.restore(state)
     for param in params:
@@ -438,7 +447,7 @@ def set_up(args, out, state):
     common.init_processes(device)
     if out:
         common.check_shared(out)
-    if not args.random_init and args.model != "tiny":  # which is built below, once the data are found good
+    if not args.random_init and args.model not in EMBEDDED:  # which is built below, once the data are found good
         find_model(args.model, args.config)
     is_encoded = is_cache(args.data)
     if is_encoded:
@@ -667,7 +676,8 @@ class Output:
             if self.args.ema:
                 self.ema = EMAModel(trainer.params.values(), decay=self.args.ema, foreach=True)
             if self.args.sample_every:
-                self.prompts = self.read_prompts()
+                prompts = self.read_prompts()
+                self.embeds = trainer.model.sampling_embeds(prompts, trainer.dtype)
                 self.base_samples = self.draw()  # by the starting model: weights are restored later
 
     def write_json(self, name, content):
@@ -693,12 +703,13 @@ class Output:
         """Pictures [N, 3, H, W] in [0, 1] of the prompts, from the same noise at every call; small ones grow."""
         args, model, images = self.args, self.trainer.model, []
         size = {"height": args.resolution, "width": args.resolution}
-        for k in range(0, len(self.prompts), 4):  # at most four at once, for memory
-            prompts = self.prompts[k:k + 4]
-            noise = [common.keyed_generator(args.seed, "sample", k + i) for i in range(len(prompts))]
+        count = len(self.embeds["prompt_embeds"])
+        for k in range(0, count, 4):  # at most four at once, for memory
+            embeds = {name: value[k:k + 4] for name, value in self.embeds.items()}
+            noise = [common.keyed_generator(args.seed, "sample", i) for i in range(k, min(k + 4, count))]
             with torch.compiler.set_stance("force_eager"):  # no graphs for sizes that no step has
-                latents = model.sample(prompts, noise, args.sample_steps, args.guidance,
-                                       self.trainer.dtype, **size)
+                latents = model.sample(None, noise, args.sample_steps, args.guidance,
+                                       self.trainer.dtype, **embeds, **size)
             images.append(model.decode(latents))
         enlarged = max(1, 128 // args.resolution)
         return F.interpolate(torch.cat(images), scale_factor=enlarged)
@@ -828,7 +839,7 @@ class Output:
         with self.averaged_weights():
             grid = torch.cat([self.base_samples, self.draw()])
         file = self.out / "samples" / f"{done:06d}.png"
-        save_image(grid, file, nrow=len(self.prompts), padding=0)
+        save_image(grid, file, nrow=len(self.embeds["prompt_embeds"]), padding=0)
 
     def is_save_due(self):
         """Whether --save_minutes have passed, by the clock of the first process."""

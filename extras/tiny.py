@@ -27,12 +27,14 @@ import filelock
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 
 from common import InputError, Parser, brief, clip_tokenizer, digest, one_line_errors
+from models import EMBEDDED, load_model
 
 SIZE = 32  # pixels
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (35, 80, 210), "yellow": (245, 205, 50),
@@ -47,7 +49,7 @@ CORNERS = {  # (radius, angle / pi) of each corner, of the shapes that have some
 }
 SCENES = [(shape, color, back) for shape in SHAPES for color in COLORS for back in COLORS if back != color]
 HELD_OUT = random.Random(0).sample(SCENES, 36)  # of 180: in no preference pair, but what measure() asks for
-STEPS = {"vae": 800, "unet": 800, "clip": 250, "judge": 300}  # training steps of the four networks
+STEPS = {"vae": 800, "unet": 800, "flow": 2000, "clip": 250, "judge": 300}  # training steps of the networks
 LAST = torch.channels_last  # the faster layout for convolutions on CPUs, too
 
 
@@ -207,13 +209,9 @@ def train_vae(pixels):
 def train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps):
     """(text encoder, UNet of two levels of channels), trained on scaled latents [N, 4, 8, 8] and their N prompts."""
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=64, max_position_embeddings=16))
-    words = text_encoder.get_input_embeddings().requires_grad_(False)  # random vectors tell words well apart
-    nn.init.normal_(words.weight, std=0.5)
+    text_encoder = make_text_encoder(CLIPTextModel, 64, heads=4)
     unet = UNet2DConditionModel(
         sample_size=SIZE // 4, block_out_channels=channels, layers_per_block=1, cross_attention_dim=64,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=16, attention_head_dim=4,
@@ -232,6 +230,18 @@ def train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps):
 
     fit("unet", steps, [*unet.parameters(), *text_encoder.parameters()], 1e-3, batch_loss)
     return text_encoder, unet
+
+
+def make_text_encoder(kind, width, heads):
+    """A text encoder of two layers that reads 16 tokens, of a class of transformers'."""
+    from transformers import CLIPTextConfig
+
+    encoder = kind(CLIPTextConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=heads,
+        projection_dim=width, max_position_embeddings=16))
+    words = encoder.get_input_embeddings().requires_grad_(False)  # random vectors tell words well apart
+    nn.init.normal_(words.weight, std=0.5)
+    return encoder
 
 
 def build_pairs(folder):
@@ -381,23 +391,25 @@ def measure(pipe, n=96, seed=0, steps=20, guidance=3.0):
 
 
 def load(name):
-    """The pipeline of "tiny", the base, of a diffusers folder, or of a folder of LoRA weights for the base."""
-    import diffusers
-
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()  # it reports the text encoder's LoRA weights that are not there
-    folder = part("pipeline") if name == "tiny" else Path(name)
-    if not folder.is_dir():
+    """The pipeline of an embedded model, of a diffusers folder, or of a folder of LoRA weights for an embedded model."""
+    if name not in EMBEDDED and not Path(name).is_dir():
         raise InputError(f"{name}: there is no such folder")
-    is_lora = (folder / "pytorch_lora_weights.safetensors").exists()
+    lora = Path(name) / "pytorch_lora_weights.safetensors"
+    if not lora.exists():
+        return load_model(str(name)).pipe
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(part("pipeline") if is_lora else folder)
-        if is_lora:
-            add_lora(pipe, folder)
+        pipe = load_model(base_of(lora)).pipe
+        add_lora(pipe, name)
     except Exception as error:
         raise InputError(f"{name} cannot be loaded: {brief(error)}")
-    pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def base_of(lora):
+    """The embedded model that a file of LoRA weights is for, by the network that they name."""
+    with safe_open(lora, "pt") as weights:
+        is_of_transformer = any(name.startswith("transformer.") for name in weights.keys())
+    return "tiny-flow" if is_of_transformer else "tiny"
 
 
 def add_lora(pipe, folder):
@@ -413,11 +425,15 @@ def add_lora(pipe, folder):
 def parse_args(argv=None):
     parser = Parser(prog="tiny.py", description="What the judge says of models' samples.")
     parser.add_argument("models", nargs="*", metavar="MODEL",
-                        help="folders as train.py leaves them, or tiny [tiny, and out/tiny-rpo/model if there]")
+                        help="folders as train.py leaves them, tiny or tiny-flow [those of which out/MODEL-rpo is "
+                        "there, before and after; else tiny]")
     args = parser.parse_args(argv)
-    default = "out/tiny-rpo/model"
     if not args.models:
-        args.models = ["tiny", default] if Path(default).exists() else ["tiny"]
+        for base in EMBEDDED:
+            trained = f"out/{base}-rpo/model"
+            if Path(trained).exists():
+                args.models += [base, trained]
+    args.models = args.models or ["tiny"]
     return args
 
 

@@ -18,6 +18,7 @@ from common import InputError
 from conftest import fresh, launch, log_of
 from data import ImagePairs, Stream
 from loss import DDPM, Flow, denoising_error
+from test_resume import faulty, killed
 
 KINDS = ["sd3", "flux"]
 pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
@@ -165,6 +166,25 @@ def test_a_sample_is_the_stock_pipelines_image(small_model, kind):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+def forbid(model):
+    """Whoever asks a text encoder fails from here on."""
+    for name in model.text_encoders:
+        model.networks()[name].forward = None
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", *KINDS])
+def test_samples_need_no_text_encoder_once_their_prompts_are_encoded(small_model, kind):
+    """Without them the same pictures come, but for rounding."""
+    model = fresh(small_model(kind))
+    generators = [[common.keyed_generator(k) for k in range(2)] for _ in range(2)]
+    size = dict(height=32, width=32)
+    expected = model.sample(["a cat", "two dogs"], generators[0], 2, 3.0, **size)
+    embeds = model.sampling_embeds(["a cat", "two dogs"])
+    forbid(model)
+    latents = model.sample(None, generators[1], 2, 3.0, **embeds, **size)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+
+
 # Runs
 
 
@@ -243,6 +263,23 @@ def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, com
     torch.testing.assert_close(after, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments(tmp_path, command, few_pairs, kind):
+    """By kill -9, at lines and in the midst of a checkpoint: the bits of a run that nobody killed."""
+    options = "--steps 8 --micro_batch 2 --save_every 2 --lora_rank 4 --ema 0.9 --validate_every 3 --validate"
+    argv = [*command(kind, options, tmp_path / "out"), few_pairs]
+
+    def run(fault, number):
+        (ended,) = launch(tmp_path, 1, faulty, f"{fault} self", number, argv)
+        return ended
+
+    expected = tmp_path / "expected" / "out"
+    ((status, text),) = launch(expected.parent, 1, faulty, None, 0, [*argv, "--out", str(expected)])
+    assert status == 0, text
+    killed(run, tmp_path / "out", expected, kills=3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
     """A whole run leaves a pipeline, grids and the held-out curve; evaluate.py draws with it."""
@@ -258,6 +295,23 @@ def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
                    "32", "--steps", "2", "--device", "cpu", "--out", str(images)])
     manifest = json.loads((images / "manifest.json").read_text())
     assert len(manifest["images"]) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command, small_model, few_pairs, kind, monkeypatch):
+    """Of a run from a cache that draws samples and measures held-out images: nothing encodes a prompt from there on."""
+    encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
+                 "--resolution", "32", "--out", str(tmp_path / "cache")])
+    release = train.Trainer.release_encoders
+
+    def release_and_forbid(trainer):
+        release(trainer)
+        forbid(trainer.model)
+
+    monkeypatch.setattr(train.Trainer, "release_encoders", release_and_forbid)
+    options = f"--data {tmp_path / 'cache'} --lora_rank 2 --sample_every 1 --sample_steps 1 --validate {few_pairs}"
+    train.main([*command(kind, "", tmp_path / "out"), *options.split(), "--validate_every", "1"])
+    assert "validate/accuracy" in log_of(tmp_path / "out")[1] and (tmp_path / "out/samples/000002.png").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,9 +14,11 @@ import torch
 
 import data
 import models
+import evaluate
+import train
 from common import clip_tokenizer, digest
 from data import Clip, cross_pair_weights, read_image
-from extras import tiny
+from extras import tiny, tiny_flow
 
 
 def test_pairs_differ_in_style_alone_and_the_sketch_wins():
@@ -192,25 +194,65 @@ def test_the_command_judges_diffusers_folders_and_lora_weights(quick_tiny, tmp_p
         tiny.main(["nowhere"])
 
 
+@torch.no_grad()
+def test_one_token_stands_for_many_alike(quick_tiny):
+    """The small transformer, with 256 zeros behind the tokens of a prompt as its pipeline has them, and with one."""
+    model = models.load_model("tiny-flow")
+    encoders = [model.pipe.text_encoder, model.pipe.text_encoder_2]
+    ids = model.pipe.tokenizer(["a red star", ""], padding="max_length", return_tensors="pt").input_ids
+    x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([200.0, 800.0])
+    cond = tiny_flow.encode(encoders, ids)
+    with tiny_flow.AlikeTokens(256):
+        short = model.denoiser(x, timestep=t, **cond, return_dict=False)[0]
+    embeds = model.encode_prompts(["a red star", ""])
+    torch.testing.assert_close(embeds["prompt_embeds"][:, :17], cond["encoder_hidden_states"], rtol=0, atol=1e-6)
+    cond = model.conditioning(embeds, torch.zeros(2, 1, 6))
+    whole = model.predict(model.denoiser, x, t / 1000, cond)
+    assert cond["encoder_hidden_states"].shape == (2, 16 + 256, 64)
+    torch.testing.assert_close(short, whole, rtol=0, atol=1e-5)
+    another = model.denoiser(x, timestep=t, **tiny_flow.encode(encoders, ids), return_dict=False)[0]
+    assert (another - whole).abs().max() > 1e-4
+
+
+def test_the_flow_model_trains_and_is_evaluated_like_any_other(quick_tiny, tmp_path, monkeypatch, capsys):
+    """Built when it is asked for; an adapter for it finds its base; its images are compared with the base's."""
+    monkeypatch.chdir(tmp_path)
+    train.main("--model tiny-flow --steps 2 --lora_rank 2 --sample_every 0 --tau inf --out out/lora".split())
+    train.main("--model tiny-flow --steps 1 --sample_every 1 --sample_steps 1 --tau inf".split())
+    asked = []
+    monkeypatch.setattr(tiny, "measure", lambda pipe: asked.append(type(pipe)) or {"style": 0, "shape": 0})
+    tiny.main(["out/lora/model"])
+    tiny.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "sketches" in line][1:] == ["tiny-flow", "out/tiny-flow-rpo/model"]
+    assert {kind.__name__ for kind in asked} == {"StableDiffusion3Pipeline"} and len(asked) == 3
+    for model, images in (("tiny-flow", "base"), ("out/tiny-flow-rpo/model", "rpo")):
+        evaluate.main(["generate", "--model", model, "--prompts", "tiny", "--limit", "4", "--steps", "2", "--out", images])
+    evaluate.main(["score", "base", "rpo", "--metrics", "clip"])
+    evaluate.main(["compare", "base", "rpo"])
+    assert json.loads(Path("report.json").read_text())["results"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["rpo", "dpo", "sft"])
-def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, loss):
-    """The README's first command, from an empty cache for the first of the three."""
+@pytest.mark.parametrize("model", ["tiny", "tiny-flow"])
+def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, model, loss):
+    """The README's first command, from an empty cache for the first of all."""
     cache = tmp_path_factory.getbasetemp() / "whole-run"
     out = tmp_path_factory.mktemp("run") / loss
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     began = time.time()
     subprocess.run(
-        [sys.executable, "train.py", "--loss", loss, "--out", str(out)],
+        [sys.executable, "train.py", "--model", model, "--loss", loss, "--out", str(out)],
         check=True,
         env=environment,
         cwd=Path(__file__).parents[1],
     )
     seconds = time.time() - began
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    judge, base = tiny.judge_accuracy(), tiny.measure(tiny.load("tiny"))
+    judge, base = tiny.judge_accuracy(), tiny.measure(tiny.load(model))
     final = tiny.measure(tiny.load(out / "model"))
-    print(loss, judge, base, final, f"{seconds:.0f} s")
+    print(model, loss, judge, base, final, f"{seconds:.0f} s")
     assert judge["style"] >= 0.98 and judge["shape"] >= 0.98
     if loss == "sft":  # reported, whatever it is
         return

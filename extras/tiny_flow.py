@@ -1,0 +1,102 @@
+"""The embedded flow model: a small StableDiffusion3Pipeline of the drawings of tiny.py, trained on first use.
+
+    python train.py --model tiny-flow                            RPO on a model of flow matching, in minutes
+    python -m extras.tiny tiny-flow out/tiny-flow-rpo/model      how far it got
+
+VAE, pairs, prompts and judge are those of the embedded task. The transformer has 2 x 2 patches of the 8x8x4 latents, and
+two CLIP text encoders of its own. T5 is left out: the pipeline puts 256 zeros in the place of its tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from common import clip_tokenizer
+from extras import tiny
+from loss import Flow
+
+T5_TOKENS = 256  # of the pipeline, all of them zeros here
+WIDTH, TEXT_WIDTH, LENGTH = 96, 32, 16  # of the transformer, of a text encoder; tokens of a prompt
+
+
+def part(name):
+    """The folder of a part of the embedded flow model, see `tiny.part`."""
+    return tiny.part(name, {"pipeline": build_pipeline}[name])
+
+
+def build_pipeline(folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    pixels, scenes, _, _ = tiny.drawings(8192, seed=1, sketches=1 / 6)
+    vae = tiny.train_vae(pixels)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])    # [8192, 4, 8, 8]
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    latents = (latents - shift) * scale
+    tokenizer = clip_tokenizer(LENGTH)
+    prompts = [tiny.caption(scene) for scene in scenes]
+    transformer, *text_encoders = train_transformer(latents, prompts, tokenizer)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, text_encoders[0], tokenizer, text_encoders[1],
+                                    tokenizer, text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(folder)
+
+
+def train_transformer(latents, prompts, tokenizer):
+    """(transformer, two text encoders), trained on scaled latents [N, 4, 8, 8] and their N prompts."""
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection
+
+    text_encoders = [tiny.make_text_encoder(CLIPTextModelWithProjection, TEXT_WIDTH, heads=2) for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, pos_embed_max_size=4, in_channels=4, out_channels=4, num_layers=3,
+        attention_head_dim=32, num_attention_heads=WIDTH // 32, joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=WIDTH, pooled_projection_dim=2 * TEXT_WIDTH, qk_norm="rms_norm")
+    ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids    # [N + 1, 16]
+    process = Flow("logit_normal")
+
+    def batch_loss():  # one prompt in ten is empty, for classifier-free guidance
+        rows = torch.randint(len(prompts), (64,))
+        t = torch.randn(64).sigmoid()
+        x_t, target = process.diffuse(latents[rows], torch.randn(64, 4, 8, 8), t)
+        is_empty = torch.rand(64) < 0.1
+        cond = encode(text_encoders, ids[torch.where(is_empty, len(prompts), rows)])
+        with AlikeTokens(T5_TOKENS):
+            prediction = transformer(x_t, timestep=1000 * t, **cond, return_dict=False)[0]
+        return F.mse_loss(prediction, target)
+
+    params = [param for network in (transformer, *text_encoders) for param in network.parameters()]
+    tiny.fit("flow", tiny.STEPS["flow"], params, 2e-3, batch_loss)
+    return transformer, *text_encoders
+
+
+def encode(text_encoders, ids):
+    """What SD3's pipeline makes of ids [B, 16] without T5, with one of the 256 zeros that stand for it."""
+    outputs = [encoder(ids, output_hidden_states=True) for encoder in text_encoders]
+    tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)            # [B, 16, 64]
+    return {"encoder_hidden_states": F.pad(tokens, (0, 0, 0, 1)),                           # [B, 17, 64]
+            "pooled_projections": torch.cat([output.text_embeds for output in outputs], dim=-1)}
+
+
+class AlikeTokens(TorchFunctionMode):
+    """Attention within which the last token stands for `count` like it: its logits are log(count) higher.
+
+    Exact, because tokens of text have no positions: what is alike at first stays so in every layer. The base model
+    trains on 33 tokens in the place of 288.
+    """
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and not kwargs.get("is_causal"):
+            _, key, _ = args
+            bias = torch.zeros(1, 1, 1, key.shape[2])
+            bias[..., -1] = math.log(self.count)
+            kwargs = kwargs | {"attn_mask": bias}
+        return function(*args, **kwargs)
