@@ -2,6 +2,7 @@
 
     python train.py                                             the embedded task: RPO on a laptop, in minutes
     python train.py --loss dpo                                  the same with Diffusion-DPO; or --loss sft
+    python train.py --model tiny-flow                           the same on a small SD3, a model of flow matching
     python train.py --model sd15                                Stable Diffusion 1.5 on Pick-a-Pic v2
     torchrun --nproc_per_node=8 train.py --model sdxl           SDXL on eight GPUs
     python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
@@ -375,7 +376,6 @@ def train(args, out, state):
     output.begin(start)
     progress = tqdm(range(start, args.steps), args.loss, args.steps,
                     initial=start, disable=trainer.rank > 0)
-    t_last = time.time()
 
     for step in progress:
         metrics = []
@@ -425,9 +425,6 @@ def train(args, out, state):
         if output.ema:
             output.ema.step(params)
         record["lr"] = optimizer.param_groups[0]["lr"]
-        now = time.time()
-        record["pairs_per_second"] = args.batch_size / (now - t_last)  # with what was saved and drawn since
-        t_last = now
         output.after_step(step, record, progress)
 
     output.checkpoints.wait()
@@ -777,7 +774,7 @@ class Output:
 
     def begin(self, start):
         """Makes the folder ready for step `start`: what was half-written or belongs to later steps goes."""
-        self.first_step = start
+        self.first_step, self.logged_at = start, time.time()
         if not self.is_writer:
             return
         for part in self.out.glob("*.part"):
@@ -797,6 +794,9 @@ class Output:
         args, done = self.args, step + 1
         is_last = done == args.steps
         is_stopping, is_saving = record.pop("stop") > 0, record.pop("save") > 0
+        now = time.time()
+        record["pairs_per_second"] = args.batch_size / (now - self.logged_at)  # with what was saved and drawn since
+        self.logged_at = now
         self.checkpoints.check()
         if self.scaler.is_enabled():
             if not math.isfinite(record["grad_norm"]):

@@ -215,21 +215,21 @@ def test_one_token_stands_for_many_alike(quick_tiny):
 
 
 def test_the_flow_model_trains_and_is_evaluated_like_any_other(quick_tiny, tmp_path, monkeypatch, capsys):
-    """Built when it is asked for; an adapter for it finds its base; its images are compared with the base's."""
+    """Built when it is asked for; an adapter for it finds its base; images of all are compared."""
     monkeypatch.chdir(tmp_path)
-    train.main("--model tiny-flow --steps 2 --lora_rank 2 --sample_every 0 --tau inf --out out/lora".split())
+    train.main("--model tiny-flow --steps 2 --lora_rank 0 --sample_every 0 --tau inf --out out/whole".split())
     train.main("--model tiny-flow --steps 1 --sample_every 1 --sample_steps 1 --tau inf".split())
     asked = []
     monkeypatch.setattr(tiny, "measure", lambda pipe: asked.append(type(pipe)) or {"style": 0, "shape": 0})
-    tiny.main(["out/lora/model"])
+    tiny.main(["out/whole/model"])
     tiny.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "sketches" in line][1:] == ["tiny-flow", "out/tiny-flow-rpo/model"]
     assert {kind.__name__ for kind in asked} == {"StableDiffusion3Pipeline"} and len(asked) == 3
-    for model, images in (("tiny-flow", "base"), ("out/tiny-flow-rpo/model", "rpo")):
-        evaluate.main(["generate", "--model", model, "--prompts", "tiny", "--limit", "4", "--steps", "2", "--out", images])
-    evaluate.main(["score", "base", "rpo", "--metrics", "clip"])
-    evaluate.main(["compare", "base", "rpo"])
+    for options in ("tiny-flow --out base", "out/whole/model --out whole", "tiny-flow --lora out/tiny-flow-rpo/model --out rpo"):
+        evaluate.main(f"generate --prompts tiny --limit 4 --steps 2 --model {options}".split())
+    evaluate.main("score base whole rpo --metrics clip".split())
+    evaluate.main("compare base whole rpo".split())
     assert json.loads(Path("report.json").read_text())["results"]
 
 
