@@ -170,9 +170,14 @@ class StableDiffusion:
         return {"prompt_embeds": embeds} | ({"pooled_prompt_embeds": pooled[0]} if pooled else {})
 
     def sampling_embeds(self, prompts, dtype=torch.float32):
-        """What a pipeline takes in the place of prompts: their embeddings, and those of no prompt for its guidance."""
-        embeds, of_none = self.encode_prompts(prompts, dtype), self.encode_prompts([""] * len(prompts), dtype)
-        return embeds | {f"negative_{name}": value for name, value in of_none.items()}
+        """What a pipeline takes in the place of N prompts: their embeddings, and that of none for its guidance.
+
+        An empty prompt is what `encode_prompts` makes of it.
+        """
+        embeds = self.encode_prompts(prompts, dtype)
+        for name, value in self.encode_prompts([""], dtype).items():
+            embeds[f"negative_{name}"] = value.expand_as(embeds[name])
+        return embeds
 
     def encode_images(self, pixels):
         """Mean and std [B, S, C, h, w] of the VAE's posterior of pixels [B, S, 3, H, W] uint8, before the scaling.
@@ -433,6 +438,9 @@ class Flux(StableDiffusion3):
     def pipeline_embeds(self, texts, device):
         embeds, pooled, _ = self.pipe.encode_prompt(texts, device=device)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def sampling_embeds(self, prompts, dtype=torch.float32):
+        return self.encode_prompts(prompts, dtype)  # its guidance is an embedding
 
     def predict(self, network, x_t, t, cond):
         count, channels, height, width = x_t.shape

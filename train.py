@@ -107,7 +107,7 @@ class Trainer:
         # Encoded pairs bring CLIP's embeddings with them; equal weights and a group of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
         self.clip, is_encoded = None, isinstance(pairs, EncodedPairs)
-        self.encodes_pairs = not is_encoded
+        self.encodes_pairs, self.is_drawing = not is_encoded, self.rank == 0 and args.sample_every > 0
         if self.wants_weights and self.tau < math.inf and not is_encoded:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
@@ -191,8 +191,7 @@ class Trainer:
             if param.requires_grad:
                 self.params[name] = param
         denoiser.to(self.device)
-        is_drawing = self.rank == 0 and args.sample_every
-        if self.encodes_pairs or is_drawing or isinstance(self.held_out, ImagePairs):
+        if self.encodes_pairs:
             self.place_encoders()
         is_cpu, is_cuda = self.device.type == "cpu", self.device.type == "cuda"
         if is_cuda or is_cpu and not args.lora_rank:
@@ -222,7 +221,8 @@ class Trainer:
             return
         vars(self.model).pop("encoding_vae", None)
         for name, network in self.model.networks().items():
-            if name in self.model.text_encoders or name == "vae" and not self.args.sample_every:
+            is_needed = network is self.model.denoiser or name == "vae" and self.is_drawing
+            if not is_needed:
                 network.to("cpu")
 
     def places(self, first, count):
@@ -490,6 +490,8 @@ def set_up(args, out, state):
     trainer.place_models()
     if args.micro_batch == "auto":
         trainer.take_micro_batch(trainer.largest_micro_batch())
+    if trainer.is_drawing or isinstance(held_out, ImagePairs):
+        trainer.place_encoders()  # from a cache not for the steps, so after what those have room for is known
     say_what_runs(trainer, state.get("step", 0))
     return trainer
 
@@ -774,9 +776,12 @@ class Output:
 
     def begin(self, start):
         """Makes the folder ready for step `start`: what was half-written or belongs to later steps goes."""
-        self.first_step, self.logged_at = start, time.time()
-        if not self.is_writer:
-            return
+        self.first_step = start
+        if self.is_writer:
+            self.make_folder_ready(start)
+        self.logged_at = time.time()
+
+    def make_folder_ready(self, start):
         for part in self.out.glob("*.part"):
             if part.is_file():
                 part.unlink()

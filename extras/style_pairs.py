@@ -58,7 +58,8 @@ def parse_args(argv=None):
     parser = common.Parser(prog="style_pairs.py", allow_abbrev=False)
 
     add = parser.add_argument
-    add("--model", default="tiny", help="what train.py takes [tiny]")
+    add("--model", default="tiny", help="a preset's name, a diffusers folder or a hub id; FLUX with --editor alone "
+        "[tiny]")
     add("--images", metavar="DIR", help="plain images instead of a model's, in the order of their names a prompt each")
     add("--editor", metavar="MODEL", help="an InstructPix2Pix model, folder or hub id, makes the styled images")
     add("--prompts", required=True, metavar="PROMPTS", help="as of evaluate.py generate; each is used once")

@@ -1,7 +1,7 @@
 """The embedded task: a model and pairs to train it on, made from nothing in a few minutes on two CPU cores.
 
-    python -m extras.tiny                        judge the base model, and out/tiny-rpo/model where it exists
-    python -m extras.tiny out/tiny-dpo/model     judge others: diffusers folders, or LoRA weights for the base
+    python -m extras.tiny                        judge a base model and, where it exists, its out/MODEL-rpo/model
+    python -m extras.tiny out/tiny-dpo/model     judge others: diffusers folders, or LoRA weights
 
 Captioned 32x32 drawings ("a red circle on a blue background") come in two styles that the caption never
 names: plain and, one in six, as a sketch (dark outline on pale paper). The preference: the sketch wins. Its
@@ -34,7 +34,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 
 from common import InputError, Parser, brief, clip_tokenizer, digest, one_line_errors
-from models import EMBEDDED, load_model
+from models import EMBEDDED, fuse_lora, load_model
 
 SIZE = 32  # pixels
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (35, 80, 210), "yellow": (245, 205, 50),
@@ -391,35 +391,25 @@ def measure(pipe, n=96, seed=0, steps=20, guidance=3.0):
 
 
 def load(name):
-    """The pipeline of an embedded model, of a diffusers folder, or of a folder of LoRA weights for an embedded model."""
+    """The pipeline of an embedded model, of a diffusers folder, or of a folder of LoRA weights for one of these."""
     if name not in EMBEDDED and not Path(name).is_dir():
         raise InputError(f"{name}: there is no such folder")
     lora = Path(name) / "pytorch_lora_weights.safetensors"
     if not lora.exists():
         return load_model(str(name)).pipe
-    try:
-        pipe = load_model(base_of(lora)).pipe
-        add_lora(pipe, name)
-    except Exception as error:
-        raise InputError(f"{name} cannot be loaded: {brief(error)}")
-    return pipe
+    model = load_model(base_of(lora))
+    fuse_lora(model, name)
+    return model.pipe
 
 
 def base_of(lora):
-    """The embedded model that a file of LoRA weights is for, by the network that they name."""
+    """What a file of LoRA weights was trained on, by its run's config.json; without, the embedded model of its names."""
+    config = lora.parents[1] / "config.json"
+    if config.exists():
+        return json.loads(config.read_text())["model"]
     with safe_open(lora, "pt") as weights:
         is_of_transformer = any(name.startswith("transformer.") for name in weights.keys())
     return "tiny-flow" if is_of_transformer else "tiny"
-
-
-def add_lora(pipe, folder):
-    """Adds the LoRA weights that train.py left in a folder to a pipeline's, first those that they stand on."""
-    below = Path(folder) / "init_lora.json"
-    if below.exists():
-        add_lora(pipe, json.loads(below.read_text())["init_lora"])
-    pipe.load_lora_weights(folder)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
 
 
 def parse_args(argv=None):

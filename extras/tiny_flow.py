@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from common import clip_tokenizer
 from extras import tiny
-from loss import Flow
 
 T5_TOKENS = 256  # of the pipeline, all of them zeros here
 WIDTH, TEXT_WIDTH, LENGTH = 96, 32, 16  # of the transformer, of a text encoder; tokens of a prompt
@@ -27,9 +26,15 @@ def part(name):
 
 
 def build_pipeline(folder):
+    pixels, scenes, _, _ = tiny.drawings(8192, seed=1, sketches=1 / 6)
+    prompts = [tiny.caption(scene) for scene in scenes]
+    train_pipeline(pixels, prompts, tiny.STEPS["flow"]).save_pretrained(folder)
+
+
+def train_pipeline(pixels, prompts, steps):
+    """A StableDiffusion3Pipeline for pixels [N, 3, 32, 32] in [-1, 1] and their N prompts; see train_transformer."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    pixels, scenes, _, _ = tiny.drawings(8192, seed=1, sketches=1 / 6)
     vae = tiny.train_vae(pixels)
     with torch.no_grad():
         latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])    # [8192, 4, 8, 8]
@@ -37,15 +42,13 @@ def build_pipeline(folder):
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     latents = (latents - shift) * scale
     tokenizer = clip_tokenizer(LENGTH)
-    prompts = [tiny.caption(scene) for scene in scenes]
-    transformer, *text_encoders = train_transformer(latents, prompts, tokenizer)
+    transformer, *text_encoders = train_transformer(latents, prompts, tokenizer, steps)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, text_encoders[0], tokenizer, text_encoders[1],
+    return StableDiffusion3Pipeline(transformer, scheduler, vae, text_encoders[0], tokenizer, text_encoders[1],
                                     tokenizer, text_encoder_3=None, tokenizer_3=None)
-    pipe.save_pretrained(folder)
 
 
-def train_transformer(latents, prompts, tokenizer):
+def train_transformer(latents, prompts, tokenizer, steps):
     """(transformer, two text encoders), trained on scaled latents [N, 4, 8, 8] and their N prompts."""
     from diffusers import SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection
@@ -56,20 +59,20 @@ def train_transformer(latents, prompts, tokenizer):
         attention_head_dim=32, num_attention_heads=WIDTH // 32, joint_attention_dim=2 * TEXT_WIDTH,
         caption_projection_dim=WIDTH, pooled_projection_dim=2 * TEXT_WIDTH, qk_norm="rms_norm")
     ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids    # [N + 1, 16]
-    process = Flow("logit_normal")
 
     def batch_loss():  # one prompt in ten is empty, for classifier-free guidance
         rows = torch.randint(len(prompts), (64,))
-        t = torch.randn(64).sigmoid()
-        x_t, target = process.diffuse(latents[rows], torch.randn(64, 4, 8, 8), t)
+        t = torch.randn(64, 1, 1, 1).sigmoid()
+        noise = torch.randn(64, 4, 8, 8)
+        x_t = (1 - t) * latents[rows] + t * noise
         is_empty = torch.rand(64) < 0.1
         cond = encode(text_encoders, ids[torch.where(is_empty, len(prompts), rows)])
         with AlikeTokens(T5_TOKENS):
-            prediction = transformer(x_t, timestep=1000 * t, **cond, return_dict=False)[0]
-        return F.mse_loss(prediction, target)
+            prediction = transformer(x_t, timestep=1000 * t.flatten(), **cond, return_dict=False)[0]
+        return F.mse_loss(prediction, noise - latents[rows])
 
     params = [param for network in (transformer, *text_encoders) for param in network.parameters()]
-    tiny.fit("flow", tiny.STEPS["flow"], params, 2e-3, batch_loss)
+    tiny.fit("flow", steps, params, 2e-3, batch_loss)
     return transformer, *text_encoders
 
 
@@ -94,7 +97,7 @@ class AlikeTokens(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and not kwargs.get("is_causal"):
+        if function is F.scaled_dot_product_attention:
             _, key, _ = args
             bias = torch.zeros(1, 1, 1, key.shape[2])
             bias[..., -1] = math.log(self.count)

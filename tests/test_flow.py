@@ -302,16 +302,24 @@ def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command,
     """Of a run from a cache that draws samples and measures held-out images: nothing encodes a prompt from there on."""
     encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
                  "--resolution", "32", "--out", str(tmp_path / "cache")])
-    release = train.Trainer.release_encoders
+    release, released = train.Trainer.release_encoders, []
 
     def release_and_forbid(trainer):
+        networks = trainer.model.networks()
+        for name, network in networks.items():
+            monkeypatch.setattr(network, "to", lambda device, name=name: released.append((name, device)))
         release(trainer)
         forbid(trainer.model)
 
     monkeypatch.setattr(train.Trainer, "release_encoders", release_and_forbid)
-    options = f"--data {tmp_path / 'cache'} --lora_rank 2 --sample_every 1 --sample_steps 1 --validate {few_pairs}"
-    train.main([*command(kind, "", tmp_path / "out"), *options.split(), "--validate_every", "1"])
-    assert "validate/accuracy" in log_of(tmp_path / "out")[1] and (tmp_path / "out/samples/000002.png").exists()
+    options = f"--data {tmp_path / 'cache'} --lora_rank 2 --sample_steps 1 --validate_every 1 --validate {few_pairs}"
+    encoders = {(name, "cpu") for name in fresh(small_model(kind)).text_encoders if name in fresh(small_model(kind)).networks()}
+    for every, expected in (("1", encoders), ("0", encoders | {("vae", "cpu")})):
+        out = tmp_path / f"every-{every}"
+        train.main([*command(kind, "", out), *options.split(), "--sample_every", every])
+        assert "validate/accuracy" in log_of(out)[1] and (out / "samples/000002.png").exists() == (every == "1")
+        assert {*released} == expected
+        released.clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)

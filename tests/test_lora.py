@@ -281,7 +281,7 @@ def test_the_first_stages_adapter_is_policy_and_reference(run, command, tmp_path
 
 
 def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
-    """Drawn with alone, it would be another model's; fuse_lora, evaluate's --lora and the task's judge add both."""
+    """Drawn with alone, it would be another model's; fuse_lora, and with it evaluate's --lora and the task's judge, adds both."""
     first = run("sd", f"{LORA} --loss sft").out / "model"
     second = run("sd", f"{LORA} --init_lora {first}")
     both = fresh(small_model("sd"))
@@ -289,9 +289,8 @@ def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
     inputs = pair_inputs(both)
     trained = denoising_error(network=second.model.denoiser, **inputs)
     assert apart(denoising_error(network=both.denoiser, **inputs), trained) < 1e-5
-    pipe = DiffusionPipeline.from_pretrained(small_model("sd"))
-    tiny.add_lora(pipe, second.out / "model")
-    assert apart(denoising_error(network=pipe.unet, **inputs), trained) < 1e-5
+    judged = tiny.load(second.out / "model")
+    assert apart(denoising_error(network=judged.unet, **inputs), trained) < 1e-5
     lone = shutil.copytree(second.out / "model", tmp_path / "lone", ignore=lambda *_: [models.BELOW])
     alone = fresh(small_model("sd"))
     models.fuse_lora(alone, lone)
