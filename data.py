@@ -16,7 +16,8 @@ A batch of B pairs; index 0 of every axis of two is the winner, index 1 the lose
     of a `Stream`     position [B] int64, record [B, 3] float64; t [B], noise [B, C, h, w],
                       vae_noise [B, 2, C, h, w], unless the VAE's mean is taken
     of images         pixels [B, 2, 3, H, W] uint8, one crop and one flip for both images of a pair;
-                      clip_pixels [B, 2, 3, h, w], the images as CLIP wants them, if it was asked for
+                      clip_pixels [B, 2, 3, h, w], the images as CLIP wants them, if it was asked for;
+                      ids, ids_2, ... [B, tokens] int64, the prompts as the model's tokenizers read them, likewise
     of a cache        mean, std [B, 2, C, h, w], prompt_embeds [B, L, E], pooled_prompt_embeds [B, P] (SDXL),
                       clip_embeds [B, 3, E'] of caption, winner, loser
 """
@@ -576,6 +577,7 @@ class ImagePairs(Pairs):
     source          see the head of this file
     resolution      side of the training square, pixels
     clip_transform  a function from a picture to a tensor for `clip_pixels`, or None; may be set later
+    tokenize        a function from prompts to {name: ids [B, tokens]}, or None; set later
     source_rows     the `Rows` of the source, if they were read already
     raises          InputError where the source cannot be read or holds a wrong label or no pair
     """
@@ -583,7 +585,7 @@ class ImagePairs(Pairs):
     def __init__(self, source, resolution=None, seed=0, random_crop=False, random_flip=False, prompt_dropout=0.0,
                  clip_transform=None, source_rows=None):
         super().__init__(seed, prompt_dropout)
-        self.resolution, self.clip_transform = resolution, clip_transform
+        self.resolution, self.clip_transform, self.tokenize = resolution, clip_transform, None
         self.random_crop, self.random_flip = random_crop, random_flip
         self.source = find_source(source)
         self.source_rows = source_rows or read_rows(self.source)
@@ -681,6 +683,8 @@ class ImagePairs(Pairs):
                 "time_ids": torch.stack([time_ids for _, time_ids in cropped]),
                 "image_ids": torch.tensor([number for _, number in pair])}
         item |= {name: torch.tensor(column[row]) for name, column in self.columns.items()}
+        if self.tokenize:
+            item |= {name: ids[0] for name, ids in self.tokenize([prompt]).items()}
         if self.clip_transform:
             squares = [self.clip_transform(middle_square(image)) for image, _ in pair]
             item["clip_pixels"] = torch.stack(squares)

@@ -62,7 +62,8 @@ def encode_batch(model, clip, batch, images, dtype):
              [B, 3, E'] of caption, winner, loser
     """
     mean, std = model.encode_images(batch["pixels"][:, :images])
-    encoded = {"mean": mean, "std": std} | model.encode_prompts(batch["prompt"], dtype)
+    ids = {name: batch.pop(name) for name in model.tokenizers() if name in batch}
+    encoded = {"mean": mean, "std": std} | model.encode_prompts(batch["prompt"], dtype, ids)
     if clip:
         encoded["clip_embeds"] = clip.embed(batch["caption"], batch.get("clip_pixels"))
     return encoded

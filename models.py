@@ -15,11 +15,13 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from common import InputError, brief, clip_tokenizer, digest, fingerprint, hub_id, to_device
@@ -34,6 +36,7 @@ HUB_IDS = {
 EMBEDDED = {"tiny": "extras.tiny", "tiny-flow": "extras.tiny_flow"}  # the modules that build them
 SCHEDULE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
                  "rescale_betas_zero_snr")
+T5_TOKENS = 256  # of a prompt, by SD3's pipelines
 BELOW = "init_lora.json"  # beside LoRA weights: the LoRA weights that they stand on
 TOY = 1e8  # parameters; a smaller denoiser is a toy, for which the embedded CLIP will do
 
@@ -112,9 +115,13 @@ class StableDiffusion:
         """(L, E) of `prompt_embeds`."""
         return self.pipe.tokenizer.model_max_length, self.denoiser.config.cross_attention_dim
 
+    def tokenizers(self):
+        """{argument of `encode_ids`: (tokenizer, tokens that its text encoder reads)}."""
+        return {"ids": (self.pipe.tokenizer, self.pipe.tokenizer.model_max_length)}
+
     def longest_reader(self):
         """(tokenizer, tokens that it reads) of the text encoder that reads most of a prompt."""
-        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
+        return max(self.tokenizers().values(), key=lambda reader: reader[1])
 
     def pooled_width(self):
         """P of `pooled_prompt_embeds`; 0 where there are none."""
@@ -141,20 +148,24 @@ class StableDiffusion:
 
     # Prompts and images
 
-    def encode_prompts(self, prompts, dtype=torch.float32):
-        """{"prompt_embeds": [B, L, E]} float32 of B prompts; of SDXL also "pooled_prompt_embeds": [B, P].
+    def encode_prompts(self, prompts, dtype=torch.float32, ids=None):
+        """{"prompt_embeds": [B, L, E]} float32 of B prompts; but of SD also "pooled_prompt_embeds": [B, P].
 
         An empty prompt becomes what the pipeline itself takes for unconditional: zeros where SDXL's
         force_zeros_for_empty_prompt says so (Diffusion-DPO trains on the encoded "" there), else the encoded
         "". Longer prompts than the encoder reads are cut.
+
+        ids  what `tokenize` made of the prompts, if that is done
         """
         device = self.pipe.text_encoder.device
+        ids = ids or tokenize(self.tokenizers(), prompts)
 
-        def encode(texts):
+        def encode(rows):
+            part = {name: to_device(value[rows.start:rows.stop], device) for name, value in ids.items()}
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return self.pipeline_embeds(texts, device)
+                return self.encode_ids(**part)
 
-        outputs = by_rows(encode, prompts, device, len(prompts))
+        outputs = by_rows(encode, range(len(prompts)), device, len(prompts))
         embeds = {name: torch.cat([output[name] for output in outputs]).float() for name in outputs[0]}
         zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
         for number, prompt in enumerate(prompts):
@@ -163,11 +174,9 @@ class StableDiffusion:
                     value[number] = 0
         return embeds
 
-    def pipeline_embeds(self, texts, device):
-        """{name: [B, ...]} as the pipeline encodes B texts."""
-        embeds, _, *pooled = self.pipe.encode_prompt(texts, device=device, num_images_per_prompt=1,
-                                                     do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds} | ({"pooled_prompt_embeds": pooled[0]} if pooled else {})
+    def encode_ids(self, ids):
+        """{name: [B, ...]} of ids [B, tokens] of each tokenizer, as the pipeline's encode_prompt makes them."""
+        return {"prompt_embeds": self.pipe.text_encoder(ids)[0]}
 
     def sampling_embeds(self, prompts, dtype=torch.float32):
         """What a pipeline takes in the place of N prompts: their embeddings, and that of none for its guidance.
@@ -314,6 +323,15 @@ class StableDiffusionXL(StableDiffusion):
     def pooled_width(self):
         return self.pipe.text_encoder_2.config.projection_dim
 
+    def tokenizers(self):
+        return super().tokenizers() | {"ids_2": (self.pipe.tokenizer_2, self.pipe.tokenizer_2.model_max_length)}
+
+    def encode_ids(self, ids, ids_2):
+        first = self.pipe.text_encoder(ids, output_hidden_states=True)
+        second = self.pipe.text_encoder_2(ids_2, output_hidden_states=True)
+        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)     # [B, 77, E]
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": second.text_embeds}
+
     def conditioning(self, prompt_embeds, time_ids):
         """See above; time_ids stay float32: bf16 would round 1023 to 1024."""
         images = time_ids.shape[1]
@@ -342,9 +360,6 @@ class StableDiffusion3(StableDiffusion):
     def shift(self, config):
         return config.shift
 
-    def longest_reader(self):
-        return (self.pipe.tokenizer_3, 256) if self.pipe.tokenizer_3 else super().longest_reader()
-
     def pooled_width(self):
         return self.denoiser.config.pooled_projection_dim
 
@@ -365,7 +380,7 @@ class StableDiffusion3(StableDiffusion):
         return self.denoiser.config.patch_size
 
     def prompt_shape(self):
-        return self.pipe.tokenizer.model_max_length + 256, self.denoiser.config.joint_attention_dim  # CLIP's and T5's
+        return self.pipe.tokenizer.model_max_length + T5_TOKENS, self.denoiser.config.joint_attention_dim  # CLIP's and T5's
 
     def resolution(self, wanted=None, for_training=True):
         """See above; its pipeline pads nothing either, and the positions of a model end at some size."""
@@ -375,10 +390,23 @@ class StableDiffusion3(StableDiffusion):
             raise InputError(f"--resolution {side}: this model has positions for {most} pixels")
         return side
 
-    def pipeline_embeds(self, texts, device):
-        embeds, _, pooled, _ = self.pipe.encode_prompt(texts, None, None, device=device,
-                                                       do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    def tokenizers(self):
+        length = self.pipe.tokenizer.model_max_length
+        readers = {"ids": (self.pipe.tokenizer, length), "ids_2": (self.pipe.tokenizer_2, length)}
+        return readers | ({"ids_3": (self.pipe.tokenizer_3, T5_TOKENS)} if self.pipe.text_encoder_3 else {})
+
+    def encode_ids(self, ids, ids_2, ids_3=None):
+        """See above; CLIP's tokens, filled up with zeros to the width of T5's, then T5's, zeros where it is left out."""
+        clips = [self.pipe.text_encoder(ids, output_hidden_states=True),
+                 self.pipe.text_encoder_2(ids_2, output_hidden_states=True)]
+        tokens = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)              # [B, 77, E of CLIP]
+        if ids_3 is None:
+            of_t5 = tokens.new_zeros(len(ids), T5_TOKENS, self.denoiser.config.joint_attention_dim)
+        else:
+            of_t5 = self.pipe.text_encoder_3(ids_3)[0]                                      # [B, 256, E]
+        tokens = F.pad(tokens, (0, of_t5.shape[-1] - tokens.shape[-1]))                     # [B, 77, E]
+        pooled = torch.cat([clip.text_embeds for clip in clips], dim=-1)                    # [B, P]
+        return {"prompt_embeds": torch.cat([tokens, of_t5], dim=1), "pooled_prompt_embeds": pooled}
 
     def conditioning(self, prompt_embeds, time_ids):
         pooled = prompt_embeds["pooled_prompt_embeds"].float().repeat(time_ids.shape[1], 1)
@@ -429,15 +457,15 @@ class Flux(StableDiffusion3):
     def own_sample_size(self):
         return self.pipe.default_sample_size
 
-    def longest_reader(self):
-        return self.pipe.tokenizer_2, 512
-
     def prompt_shape(self):
         return 512, self.denoiser.config.joint_attention_dim
 
-    def pipeline_embeds(self, texts, device):
-        embeds, pooled, _ = self.pipe.encode_prompt(texts, device=device)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    def tokenizers(self):
+        return {"ids": (self.pipe.tokenizer, self.pipe.tokenizer.model_max_length), "ids_2": (self.pipe.tokenizer_2, 512)}
+
+    def encode_ids(self, ids, ids_2):
+        return {"prompt_embeds": self.pipe.text_encoder_2(ids_2)[0],
+                "pooled_prompt_embeds": self.pipe.text_encoder(ids).pooler_output}
 
     def sampling_embeds(self, prompts, dtype=torch.float32):
         return self.encode_prompts(prompts, dtype)  # its guidance is an embedding
@@ -466,6 +494,15 @@ class Flux(StableDiffusion3):
 
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL,
             "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
+
+
+def tokenize(tokenizers, prompts):
+    """{name: ids [B, tokens] int64} of B prompts by a model's `tokenizers`; longer ones are cut."""
+    ids = {}
+    for name, (tokenizer, length) in tokenizers.items():
+        ids[name] = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
+                              return_tensors="pt").input_ids
+    return ids
 
 
 def by_rows(function, rows, device, at_once, threads=1):
@@ -564,13 +601,14 @@ def load_model(name, random_init=False, config=None):
 
 
 def quiet_libraries():
-    """No progress bars of loading, and no report of every prompt that is cut to 77 tokens."""
+    """No progress bars of loading; no report of every prompt that is cut, nor of threads in every forked reader."""
     import diffusers
     import transformers
 
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def find_model(name, config=None):

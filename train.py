@@ -20,6 +20,7 @@ goes on from the last checkpoint, to the same weights (the same bits in fp32 on 
 import common  # first: it notes the launcher, before the imports that take seconds
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -42,7 +43,7 @@ from data import (COLUMNS, SCAN_LIMIT, TO_VALIDATE, Clip, EncodedPairs, ImagePai
 from encode import ReferenceErrors, Validation, check_cache, check_records, encode_batch, plot_validation
 from loss import LOSSES, denoising_error, wants
 from models import (EMBEDDED, cast_for_autocast, compile_blocks, disabled_adapter, find_model, frozen_reference,
-                    fuse_lora, load_model)
+                    fuse_lora, load_model, tokenize)
 from options import H14, cache_settings, check_same_run, fits, held_out_share, hyperparameters, train_args
 
 ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no "
@@ -111,6 +112,8 @@ class Trainer:
         if self.wants_weights and self.tau < math.inf and not is_encoded:
             self.clip = Clip(args.clip, device, self.dtype)
             pairs.clip_transform = self.clip.transform if args.similarity != "text" else None
+        if self.encodes_pairs:  # by the loader's processes; the tokenizers alone, which travel light
+            pairs.tokenize = functools.partial(tokenize, model.tokenizers())
         self.digests = model.digests | {"data": pairs.digest()}  # of what the run is a function of
         self.first_time_ids = []  # of some micro-batches, [B, S, 6] each: to say what the crop takes away
         self.reference_errors = None

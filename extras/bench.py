@@ -43,7 +43,7 @@ import data
 import encode
 import train
 from loss import denoising_error, dpo_loss
-from models import StableDiffusionXL, disabled_adapter, load_model, random_model
+from models import StableDiffusionXL, disabled_adapter, load_model, random_model, tokenize
 from options import train_args
 
 STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
@@ -163,7 +163,8 @@ def peers_loss(trainer, batch):
     with torch.no_grad():
         parts = [pipe.vae.encode(part).latent_dist.sample() for part in pixels.split(VAE_BATCH)]
         latents = torch.cat(parts)                                                      # [2 B, C, h, w]
-        embeds = model.pipeline_embeds(batch["prompt"], device)
+        ids = tokenize(model.tokenizers(), batch["prompt"])
+        embeds = model.encode_ids(**{name: value.to(device) for name, value in ids.items()})
     latents = model.scale_latents(latents).float()
     noise = torch.randn_like(latents[:len(latents) // 2])                               # [B, C, h, w]
     times = [trainer.process.sample_t(torch.default_generator) for _ in noise]

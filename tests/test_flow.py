@@ -166,6 +166,22 @@ def test_a_sample_is_the_stock_pipelines_image(small_model, kind):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd", "sdxl", *KINDS])
+def test_prompts_are_encoded_as_the_pipeline_does_it(small_model, kind):
+    """To the bit, also one that is cut."""
+    model = fresh(small_model(kind))
+    for prompt in ("a cat", "dog, " * 600):
+        more = {"sd3": dict(prompt_2=None, prompt_3=None), "flux": {}}.get(kind, dict(num_images_per_prompt=1))
+        if kind != "flux":
+            more["do_classifier_free_guidance"] = False
+        theirs = [value for value in model.pipe.encode_prompt(prompt, device="cpu", **more) if torch.is_tensor(value)]
+        ours = model.encode_prompts([prompt])
+        assert torch.equal(ours["prompt_embeds"], theirs[0])
+        if kind != "sd":
+            assert torch.equal(ours["pooled_prompt_embeds"], theirs[1])
+
+
 def forbid(model):
     """Whoever asks a text encoder fails from here on."""
     for name in model.text_encoders:

@@ -307,6 +307,22 @@ def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, comm
     assert stream[3].keys() == Stream(*vars_of(stream))[3].keys() - {"vae_noise"}
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
+def test_the_loaders_processes_read_the_prompts(tmp_path, command, monkeypatch, kind):
+    """Dropped ones, too; the process of the steps reads none, and the numbers are those of one that reads all."""
+    options = "--prompt_dropout 0.5 --steps 2 --micro_batch 4 --sample_every 1 --sample_steps 1 --resolution 32 --workers"
+    train.main(command(f"{options} 0", tmp_path / "alone", kind))
+    begin = train.Output.begin
+
+    def begin_without_a_reader(output, start):
+        monkeypatch.setattr(models, "tokenize", None)
+        begin(output, start)
+
+    monkeypatch.setattr(train.Output, "begin", begin_without_a_reader)
+    train.main(command(f"{options} 2", tmp_path / "out", kind))
+    assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "alone")
+
+
 def vars_of(stream):
     """What makes the same stream, for a VAE that is drawn from."""
     return stream.pairs, stream.process, stream.latent_shape, 0, 8, 8, "own"
