@@ -290,7 +290,7 @@ def test_a_checkpoint_holds_its_step_however_late_it_is_written(tmp_path, comman
 
 
 def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, command, monkeypatch):
-    """Images as bytes; of SFT the winners alone; no noise for the VAE's mean."""
+    """Images as bytes, prompts as ids; of SFT the winners alone; no noise for the VAE's mean."""
     sent, to_device = [], common.to_device
 
     def noted(tensor, device):
@@ -301,8 +301,8 @@ def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, comm
         monkeypatch.setattr(module, "to_device", noted)
     train.main(command("--loss sft --vae_sample mean --steps 1 --micro_batch 8", tmp_path / "out"))
     shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in sent}
-    assert ((1, 3, 32, 32), torch.uint8) in shapes and not any(shape[1:2] == (2,) for shape, dtype in shapes
-                                                               if dtype == torch.float32)
+    assert {((1, 3, 32, 32), torch.uint8), ((1, 77), torch.int64)} <= shapes
+    assert not any(shape[1:2] == (2,) for shape, dtype in shapes if dtype == torch.float32)
     stream = Stream(ImagePairs(few_pairs, 32), fresh(small_model("sd")).process, (4, 8, 8), 0, 8, 8, "own", "mean")
     assert stream[3].keys() == Stream(*vars_of(stream))[3].keys() - {"vae_noise"}
 
