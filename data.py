@@ -44,7 +44,7 @@ from safetensors import safe_open
 from common import InputError, brief, digest, fingerprint, hub_id, is_hidden, keyed_generator, to_device
 
 SCAN_LIMIT = 10_000  # pairs; up to here train.py decodes all once at the start, and data.json is complete at once
-COLUMNS = ()  # further columns of the data, a number per pair, that a loss may name: add yours
+COLUMNS = ()  # further columns of the data, a number per pair, that a loss may name: add yours, by no name above
 SPLITS = {  # the words of datasets.data_files; of a name that has both kinds, the held-out ones count
     "test": ("test", "testing", "eval", "evaluation"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -673,7 +673,7 @@ class ImagePairs(Pairs):
             raise Unreadable(reason_of(error))
 
     def content(self, row, pair, epoch, prompt):
-        """Pixels, time_ids and clip_pixels of a row's two images, cropped and flipped as in an epoch."""
+        """A row's two images, cropped and flipped as in an epoch, and the ids of its prompt: see the head of this file."""
         y, x, flip, _ = augmentation(self.seed, epoch, row)
         if not self.random_crop:
             y = x = 0.5

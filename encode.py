@@ -56,7 +56,7 @@ ADVICE = ("What is encoded is kept; fewer --workers or processes, or --device cp
 
 
 def encode_batch(model, clip, batch, images, dtype):
-    """What training needs of a batch of B pairs of images, the first S of each pair.
+    """What training needs of a batch of B pairs of images, the first S of each pair; the prompts' ids are taken out.
 
     returns  {"mean", "std": [B, S, C, h, w], "prompt_embeds": [B, L, E], ...}; with a Clip also "clip_embeds"
              [B, 3, E'] of caption, winner, loser

@@ -78,6 +78,8 @@ class StableDiffusion:
             raise ValueError("its noise schedule or its latents are not those of Stable Diffusion or SDXL")
         if self.denoiser.config.get("time_cond_proj_dim"):
             raise ValueError("its UNet wants an embedding of the guidance, as latent consistency models do")
+        if getattr(self.pipe.text_encoder.config, "use_attention_mask", False):
+            raise ValueError("its text encoder wants an attention mask, as AltDiffusion's does")
         scheduler = DDPMScheduler.from_config(config)
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
@@ -165,7 +167,7 @@ class StableDiffusion:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return self.encode_ids(**part)
 
-        outputs = by_rows(encode, range(len(prompts)), device, len(prompts))
+        outputs = by_rows(encode, range(len(prompts)), device, len(prompts), torch.get_num_threads())
         embeds = {name: torch.cat([output[name] for output in outputs]).float() for name in outputs[0]}
         zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
         for number, prompt in enumerate(prompts):
@@ -497,10 +499,16 @@ FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeli
 
 
 def tokenize(tokenizers, prompts):
-    """{name: ids [B, tokens] int64} of B prompts by a model's `tokenizers`; longer ones are cut."""
+    """{name: ids [B, tokens] int64} of B prompts by a model's `tokenizers`; longer ones are cut.
+
+    As in the pipelines, a word of textual inversion stands for all of its vectors.
+    """
+    from diffusers.loaders import TextualInversionLoaderMixin
+
     ids = {}
     for name, (tokenizer, length) in tokenizers.items():
-        ids[name] = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
+        texts = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
+        ids[name] = tokenizer(texts, padding="max_length", max_length=length, truncation=True,
                               return_tensors="pt").input_ids
     return ids
 
@@ -510,7 +518,7 @@ def by_rows(function, rows, device, at_once, threads=1):
 
     On a CPU one row at a time, each on one thread, `threads` of them side by side, which is no slower: so a
     row gives the same bits in any batch, by any number of threads. (A difference of errors times beta shows
-    bits.) One thread for prompts: tokenizers are not made for more.
+    bits.) One thread for what tokenizes: tokenizers are not made for more.
     """
     function = torch.no_grad()(function)  # of this thread alone, were it around the pool
     if device.type != "cpu":

@@ -43,7 +43,7 @@ import data
 import encode
 import train
 from loss import denoising_error, dpo_loss
-from models import StableDiffusionXL, disabled_adapter, load_model, random_model, tokenize
+from models import StableDiffusionXL, disabled_adapter, load_model, random_model
 from options import train_args
 
 STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
@@ -121,7 +121,8 @@ class PeersPairs(data.ImagePairs):
             pictures = [TF.to_tensor(picture) for picture in pictures]
         height, width = pair[0][0].height, pair[0][0].width
         time_ids = torch.tensor([height, width, 0, 0, self.resolution, self.resolution], dtype=torch.float32)
-        return {"pixels": TF.normalize(torch.stack(pictures), [0.5], [0.5]), "time_ids": time_ids.repeat(2, 1)}
+        ids = {name: value[0] for name, value in self.tokenize([prompt]).items()}
+        return ids | {"pixels": TF.normalize(torch.stack(pictures), [0.5], [0.5]), "time_ids": time_ids.repeat(2, 1)}
 
 
 def peers(argv, micro_batch):
@@ -137,7 +138,7 @@ def peers(argv, micro_batch):
     positions = [range(k * micro_batch, (k + 1) * micro_batch) for k in range(STEPS * micro_batches)]
     pairs = PeersPairs(args.data, args.resolution, args.seed, prompt_dropout=args.prompt_dropout,
                        source_rows=trainer.pairs.source_rows)
-    pairs.for_sdxl = isinstance(model, StableDiffusionXL)
+    pairs.for_sdxl, pairs.tokenize = isinstance(model, StableDiffusionXL), trainer.pairs.tokenize
     batches = iter(torch.utils.data.DataLoader(
         pairs, batch_sampler=positions, collate_fn=data.collate, num_workers=args.workers,
         pin_memory=trainer.device.type == "cuda"))
@@ -163,8 +164,7 @@ def peers_loss(trainer, batch):
     with torch.no_grad():
         parts = [pipe.vae.encode(part).latent_dist.sample() for part in pixels.split(VAE_BATCH)]
         latents = torch.cat(parts)                                                      # [2 B, C, h, w]
-        ids = tokenize(model.tokenizers(), batch["prompt"])
-        embeds = model.encode_ids(**{name: value.to(device) for name, value in ids.items()})
+        embeds = model.encode_ids(**{name: batch[name].to(device) for name in model.tokenizers()})
     latents = model.scale_latents(latents).float()
     noise = torch.randn_like(latents[:len(latents) // 2])                               # [B, C, h, w]
     times = [trainer.process.sample_t(torch.default_generator) for _ in noise]

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
+from diffusers import DiffusionPipeline
 
 import common
 import models
@@ -290,7 +291,7 @@ def test_a_checkpoint_holds_its_step_however_late_it_is_written(tmp_path, comman
 
 
 def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, command, monkeypatch):
-    """Images as bytes, prompts as ids; of SFT the winners alone; no noise for the VAE's mean."""
+    """Images as bytes; of SFT the winners alone; no noise for the VAE's mean."""
     sent, to_device = [], common.to_device
 
     def noted(tensor, device):
@@ -301,7 +302,7 @@ def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, comm
         monkeypatch.setattr(module, "to_device", noted)
     train.main(command("--loss sft --vae_sample mean --steps 1 --micro_batch 8", tmp_path / "out"))
     shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in sent}
-    assert {((1, 3, 32, 32), torch.uint8), ((1, 77), torch.int64)} <= shapes
+    assert ((1, 3, 32, 32), torch.uint8) in shapes
     assert not any(shape[1:2] == (2,) for shape, dtype in shapes if dtype == torch.float32)
     stream = Stream(ImagePairs(few_pairs, 32), fresh(small_model("sd")).process, (4, 8, 8), 0, 8, 8, "own", "mean")
     assert stream[3].keys() == Stream(*vars_of(stream))[3].keys() - {"vae_noise"}
@@ -309,9 +310,17 @@ def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, comm
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_the_loaders_processes_read_the_prompts(tmp_path, command, monkeypatch, kind):
-    """Dropped ones, too; the process of the steps reads none, and the numbers are those of one that reads all."""
+    """Dropped ones, too; the model's tokenizers are not asked in the process of the steps, and the numbers are those of
+    a run in which they are."""
+    content = ImagePairs.content
+
+    def content_without_ids(*inputs):
+        return {name: value for name, value in content(*inputs).items() if not name.startswith("ids")}
+
     options = "--prompt_dropout 0.5 --steps 2 --micro_batch 4 --sample_every 1 --sample_steps 1 --resolution 32 --workers"
-    train.main(command(f"{options} 0", tmp_path / "alone", kind))
+    with monkeypatch.context() as patch:
+        patch.setattr(ImagePairs, "content", content_without_ids)
+        train.main(command(f"{options} 0", tmp_path / "alone", kind))
     begin = train.Output.begin
 
     def begin_without_a_reader(output, start):
@@ -321,6 +330,37 @@ def test_the_loaders_processes_read_the_prompts(tmp_path, command, monkeypatch, 
     monkeypatch.setattr(train.Output, "begin", begin_without_a_reader)
     train.main(command(f"{options} 2", tmp_path / "out", kind))
     assert numbers_of(tmp_path / "out") == numbers_of(tmp_path / "alone")
+
+
+@torch.no_grad()
+def test_a_word_of_textual_inversion_stands_for_all_of_its_vectors(small_model):
+    """As in the pipeline, to the bit."""
+    pipe = DiffusionPipeline.from_pretrained(small_model("sd"))
+    pipe.tokenizer.add_tokens(["<thing>", "<thing>_1"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    model = models.StableDiffusion(pipe)
+    ours = model.encode_prompts(["a <thing>"])["prompt_embeds"]
+    assert torch.equal(ours, pipe.encode_prompt("a <thing>", "cpu", 1, False)[0])
+    (ids,) = models.tokenize(model.tokenizers(), ["a <thing>"])["ids"]
+    assert set(pipe.tokenizer.convert_tokens_to_ids(["<thing>", "<thing>_1"])) <= set(ids.tolist())
+
+
+def test_a_text_encoder_that_wants_a_mask_is_refused(small_model):
+    pipe = DiffusionPipeline.from_pretrained(small_model("sd"))
+    pipe.text_encoder.config.use_attention_mask = True
+    with pytest.raises(ValueError, match="its text encoder wants an attention mask"):
+        models.StableDiffusion(pipe)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_threads_do_not_change_the_bits_of_a_prompt(small_model, kind):
+    model, prompts = fresh(small_model(kind)), [f"a {k} dog" for k in range(6)]
+    alone = model.encode_prompts(prompts)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    together = model.encode_prompts(prompts)
+    torch.set_num_threads(threads)
+    assert alone.keys() == together.keys() and all(torch.equal(alone[name], together[name]) for name in alone)
 
 
 def vars_of(stream):
