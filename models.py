@@ -329,9 +329,7 @@ class StableDiffusionXL(StableDiffusion):
         return super().tokenizers() | {"ids_2": (self.pipe.tokenizer_2, self.pipe.tokenizer_2.model_max_length)}
 
     def encode_ids(self, ids, ids_2):
-        first = self.pipe.text_encoder(ids, output_hidden_states=True)
-        second = self.pipe.text_encoder_2(ids_2, output_hidden_states=True)
-        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)     # [B, 77, E]
+        embeds, (_, second) = encode_by_both_clips(self.pipe, ids, ids_2)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": second.text_embeds}
 
     def conditioning(self, prompt_embeds, time_ids):
@@ -399,15 +397,13 @@ class StableDiffusion3(StableDiffusion):
 
     def encode_ids(self, ids, ids_2, ids_3=None):
         """See above; CLIP's tokens, filled up with zeros to the width of T5's, then T5's, zeros where it is left out."""
-        clips = [self.pipe.text_encoder(ids, output_hidden_states=True),
-                 self.pipe.text_encoder_2(ids_2, output_hidden_states=True)]
-        tokens = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)              # [B, 77, E of CLIP]
+        tokens, outputs = encode_by_both_clips(self.pipe, ids, ids_2)                       # [B, 77, E of CLIP]
         if ids_3 is None:
             of_t5 = tokens.new_zeros(len(ids), T5_TOKENS, self.denoiser.config.joint_attention_dim)
         else:
             of_t5 = self.pipe.text_encoder_3(ids_3)[0]                                      # [B, 256, E]
         tokens = F.pad(tokens, (0, of_t5.shape[-1] - tokens.shape[-1]))                     # [B, 77, E]
-        pooled = torch.cat([clip.text_embeds for clip in clips], dim=-1)                    # [B, P]
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)              # [B, P]
         return {"prompt_embeds": torch.cat([tokens, of_t5], dim=1), "pooled_prompt_embeds": pooled}
 
     def conditioning(self, prompt_embeds, time_ids):
@@ -460,7 +456,8 @@ class Flux(StableDiffusion3):
         return self.pipe.default_sample_size
 
     def prompt_shape(self):
-        return 512, self.denoiser.config.joint_attention_dim
+        _, length = self.longest_reader()
+        return length, self.denoiser.config.joint_attention_dim
 
     def tokenizers(self):
         return {"ids": (self.pipe.tokenizer, self.pipe.tokenizer.model_max_length), "ids_2": (self.pipe.tokenizer_2, 512)}
@@ -496,6 +493,12 @@ class Flux(StableDiffusion3):
 
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL,
             "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
+
+
+def encode_by_both_clips(pipe, ids, ids_2):
+    """The last hidden states but one [B, L, E] of a pipeline's two CLIPs, side by side; and what each gives beside."""
+    outputs = [pipe.text_encoder(ids, output_hidden_states=True), pipe.text_encoder_2(ids_2, output_hidden_states=True)]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs
 
 
 def tokenize(tokenizers, prompts):

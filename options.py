@@ -19,15 +19,13 @@ from models import CONFIGS
 
 ROOMY = 75e9  # bytes of a GPU on which an adapter of SDXL trains without gradient checkpointing
 H14 = "ViT-H-14:laion2b_s32b_b79k"
+TINY = dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10, beta=500.0,
+            prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0, resolution=32)
 PRESETS = {  # by model, then by model and loss; sd15, sdxl: the launchers of Diffusion-DPO, whose 1e-8 is
     # multiplied by the batch to 2.048e-5 (its paper says 2.048e-8 * 2000 / beta)
-    "tiny": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10,
-                 beta=500.0, prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0,
-                 resolution=32),
+    "tiny": TINY,
     "tiny sft": dict(lr=1e-4),
-    "tiny-flow": dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lora_rank=16,
-                      lr=1e-3, warmup=10, beta=20.0, prompt_dropout=0.1, validate_every=20, sample_every=40,
-                      sample_steps=20, guidance=3.0, resolution=32),
+    "tiny-flow": TINY | dict(lora_rank=16, lr=1e-3, beta=20.0),
     "tiny-flow sft": dict(lr=3e-3),
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
                  random_flip=True, resolution=512, optimizer="adamw"),

@@ -493,8 +493,8 @@ def set_up(args, out, state):
     trainer.place_models()
     if args.micro_batch == "auto":
         trainer.take_micro_batch(trainer.largest_micro_batch())
-    if trainer.is_drawing or isinstance(held_out, ImagePairs):
-        trainer.place_encoders()  # from a cache not for the steps, so after what those have room for is known
+    if not trainer.encodes_pairs and (trainer.is_drawing or isinstance(held_out, ImagePairs)):
+        trainer.place_encoders()  # not for the steps, so after what those have room for is known
     say_what_runs(trainer, state.get("step", 0))
     return trainer
 
@@ -778,13 +778,14 @@ class Output:
         state.clear()
 
     def begin(self, start):
-        """Makes the folder ready for step `start`: what was half-written or belongs to later steps goes."""
+        """Makes the folder ready for step `start`, from which on time is taken."""
         self.first_step = start
         if self.is_writer:
             self.make_folder_ready(start)
         self.logged_at = time.time()
 
     def make_folder_ready(self, start):
+        """What was half-written or belongs to later steps goes."""
         for part in self.out.glob("*.part"):
             if part.is_file():
                 part.unlink()
@@ -847,7 +848,7 @@ class Output:
         with self.averaged_weights():
             grid = torch.cat([self.base_samples, self.draw()])
         file = self.out / "samples" / f"{done:06d}.png"
-        save_image(grid, file, nrow=len(self.embeds["prompt_embeds"]), padding=0)
+        save_image(grid, file, nrow=len(self.base_samples), padding=0)
 
     def is_save_due(self):
         """Whether --save_minutes have passed, by the clock of the first process."""

@@ -33,7 +33,7 @@ from torch import nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 
-from common import InputError, Parser, brief, clip_tokenizer, digest, one_line_errors
+from common import InputError, Parser, clip_tokenizer, digest, one_line_errors
 from models import EMBEDDED, fuse_lora, load_model
 
 SIZE = 32  # pixels
@@ -171,9 +171,7 @@ def train_pipeline(pixels, prompts, channels, steps):
     """A StableDiffusionPipeline for pixels [N, 3, 32, 32] in [-1, 1] and their N prompts; see train_denoiser."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    vae = train_vae(pixels)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])    # [8192, 4, 8, 8]
+    vae, latents = train_vae(pixels)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     tokenizer = clip_tokenizer(16)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -185,7 +183,7 @@ def train_pipeline(pixels, prompts, channels, steps):
 
 
 def train_vae(pixels):
-    """An AutoencoderKL for pixels [N, 3, 32, 32] in [-1, 1]; its latents have 4 channels of 8x8."""
+    """An AutoencoderKL for pixels [N, 3, 32, 32] in [-1, 1], and their latents [N, 4, 8, 8], not scaled yet."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
@@ -203,7 +201,9 @@ def train_vae(pixels):
         return F.mse_loss(decoded, x) + 1e-4 * pull.mean()
 
     fit("vae", STEPS["vae"], vae.parameters(), 2e-3, batch_loss)
-    return vae
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])
+    return vae, latents
 
 
 def train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps):

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from common import clip_tokenizer
 from extras import tiny
+from models import T5_TOKENS
 
-T5_TOKENS = 256  # of the pipeline, all of them zeros here
 WIDTH, TEXT_WIDTH, LENGTH = 96, 32, 16  # of the transformer, of a text encoder; tokens of a prompt
 
 
@@ -35,9 +35,7 @@ def train_pipeline(pixels, prompts, steps):
     """A StableDiffusion3Pipeline for pixels [N, 3, 32, 32] in [-1, 1] and their N prompts; see train_transformer."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    vae = tiny.train_vae(pixels)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])    # [8192, 4, 8, 8]
+    vae, latents = tiny.train_vae(pixels)
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     latents = (latents - shift) * scale

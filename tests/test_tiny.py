@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import data
-import models
 import evaluate
+import models
 import train
 from common import clip_tokenizer, digest
 from data import Clip, cross_pair_weights, read_image
