@@ -1,7 +1,7 @@
 """Relative Preference Optimization for diffusion models, next to Diffusion-DPO and SFT.
 
-Pair i is a prompt c_i, the latent x_i^w of its preferred image (winner) and x_i^l of the other (loser). Both
-are noised with one timestep t_i and one noise eps_i, by `DDPM`, or by `Flow` for models of flow matching.
+Pair i is a prompt c_i, the latent x_i^w of its preferred image (winner) and x_i^l of the other (loser). Both get
+the same timestep t_i and the same noise eps_i, by `DDPM` or, for flow-matching models, by `Flow`.
 
     err(theta; x, c, t, eps) = mean over the latent's elements of (prediction - target)^2
     D_i^w = err_policy(x_i^w) - err_ref(x_i^w)        D_j^l = err_policy(x_j^l) - err_ref(x_j^l)
@@ -10,22 +10,26 @@ are noised with one timestep t_i and one noise eps_i, by `DDPM`, or by `Flow` fo
     DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )                     Eq. (14) of arXiv:2311.12908
     RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        outside: arXiv:2406.06382
           L = mean_ij  -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )             inside: arXiv:2402.10958
-          w_ij = softmax over j of ( -d_ij / tau )                                  cross_pair_weights in data.py
+          w_ij = softmax over j of ( -d_ij / tau ),  see cross_pair_weights in data.py
 
-beta stands for beta T omega(lambda_t) of Eq. (14), omega constant. The 1/2 and the mean, not sum, over a
-latent's elements are those of Diffusion-DPO's published code: beta = 5000 means here what it means there.
+beta stands for beta T omega(lambda_t) of Eq. (14), with constant omega. The 1/2 and the mean over a latent's
+elements are those of Diffusion-DPO's published code, so beta = 5000 means here what it means there.
 
-A new loss is one function and one entry in LOSSES; `--loss NAME` runs it. Its parameters say what it wants, and
-what no parameter names is not computed: without ref_err_* there is no reference, without err_l no loser.
+To add a loss, write a function and add it to LOSSES; then `--loss NAME` runs it. The trainer computes only what its
+parameters name: without ref_err_* no reference runs, without err_l no loser is encoded.
 
-    err_w, err_l, ref_err_w, ref_err_l   [B] float32, the errors above; the policy's carry the gradient
-    weights                              [B, B] float32; then the B pairs are one group of --group_size
-    t                                    [B] timesteps, int64 in [0, T); of a Flow float32 in (0, 1)
-    snr                                  [B] float32, a_t / (1 - a_t); of a Flow ((1 - t) / t)^2
-    a name of data.COLUMNS               [B] float32, a number per pair out of the data
-    any other                            a hyperparameter: the option of its name, or --loss_args NAME=VALUE
+    err_w, err_l            [B] float32, the policy's errors above, with gradient
+    ref_err_w, ref_err_l    [B] float32, the reference's errors
+    weights                 [B, B] float32, RPO's w_ij
+    group_size              int, B
+    t                       [B] timesteps: int64 in [0, T) for DDPM, float32 in (0, 1) for Flow
+    snr                     [B] float32, a_t / (1 - a_t) for DDPM, ((1 - t) / t)^2 for Flow
+    a name in data.COLUMNS  [B] float32, a number per pair out of the data
+    any other name          a hyperparameter: the option of that name, or --loss_args NAME=VALUE
 
-It returns (the loss, a scalar; metrics, a dict of detached scalars for the log).
+A loss is the mean of what each pair contributes, and the trainer may call it on any number of pairs at a time. A
+loss that couples pairs must name `weights` or `group_size`; then it is always called on one whole group of
+--group_size pairs. It returns a scalar and a dict of detached scalars, which go into the log under their names.
 """
 
 import inspect
@@ -35,7 +39,7 @@ import torch.nn.functional as F
 
 
 class DDPM:
-    """The diffusion process of SD 1.x, 2.x and SDXL: x_t = sqrt(a_t) x + sqrt(1 - a_t) eps.
+    """The diffusion process of SD 1.x, SD 2.x and SDXL: x_t = sqrt(a_t) x + sqrt(1 - a_t) eps.
 
     alphas_cumprod   [T] float32, the schedule's a_t
     prediction_type  "epsilon" (the network predicts eps) or "v_prediction" (v, section 4 of arXiv:2202.00512)
@@ -50,15 +54,12 @@ class DDPM:
     def to(self, device):
         return DDPM(self.alphas_cumprod.to(device), self.prediction_type)
 
-    def sample_t(self, generator, quarter=None):
-        """The timestep of one pair, int64 in [0, T), uniform as in Eq. (14); or in a quarter, 0 of the least noise."""
+    def sample_t(self, generator, low=0.0, high=1.0):
+        """A pair's timestep, int64 in [0, T), uniform as in Eq. (14); low, high: a part of the schedule."""
         num_steps = len(self.alphas_cumprod)
-        first, end = (0, 4) if quarter is None else (quarter, quarter + 1)  # quarters
-        first, end = num_steps * first // 4, num_steps * end // 4
-        return torch.randint(first, end, (), generator=generator)
+        return torch.randint(int(low * num_steps), int(high * num_steps), (), generator=generator)
 
     def snr(self, t):
-        """The signal-to-noise ratio a_t / (1 - a_t) at t [N] int64 -> [N] float32."""
         a_t = self.alphas_cumprod[t]
         return a_t / (1 - a_t)
 
@@ -73,10 +74,10 @@ class DDPM:
 
 
 class Flow:
-    """Rectified flow, of SD3 and FLUX (arXiv:2403.03206): x_t = (1 - t) x + t eps, and the network predicts eps - x.
+    """The rectified flow of SD3 and FLUX (arXiv:2403.03206): x_t = (1 - t) x + t eps, target eps - x.
 
-    sampling     of t before the shift: "uniform", or "logit_normal", sigmoid(mean + scale * normal)
-    shift        t -> shift t / (1 + (shift - 1) t), section 5.3.2: above 1, more of the noisy ones
+    sampling     how t is drawn before the shift: "uniform", or "logit_normal": sigmoid(mean + scale * normal)
+    shift        t -> shift t / (1 + (shift - 1) t), section 5.3.2; above 1 it favours noisy times
     """
 
     def __init__(self, sampling="logit_normal", mean=0.0, scale=1.0, shift=1.0):
@@ -85,11 +86,9 @@ class Flow:
     def to(self, device):
         return self  # it holds no tensor
 
-    def sample_t(self, generator, quarter=None):
-        """The time of one pair, float32 in (0, 1); or of a quarter of all that are drawn, 0 of the least noise."""
-        t = torch.rand((), generator=generator, dtype=torch.float64)
-        if quarter is not None:
-            t = (quarter + t) / 4
+    def sample_t(self, generator, low=0.0, high=1.0):
+        """A pair's time, float32 in (0, 1); low, high: a part of the distribution, ordered by noise."""
+        t = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64)
         if self.sampling == "logit_normal":
             t = (self.mean + self.scale * torch.special.ndtri(t)).sigmoid()
         t = self.shift * t / (1 + (self.shift - 1) * t)
@@ -104,17 +103,17 @@ class Flow:
 
 
 def denoising_error(predict, network, process, x, eps, t, cond, dtype=torch.float32):
-    """err(theta; x, c, t, eps) of every sample, [N] float32: the one way to measure policy and reference.
+    """err(theta; x, c, t, eps) of each sample, [N] float32. Policy and reference are both measured by this function.
 
-    The forward runs under autocast to `dtype`; the difference is taken and averaged in float32, because a
-    preference logit is a small difference of errors times thousands. After `network.enable_gradient_checkpointing()`
-    activations are recomputed in the backward pass: less memory, a third more time, the same gradients.
+    The forward runs under autocast to `dtype`. The difference is taken and averaged in float32, because a preference
+    logit is a small difference of errors times thousands. `network.enable_gradient_checkpointing()` takes less
+    memory and a third more time: activations are recomputed in the backward pass. The gradients stay the same.
 
-    predict   predict(network, x_t, t, cond) -> [N, C, h, w]: how a network of this family is called
+    predict   predict(network, x_t, t, cond) -> [N, C, h, w]: the family's way to call its network
     process   a DDPM or a Flow
     x, eps    [N, C, h, w] float32: scaled clean latents, standard normal noise
     t         [N] timesteps
-    cond      what the network is conditioned on, N rows each
+    cond      conditioning of the network, N rows each
     """
     x_t, target = process.diffuse(x, eps, t)                                # [N, C, h, w]
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
@@ -139,14 +138,14 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
 
 
 def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position="outside"):
-    """Diffusion-RPO, arXiv:2406.06382: every winner of a group of B pairs against every loser of it.
+    """Diffusion-RPO, arXiv:2406.06382: every winner of a group of B pairs against every loser of the group.
 
-    Weights stand outside the log-sigmoid, as in the paper, or inside: see the head of this file. Outside, beta
-    means what it means in DPO, whatever the group. Inside, a logit's effective beta is beta * w_ij, about
-    beta / B: choose beta and B together. With B = 1 both are DPO.
+    The weights stand outside the log-sigmoid, as in the paper, or inside; the head of this file has both equations.
+    Outside, beta means what it means in DPO, whatever B. Inside, a logit's effective beta is beta * w_ij, about
+    beta / B, so choose beta and B together. With B = 1 both are DPO.
 
     weights  [B, B], row i = winner i, column j = loser j, rows sum to 1; constants
-    raises   ValueError where weight_position or the shape of weights is none of these
+    raises   ValueError if weight_position is unknown or weights has another shape
     """
     if weights.shape != (len(err_w), len(err_l)):
         raise ValueError(f"weights {tuple(weights.shape)} do not fit a group of {len(err_w)} pairs")
@@ -164,10 +163,10 @@ def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position=
 
 
 def weight_metrics(weights):
-    """How far the weights [B, B] of a group are from Diffusion-DPO, whose own losers have all the weight.
+    """How far a group's weights [B, B] are from Diffusion-DPO, which puts all weight on a winner's own loser.
 
     weights/own      mean w_ii: 1 where RPO is DPO
-    weights/losers   mean exp of a row's entropy: how many losers a winner is held against
+    weights/losers   mean exp of a row's entropy: the effective number of losers per winner
     """
     losers = torch.special.entr(weights).sum(dim=1).exp()                   # [B]
     return {"weights/own": weights.diagonal().mean(), "weights/losers": losers.mean()}
@@ -175,10 +174,10 @@ def weight_metrics(weights):
 
 @torch.no_grad()
 def preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta):
-    """What readers of preference papers look for, over each pair's own two images; all inputs [B].
+    """The usual metrics of preference papers, on each pair's own two images; all inputs [B].
 
-    reward/chosen, reward/rejected   mean of -beta/2 D^w, of -beta/2 D^l: the gain over the reference
-    reward/margin, reward/accuracy   chosen - rejected; the share of positive margins, a zero counting half
+    reward/chosen, reward/rejected   mean of -beta/2 D^w and of -beta/2 D^l: the gain over the reference
+    reward/margin, reward/accuracy   chosen - rejected; the share of positive margins, a zero counts half
     mse/{policy,ref}_{w,l}           the mean errors
     """
     chosen = -beta / 2 * (err_w - ref_err_w)                                # [B]
@@ -195,5 +194,5 @@ LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "rpo": rpo_loss}
 
 
 def wants(loss_fn):
-    """The parameters of a loss by their names: what it must be given."""
+    """The parameters of a loss by name: what it must be given."""
     return inspect.signature(loss_fn).parameters

@@ -34,7 +34,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from tqdm import tqdm
 
 from common import InputError, Parser, clip_tokenizer, digest, one_line_errors
-from models import EMBEDDED, fuse_lora, load_model
+from loading import EMBEDDED, fuse_lora, load_model
 
 SIZE = 32  # pixels
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (35, 80, 210), "yellow": (245, 205, 50),

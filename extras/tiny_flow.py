@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from common import clip_tokenizer
 from extras import tiny
-from models import T5_TOKENS
+from flow_models import T5_TOKENS
 
 WIDTH, TEXT_WIDTH, LENGTH = 96, 32, 16  # of the transformer, of a text encoder; tokens of a prompt
 

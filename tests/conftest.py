@@ -17,9 +17,9 @@ os.environ["HF_HOME"] = hub_cache.name
 import pytest
 import torch
 
-import models
+import loading
 from common import clip_tokenizer
-from extras import tiny
+from extras import random_models, tiny
 
 torch.set_num_threads(1)  # as torchrun has it; the small models are no slower, and equal in every process
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -30,11 +30,11 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-loaded = functools.cache(models.load_model)
+loaded = functools.cache(loading.load_model)
 
 
 def fresh(folder, random_init=False, config=None):
-    """What models.load_model gives, read once: most of a small run's time is to read a vocabulary."""
+    """What loading.load_model gives, read once: most of a small run's time is to read a vocabulary."""
     model = loaded(folder, random_init, config)
     tokenizers = [part for name, part in model.pipe.components.items() if "tokenizer" in name]
     return copy.deepcopy(model, {id(part): part for part in tokenizers})
@@ -210,13 +210,13 @@ def small_model(tmp_path_factory):
             )
             texts = [clip | dict(hidden_size=width, projection_dim=width) for width in (32, 48)]
             parts = dict(text_encoder=texts[0], text_encoder_2=texts[1], text_encoder_3=t5)
-            return models.random_model("sd3.5-medium", transformer=transformer, vae=vae, **parts).pipe
+            return random_models.random_model("sd3.5-medium", transformer=transformer, vae=vae, **parts).pipe
         transformer = dict(
             in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=96, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
         )
         parts = dict(text_encoder=clip | dict(hidden_size=32, projection_dim=32), text_encoder_2=t5)
-        return models.random_model("flux-dev", transformer=transformer, vae=vae, **parts).pipe
+        return random_models.random_model("flux-dev", transformer=transformer, vae=vae, **parts).pipe
 
     folders = {}
 

@@ -354,7 +354,7 @@ def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
     tiny.draw(tiny.SCENES[9], True, random.Random(0)).resize((48, 48)).save(tmp_path / "1.png")
     with pytest.raises(SystemExit, match="was begun with pairs"):
         write_cache(*arguments)
-    assert len(encode.stream_rows(data.find_source("tiny")).columns) == 1500
+    assert len(encode.stream_rows(sources.find_source("tiny")).columns) == 1500
 
 
 def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
@@ -494,7 +494,7 @@ def test_a_damaged_cache_is_refused_and_mended(
 def test_a_manifest_of_something_else_makes_no_cache(tmp_path):
     own_pairs(tmp_path)
     (tmp_path / "manifest.json").write_text('{"images": []}')  # as evaluate.py writes
-    assert not data.is_cache(tmp_path) and len(ImagePairs(str(tmp_path), 32)) == 3
+    assert not sources.is_cache(tmp_path) and len(ImagePairs(str(tmp_path), 32)) == 3
     (tmp_path / "manifest.json").write_text('{"encoders": ')
     with pytest.raises(InputError, match="manifest.json cannot be read .*writes it anew"):
         train_args(["--model", "sd15", "--data", str(tmp_path)])

@@ -224,7 +224,7 @@ def test_shards_of_other_types_are_one_data_set(tmp_path, kind, first):
 def test_a_shard_of_a_type_that_cannot_be_meant_is_named(tmp_path):
     parquet(tmp_path / "a.parquet", 0, 1)
     parquet(tmp_path / "b.parquet", 2, label_0=pyarrow.array(["good"]))
-    for read in (data.read_rows, encode.stream_rows):
+    for read in (sources.read_rows, encode.stream_rows):
         with pytest.raises(InputError, match="the label_0 of .*b.parquet are of type string, not numbers"):
             read(str(tmp_path))
 
@@ -353,7 +353,7 @@ def test_what_only_moved_goes_on(tmp_path, small_run, monkeypatch, layout):
     for file in (tmp_path / "pairs").iterdir():
         file.touch()
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "another cache"))
-    models.load_model(str(tmp_path / "model")).pipe.save_pretrained(tmp_path / "again", **layout)
+    loading.load_model(str(tmp_path / "model")).pipe.save_pretrained(tmp_path / "again", **layout)
     shutil.rmtree(tmp_path / "model")
     (tmp_path / "again").rename(tmp_path / "model")
     log = small_run(2, *options)
@@ -528,16 +528,16 @@ PICTURES = {
 @pytest.mark.parametrize("mode", PICTURES)
 def test_no_picture_becomes_black_or_white(mode):
     image, kind = PICTURES[mode]
-    pixels = np.asarray(data.read_image(saved(image, kind)), int)
+    pixels = np.asarray(sources.read_image(saved(image, kind)), int)
     assert np.abs(pixels - gradient(float, 255)[:, :, None]).max() <= 2
 
 
 def test_a_dark_picture_of_16_bits_stays_dark_and_a_transparent_one_white():
     dark = Image.fromarray(np.full((8, 8), 200, np.uint16))
     for kind in ("PNG", "PPM"):
-        assert np.asarray(data.read_image(saved(dark, kind))).max() == 1
+        assert np.asarray(sources.read_image(saved(dark, kind))).max() == 1
     clear = saved(Image.fromarray(np.full((8, 8), 30000, np.uint16)), transparency=30000)
-    assert np.asarray(data.read_image(clear)).min() == 255
+    assert np.asarray(sources.read_image(clear)).min() == 255
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, 8.0, 1e6])
@@ -562,7 +562,7 @@ def test_a_picture_with_a_long_text_beside_it_is_read():
         info = PngImagePlugin.PngInfo()
         info.add_text("workflow", "x" * 3_000_000, zip=compressed)
         info.add_itxt("prompt", "y" * 3_000_000, zip=compressed)
-        assert data.read_image(saved(image, pnginfo=info)).tobytes() == image.tobytes()
+        assert sources.read_image(saved(image, pnginfo=info)).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\0\0"])
@@ -570,9 +570,9 @@ def test_a_picture_with_a_long_text_beside_it_is_read():
 def test_a_picture_with_damaged_exif_is_read(exif, kind):
     """And one that is cut off is not, whatever its EXIF."""
     content = saved(Image.new("RGB", (40, 30), (200, 0, 0)), kind, exif=exif)
-    assert data.read_image(content).size == (40, 30)
+    assert sources.read_image(content).size == (40, 30)
     with pytest.raises(Exception):
-        data.read_image(content[: len(content) * 2 // 3])
+        sources.read_image(content[: len(content) * 2 // 3])
 
 
 # 5. Model folders
@@ -592,7 +592,7 @@ def test_a_model_that_does_not_say_its_size_takes_one(tmp_path, small_model, how
     if how == "absent":
         del config["sample_size"]
     file.write_text(json.dumps(config))
-    model = models.load_model(str(folder))
+    model = loading.load_model(str(folder))
     assert model.resolution(64) == 64
     with pytest.raises(InputError, match="give --resolution"):
         model.resolution()
@@ -601,10 +601,10 @@ def test_a_model_that_does_not_say_its_size_takes_one(tmp_path, small_model, how
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_folder_with_the_fp16_variant_alone_is_loaded(tmp_path, small_model, kind):
     """Its weights become float32, as those of any other."""
-    pipe = models.load_model(small_model(kind)).pipe
+    pipe = loading.load_model(small_model(kind)).pipe
     pipe.to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
     assert not (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    model = models.load_model(str(tmp_path / "model"))
+    model = loading.load_model(str(tmp_path / "model"))
     for name, network in model.networks().items():
         for key, value in network.state_dict().items():
             expected = getattr(pipe, name).state_dict()[key]
@@ -618,16 +618,16 @@ def test_a_damaged_file_is_not_replaced_by_its_fp16_variant(tmp_path, small_mode
     shutil.copy(file, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be loaded"):
-        models.load_model(str(folder))
+        loading.load_model(str(folder))
 
 
 def test_a_model_that_wants_the_guidance_is_refused(tmp_path, small_model):
     """A latent consistency model's UNet would be trained without it."""
-    pipe = models.load_model(small_model("sd")).pipe
+    pipe = loading.load_model(small_model("sd")).pipe
     pipe.unet = type(pipe.unet).from_config(pipe.unet.config, time_cond_proj_dim=8)
     pipe.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="wants an embedding of the guidance"):
-        models.load_model(str(tmp_path / "model"))
+        loading.load_model(str(tmp_path / "model"))
 
 
 UNET_NAMES = {  # diffusers' -> the original's, of the small model's two blocks of one layer each; in this order
@@ -702,7 +702,7 @@ def original_names(pipe):
 @pytest.fixture
 def checkpoint(tmp_path, small_model):
     """A Stable Diffusion 1.x checkpoint in one file, and the pipeline that it holds."""
-    pipe = models.load_model(small_model("sd")).pipe
+    pipe = loading.load_model(small_model("sd")).pipe
     save_file(original_names(pipe), tmp_path / "v1.safetensors")
     return tmp_path / "v1.safetensors", pipe
 
@@ -710,7 +710,7 @@ def checkpoint(tmp_path, small_model):
 def test_a_checkpoint_in_one_file_is_a_model(tmp_path, checkpoint, small_model, few_pairs):
     """With the configuration of a diffusers folder beside it; it trains, and what it leaves is a folder."""
     file, pipe = checkpoint
-    model = models.load_model(str(file), config=small_model("sd"))
+    model = loading.load_model(str(file), config=small_model("sd"))
     for name in ("unet", "vae", "text_encoder"):
         expected = getattr(pipe, name).state_dict()
         got = getattr(model.pipe, name).state_dict()
@@ -738,7 +738,7 @@ def test_a_checkpoint_in_one_file_is_a_model(tmp_path, checkpoint, small_model, 
             str(tmp_path / "out"),
         ]
     )
-    assert models.load_model(str(tmp_path / "out" / "model"))
+    assert loading.load_model(str(tmp_path / "out" / "model"))
     evaluate.main(
         [
             "generate",
@@ -764,9 +764,9 @@ def test_a_checkpoint_in_one_file_is_a_model(tmp_path, checkpoint, small_model, 
 def test_a_checkpoint_that_cannot_be_described_or_lacks_a_tensor_is_refused(tmp_path, checkpoint, small_model):
     file, _ = checkpoint
     with pytest.raises(InputError, match=r"give its configuration by --config DIR"):
-        models.load_model(str(file))  # the hub is out of reach
+        loading.load_model(str(file))  # the hub is out of reach
     with pytest.raises(InputError, match="--config is for a --model in one file"):
-        models.load_model(small_model("sd"), config=small_model("sd"))
+        loading.load_model(small_model("sd"), config=small_model("sd"))
     weights = load_file(file)
     for lacking in (
         "model.diffusion_model.out.2.bias",
@@ -775,10 +775,10 @@ def test_a_checkpoint_that_cannot_be_described_or_lacks_a_tensor_is_refused(tmp_
     ):
         save_file({name: value for name, value in weights.items() if name != lacking}, file)
         with pytest.raises(InputError, match="cannot be loaded"):
-            models.load_model(str(file), config=small_model("sd"))
+            loading.load_model(str(file), config=small_model("sd"))
     file.write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match="v1.safetensors"):
-        models.load_model(str(file), config=small_model("sd"))
+        loading.load_model(str(file), config=small_model("sd"))
 
 
 # 7. Silent or wrong endings

@@ -256,7 +256,7 @@ def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, com
     options = "--lora_rank 4 --micro_batch 4 --reference_errors ERRORS".replace("ERRORS", str(tmp_path / "errors"))
     for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
         train.main(command(kind, f"{options} --steps {steps}", tmp_path / name))
-    (state, _), (expected, _) = (common.load_checkpoint(tmp_path / name) for name in ("two", "four"))
+    (state, _), (expected, _) = (run_room.load_checkpoint(tmp_path / name) for name in ("two", "four"))
     for part in ("weights", "optimizer"):
         a, b = (torch.utils._pytree.tree_leaves(kept[part]) for kept in (state, expected))
         for x, y in zip(a, b, strict=True):
@@ -344,7 +344,7 @@ def test_how_times_are_drawn_is_part_of_the_run(tmp_path, command, small_model, 
     errors = f"--reference_errors {tmp_path / 'errors'}"
     times = "--timestep_sampling uniform --timestep_shift 2"
     train.main(command(kind, f"{times} {errors} --lora_rank 2", tmp_path / "out"))
-    kept = common.load_checkpoint(tmp_path / "out")[1]
+    kept = run_room.load_checkpoint(tmp_path / "out")[1]
     assert [kept[f"timestep_{name}"] for name in ("sampling", "mean", "scale", "shift")] == ["uniform", 0, 1, 2]
     train.main(command(kind, f"{times} {errors} --lora_rank 2 --steps 3", tmp_path / "out"))
     with pytest.raises(SystemExit, match="holds a run with --timestep_shift 2.0, not 3.0"):
@@ -364,7 +364,7 @@ def test_flux_is_told_the_guidance_that_it_trains_with(tmp_path, command):
 def test_flux_draws_times_by_the_shift_of_its_images(tmp_path, command):
     """As its pipeline samples them: 32 px are 4 x 4 tokens here."""
     train.main(command("flux", "--steps 1 --loss sft", tmp_path / "out"))
-    kept = common.load_checkpoint(tmp_path / "out")[1]
+    kept = run_room.load_checkpoint(tmp_path / "out")[1]
     assert kept["timestep_shift"] == pytest.approx(math.exp(calculate_shift(16))) and kept["train_guidance"] == 1
 
 
@@ -389,7 +389,7 @@ def test_times_of_a_model_with_timesteps_are_refused(tmp_path, command):
 @pytest.mark.parametrize("name, size", [("sd3.5-medium", 2_243_171_520), ("flux-dev", 11_901_408_320)])
 def test_random_weights_have_the_published_architecture(name, size):
     with torch.device("meta"):
-        model = models.random_model(name)
+        model = random_models.random_model(name)
     assert model.num_parameters == size and model.resolution() == 1024
     t5 = model.pipe.text_encoder_3 if name == "sd3.5-medium" else model.pipe.text_encoder_2
     assert sum(param.numel() for param in t5.parameters()) == 4_762_310_656

@@ -48,7 +48,7 @@ def observed(argv, file):
         return records
 
     def observed_finish(gradient_sum):
-        _, _, world_size = common.torchrun_env()
+        _, _, world_size = distributed.torchrun_env()
         sent = gradient_sum.sent if world_size > 1 else gradient_sum.params  # on their way before the step waits for them
         seen["sums"].append(sum(param.grad.numel() for param in sent))
         finish(gradient_sum)
@@ -56,7 +56,7 @@ def observed(argv, file):
     torch.nn.utils.clip_grad_norm_, common.GradientSum.finish = clip_grad_norm_, observed_finish
     data.Stream.draw, data.Stream.records_of = observed_draw, records_unobserved
     train.main(argv)
-    rank, _, _ = common.torchrun_env()
+    rank, _, _ = distributed.torchrun_env()
     torch.save(seen, f"{file}-{rank}")
 
 
@@ -104,7 +104,7 @@ def giant(small_model, chained_pairs):
     @functools.cache
     def giant(loss, group, kind):
         args = options.train_args(["--model", small_model(kind), "--data", chained_pairs, "--batch_size", str(BATCH)])
-        model = models.load_model(small_model(kind))
+        model = loading.load_model(small_model(kind))
         model.denoiser.requires_grad_(True)
         pairs = data.ImagePairs(chained_pairs, 32, prompt_dropout=args.prompt_dropout)
         with pytest.MonkeyPatch.context() as patch:
@@ -153,7 +153,7 @@ def apart(a, b):
 
 
 def start_of(folder):
-    return models.load_model(folder).denoiser.state_dict()
+    return loading.load_model(folder).denoiser.state_dict()
 
 
 def check(run, giant, world_size, micro, loss, group, small_model, kind="sd", optimizers=("sgd", "adamw")):

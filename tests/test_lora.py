@@ -60,7 +60,7 @@ def observed(argv, file=None):
         train.main(argv)
     seen.gradients = seen.gradients[-STEPS:]  # the embedded CLIP is built before, and clips, too
     if file:
-        rank, _, _ = common.torchrun_env()
+        rank, _, _ = distributed.torchrun_env()
         torch.save(seen.gradients, f"{file}-{rank}")
     return seen
 
@@ -271,7 +271,7 @@ def test_the_first_stages_adapter_is_policy_and_reference(run, command, tmp_path
     second = run(model, f"--lora_rank {rank} --lr 1e-2 --init_lora {adapter}")
     check_second_stage(second.log, run(model, LORA).log)
     merged = fresh(small_model(model))
-    models.fuse_lora(merged, adapter)
+    loading.fuse_lora(merged, adapter)
     merged.save(tmp_path / "merged")
     argv = command(model, f"--lora_rank {rank} --lr 1e-2", tmp_path / "out")
     observed([*argv, "--model", str(tmp_path / "merged")])
@@ -285,7 +285,7 @@ def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
     first = run("sd", f"{LORA} --loss sft").out / "model"
     second = run("sd", f"{LORA} --init_lora {first}")
     both = fresh(small_model("sd"))
-    models.fuse_lora(both, second.out / "model")
+    loading.fuse_lora(both, second.out / "model")
     inputs = pair_inputs(both)
     trained = denoising_error(network=second.model.denoiser, **inputs)
     assert apart(denoising_error(network=both.denoiser, **inputs), trained) < 1e-5
@@ -293,11 +293,11 @@ def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
     assert apart(denoising_error(network=judged.unet, **inputs), trained) < 1e-5
     lone = shutil.copytree(second.out / "model", tmp_path / "lone", ignore=lambda *_: [models.BELOW])
     alone = fresh(small_model("sd"))
-    models.fuse_lora(alone, lone)
+    loading.fuse_lora(alone, lone)
     assert apart(denoising_error(network=alone.denoiser, **inputs), trained) > 1e-3
     (tmp_path / "lone" / models.BELOW).write_text(json.dumps({"init_lora": str(tmp_path / "gone")}))
     with pytest.raises(InputError, match=f"LoRA weights {tmp_path}/gone cannot be loaded"):
-        models.fuse_lora(fresh(small_model("sd")), lone)
+        loading.fuse_lora(fresh(small_model("sd")), lone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -311,10 +311,10 @@ def test_lora_weights_of_which_some_fit_nowhere_are_refused(run, small_model, tm
         changed = dict(weights)
         changed[name] = changed.pop(first)
         save_file(changed, tmp_path / f"{what}.safetensors")
-    models.fuse_lora(fresh(small_model("sd")), tmp_path / "whole.safetensors")
+    loading.fuse_lora(fresh(small_model("sd")), tmp_path / "whole.safetensors")
     for what in unknown:
         with pytest.raises(InputError, match=f"{what}.safetensors cannot be loaded"):
-            models.fuse_lora(fresh(small_model("sd")), tmp_path / f"{what}.safetensors")
+            loading.fuse_lora(fresh(small_model("sd")), tmp_path / f"{what}.safetensors")
 
 
 # torch.compile
@@ -408,7 +408,7 @@ class Waits:
         self.going, self.stepping, self.reading, self.found, self.watched = False, False, False, [], 0
         error, clip = train.denoising_error, torch.nn.utils.clip_grad_norm_
         begin, load = train.Output.begin, train.Trainer.load
-        read = encode.ReferenceErrors.read
+        read = reference.ReferenceErrors.read
 
         def denoising_error(*inputs, **more):
             self.stepping = self.going  # before the first step, the reference's errors may be read
@@ -443,7 +443,7 @@ class Waits:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
         patch.setattr(train.Output, "begin", before_the_first_step)
         patch.setattr(train.Trainer, "load", reading_load)
-        patch.setattr(encode.ReferenceErrors, "read", reading_errors)
+        patch.setattr(reference.ReferenceErrors, "read", reading_errors)
 
     def set_stepping(self, value):
         self.stepping = self.going and value
@@ -556,7 +556,7 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_the_architectures_have_their_published_sizes(name):
     with torch.device("meta"):  # which has no memory
-        networks = models.random_model(name).networks()
+        networks = random_models.random_model(name).networks()
     sizes = {part: sum(param.numel() for param in network.parameters()) for part, network in networks.items()}
     assert sizes == SIZES[name]
 
@@ -572,7 +572,7 @@ def test_random_weights_are_always_the_same():
     drawn = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        networks = models.random_model("sd15", **small).networks()
+        networks = random_models.random_model("sd15", **small).networks()
         drawn.append([param for network in networks.values() for param in network.parameters()])
         after = torch.rand(1)
         assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(seed)))

@@ -33,7 +33,7 @@ def lines_of(text):
 
 
 def quicker():
-    common.BEAT, common.SILENCE = 0.2, 2
+    distributed.BEAT, distributed.SILENCE = 0.2, 2
 
 
 class Line:
@@ -61,7 +61,7 @@ def with_a_line_to_cut(store):
 
 def without_a_way_out(*batch):
     """In its first step; it ends after the others, so that its closed connections are not what they notice."""
-    common.SILENCE = 8
+    distributed.SILENCE = 8
     Line.cut.set()
     threading.Event().wait()
 
@@ -71,7 +71,7 @@ def last_is_cut_off(argv):
     quicker()
     rank, _, world_size = torchrun_env()
     if rank == world_size - 1:
-        common.Heartbeat.store = with_a_line_to_cut(common.Heartbeat.store)
+        distributed.Heartbeat.store = with_a_line_to_cut(distributed.Heartbeat.store)
         train.Trainer.prepare = without_a_way_out
     train.main(argv)
 
@@ -102,7 +102,7 @@ def busy_first(argv):
 
     def long_draw(output):
         never = threading.Event()
-        never.wait(3 * common.SILENCE)
+        never.wait(3 * distributed.SILENCE)
         return draw(output)
 
     train.Output.draw = long_draw
@@ -253,7 +253,7 @@ def test_two_machines_agree_with_one_and_a_cut_between_them_ends_both(tmp_path, 
         assert lines == [f"train.py: process {rank}: nothing was heard of process {1 - rank} for 40 s: a machine or the "
                          "network is gone. The same command goes on from the last checkpoint"]
     subprocess.run(["ip", "-n", two_machines[1], "link", "set", "link1", "up"], check=True)
-    kept = int(common.newest_checkpoint(out).stem.split("-")[1])
+    kept = int(run_room.newest_checkpoint(out).stem.split("-")[1])
     nodes = on_two_machines(two_machines, tmp_path, [*argv, str(kept + 4)])
     statuses, texts = ends(nodes, tmp_path, 200)
     assert statuses == [0, 0] and f"going on after {kept} steps" in texts[0]

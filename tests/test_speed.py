@@ -147,7 +147,7 @@ def test_blocks_hold_nearly_all_weights():
     """A renamed class of diffusers would leave --compile without effect, and nobody would notice."""
     for name, family in (("sd15", models.StableDiffusion), ("sdxl", models.StableDiffusionXL)):
         with torch.device("meta"):
-            network = models.random_model(name).denoiser
+            network = random_models.random_model(name).denoiser
         in_blocks = set()
         for module in network.modules():
             if type(module).__name__ in family.blocks:
@@ -189,7 +189,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, command, monkeyp
     train.main(command(f"--micro_batch auto {options}", tmp_path / "auto"))
     train.main(command(f"--micro_batch 4 {options}", tmp_path / "four"))
     assert numbers_of(tmp_path / "auto", ["loss", "grad_norm"]) == numbers_of(tmp_path / "four", ["loss", "grad_norm"])
-    assert train.common.load_checkpoint(tmp_path / "auto")[1]["micro_batch"] == 4
+    assert train.run_room.load_checkpoint(tmp_path / "auto")[1]["micro_batch"] == 4
     monkeypatch.setattr(train.Trainer, "largest_micro_batch", None)  # calling it would raise
     train.main(command(f"--micro_batch auto --steps 4 {options}", tmp_path / "auto"))
     assert len(log_of(tmp_path / "auto")) == 4
@@ -214,7 +214,7 @@ def auto_of_unlike_processes(argv):
     """Process 1 has memory for one pair, process 0 for two."""
     with pytest.MonkeyPatch.context() as patch:
         auto_on_a_gpu(patch)
-        rank, _, _ = common.torchrun_env()
+        rank, _, _ = distributed.torchrun_env()
         limited_to(2 - rank, patch)
         train.main(argv)
 
@@ -223,7 +223,7 @@ def test_auto_is_the_least_of_all_processes(tmp_path, command):
     out = tmp_path / "out"
     for status, text in launch(tmp_path, 2, auto_of_unlike_processes, command("--micro_batch auto --workers 0", out)):
         assert status == 0, text
-    assert common.load_checkpoint(out)[1]["micro_batch"] == 1
+    assert run_room.load_checkpoint(out)[1]["micro_batch"] == 1
 
 
 # The adapter
@@ -246,7 +246,7 @@ def test_an_adapter_is_switched_without_a_search(small_model):
 
 def test_checkpoints_by_the_minute_and_by_the_step(tmp_path, command, monkeypatch):
     """By the clock of the first process, beside --save_every; by default the last alone, in a run this short."""
-    saved, save = [], common.save_checkpoint
+    saved, save = [], run_room.save_checkpoint
 
     def noted(folder, state, kept):
         saved.append(state["step"])
@@ -263,14 +263,14 @@ def test_checkpoints_by_the_minute_and_by_the_step(tmp_path, command, monkeypatc
 def test_a_checkpoint_holds_its_step_however_late_it_is_written(tmp_path, command, monkeypatch):
     """The thread waits until the weights have moved on: what it writes are the copies."""
     train.main(command("--steps 1 --ema 0.5", tmp_path / "one"))
-    expected, _ = common.load_checkpoint(tmp_path / "one")
+    expected, _ = run_room.load_checkpoint(tmp_path / "one")
     moved_on, states = threading.Event(), []
-    save, after_step = common.save_checkpoint, train.Output.after_step
+    save, after_step = run_room.save_checkpoint, train.Output.after_step
 
     def late(folder, state, kept):
         assert state["step"] > 1 or moved_on.wait(60)
         save(folder, state, kept)
-        states.append(torch.load(common.newest_checkpoint(folder), weights_only=True))
+        states.append(torch.load(run_room.newest_checkpoint(folder), weights_only=True))
 
     def noted(output, step, *rest):
         if step == 1:  # the optimizer has stepped again
@@ -292,7 +292,7 @@ def test_a_checkpoint_holds_its_step_however_late_it_is_written(tmp_path, comman
 
 def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, command, monkeypatch):
     """Images as bytes; of SFT the winners alone; no noise for the VAE's mean."""
-    sent, to_device = [], common.to_device
+    sent, to_device = [], distributed.to_device
 
     def noted(tensor, device):
         sent.append(tensor)

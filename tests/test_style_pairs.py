@@ -114,7 +114,7 @@ def test_sdxl_restyles_latents_that_are_already_scaled(small_model):
     from diffusers import AutoPipelineForImage2Image
 
     for kind in ("sd", "sdxl"):
-        model = models.load_model(small_model(kind))
+        model = loading.load_model(small_model(kind))
         restyle = AutoPipelineForImage2Image.from_pipe(model.pipe)
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         noise = [torch.Generator().manual_seed(1)]
@@ -144,7 +144,7 @@ def small_editor(folder, small_model, kind):
     """The small model as an InstructPix2Pix pipeline: its UNet sees the image's latents beside the noise."""
     import diffusers
 
-    pipe = models.load_model(small_model(kind)).pipe
+    pipe = loading.load_model(small_model(kind)).pipe
     torch.manual_seed(1)
     unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
     editor_class = getattr(diffusers, f"StableDiffusion{'XL' if kind == 'sdxl' else ''}InstructPix2PixPipeline")

@@ -141,7 +141,7 @@ def test_the_tokenizer_is_clips(quick_tiny):
 
 
 def test_measure_asks_for_held_out_prompts_with_fixed_noise(quick_tiny):
-    pipe = models.load_model("tiny").pipe
+    pipe = loading.load_model("tiny").pipe
     asked = []
 
     class Pipe:
@@ -156,7 +156,7 @@ def test_measure_asks_for_held_out_prompts_with_fixed_noise(quick_tiny):
 
 def test_the_command_judges_diffusers_folders_and_lora_weights(quick_tiny, tmp_path, monkeypatch, capsys):
     """A line each; an adapter is put on the base model."""
-    model = models.load_model("tiny")
+    model = loading.load_model("tiny")
     model.add_lora(2, seed=0)
     for name, parameter in model.denoiser.named_parameters():
         if "lora_B" in name:
@@ -197,7 +197,7 @@ def test_the_command_judges_diffusers_folders_and_lora_weights(quick_tiny, tmp_p
 @torch.no_grad()
 def test_one_token_stands_for_many_alike(quick_tiny):
     """The small transformer, with 256 zeros behind the tokens of a prompt as its pipeline has them, and with one."""
-    model = models.load_model("tiny-flow")
+    model = loading.load_model("tiny-flow")
     encoders = [model.pipe.text_encoder, model.pipe.text_encoder_2]
     ids = model.pipe.tokenizer(["a red star", ""], padding="max_length", return_tensors="pt").input_ids
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([200.0, 800.0])

@@ -150,7 +150,7 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
     argv = "--steps 1 --batch_size 8 --loss dpo --sample_every 0 --device cpu".split()
     argv += "--vae_sample mean --prompt_dropout 0".split()
     train.main([*argv, "--model", small_model("sd"), "--data", str(tmp_path), "--out", str(tmp_path / "out")])
-    model = models.load_model(small_model("sd"))
+    model = loading.load_model(small_model("sd"))
     drawn = draw(range(8), seed=0, process=model.process)
     order = torch.randperm(8, generator=common.keyed_generator(0, "order", 0)).tolist()
     prompt_embeds = model.encode_prompts([rows[k]["caption"] for k in order])
@@ -159,7 +159,7 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
         images = []
         for row in (rows[k] for k in order):
             side = 0 if (row["label_0"] == 1) == is_winner else 1
-            image = data.read_image(data.stored_bytes(row[f"jpg_{side}"]))
+            image = sources.read_image(sources.stored_bytes(row[f"jpg_{side}"]))
             pixels, _ = data.crop_and_resize(image, 32, 0.5, 0.5, False)
             images.append(pixels)
         mean, _ = model.encode_images(torch.stack(images)[:, None])
@@ -180,7 +180,7 @@ def test_weights_as_older_libraries_wrote_them_load(tmp_path, small_model):
     (file,) = (folder / "vae").glob("*.safetensors")
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
-    old, new = models.load_model(str(folder)).networks(), models.load_model(small_model("sd")).networks()
+    old, new = loading.load_model(str(folder)).networks(), loading.load_model(small_model("sd")).networks()
     for name in ("text_encoder", "vae"):
         for a, b in zip(old[name].parameters(), new[name].parameters(), strict=True):
             assert torch.equal(a, b)
@@ -206,7 +206,7 @@ def test_a_model_with_a_hole_is_refused(tmp_path, small_model, fault):
         save_file(tensors, file, metadata={"format": "pt"})
     lacking = "noise schedule" if fault == "scheduler" else fault
     with pytest.raises(InputError, match=f"--model .*/model cannot be loaded: its {lacking} "):
-        models.load_model(str(folder))
+        loading.load_model(str(folder))
 
 
 # Resume and the average of the weights
@@ -233,7 +233,7 @@ def fresh_process():
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind):
     """By the formula of diffusers' EMAModel, whose decay warms up: 0, 2/11, 3/12, ..., at most --ema."""
-    draw, save_checkpoint = train.Output.draw, common.save_checkpoint
+    draw, save_checkpoint = train.Output.draw, run_room.save_checkpoint
     of_steps, of_samples = [], []
 
     def observed_draw(output):
@@ -346,7 +346,7 @@ def test_a_reference_in_bf16_is_the_policy_under_autocast(small_model, model):
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
     """SDXL: states of both encoders, pooled of the second, an empty prompt as zeros, float32 time_ids."""
     time_ids = torch.arange(24).view(2, 2, 6).float() + 1023  # bf16 cannot hold 1023
-    model = models.load_model(small_model("sdxl"))
+    model = loading.load_model(small_model("sdxl"))
     cond = model.conditioning(model.encode_prompts(["a cat", ""]), time_ids)
     states, _, pooled, _ = model.pipe.encode_prompt("a cat", do_classifier_free_guidance=False)
     hidden, added = cond["encoder_hidden_states"], cond["added_cond_kwargs"]
@@ -359,14 +359,14 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
     half = model.conditioning(model.encode_prompts(["a cat", ""], torch.bfloat16), time_ids)
     assert torch.equal(half["added_cond_kwargs"]["time_ids"], added["time_ids"])
 
-    model = models.load_model(small_model("sd"))
+    model = loading.load_model(small_model("sd"))
     cond = model.conditioning(model.encode_prompts(["a cat", "", "dog " * 500]), time_ids[[0, 0, 1]][:, :1])
     assert cond.keys() == {"encoder_hidden_states"} and cond["encoder_hidden_states"].shape == (3, 77, 32)
     assert cond["encoder_hidden_states"][1].any()  # SD1.x: the encoded empty prompt
 
 
 def test_latents_are_the_vaes_posterior(small_model):
-    model = models.load_model(small_model("sdxl"))
+    model = loading.load_model(small_model("sdxl"))
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         posterior = model.pipe.vae.encode(pixels / 127.5 - 1).latent_dist
@@ -496,7 +496,7 @@ def test_a_loss_is_given_what_it_names(run, small_model, monkeypatch, precision)
     run("sd", "--loss", "inspecting", "--steps", "1", "--precision", precision, "--loss_args", "scale=3")
     assert [seen[name].shape for name in ("err_w", "t", "snr")] == [(8,)] * 3
     assert (seen["err_w"].dtype, seen["t"].dtype, seen["snr"].dtype) == (torch.float32, torch.int64, torch.float32)
-    a_t = models.load_model(small_model("sd")).process.alphas_cumprod[seen["t"]]
+    a_t = loading.load_model(small_model("sd")).process.alphas_cumprod[seen["t"]]
     torch.testing.assert_close(seen["snr"], a_t / (1 - a_t))
     assert seen["hyperparameters"] == (0.2, 3.0)
 

@@ -315,10 +315,10 @@ def test_changed_draws_are_refused(run, held_out, monkeypatch):
 def test_of_a_folder_the_held_out_split_is_read(tmp_path):
     for name, n in (("train-0.parquet", 3), ("validation-0.parquet", 4), ("test-0.parquet", 5)):
         datasets.Dataset.from_list(tiny.pair_rows(n)).to_parquet(tmp_path / name)
-    assert len(data.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 4
-    assert len(data.read_rows(str(tmp_path)).columns) == 3
+    assert len(sources.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 4
+    assert len(sources.read_rows(str(tmp_path)).columns) == 3
     (tmp_path / "validation-0.parquet").unlink()
-    assert len(data.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 5
+    assert len(sources.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 5
 
 
 @pytest.mark.parametrize(

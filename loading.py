@@ -1,0 +1,284 @@
+"""A family object out of a preset's name, a diffusers folder, a hub id or one file; LoRA weights in and out; digests.
+
+What the libraries would replace by random values, or would silently leave out, is refused here.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from common import InputError, brief, digest, fingerprint, hub_id
+from flow_models import Flux, StableDiffusion3
+from models import StableDiffusion, StableDiffusionXL
+
+HUB_IDS = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+}
+EMBEDDED = {"tiny": "extras.tiny", "tiny-flow": "extras.tiny_flow"}  # the modules that build them
+FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL,
+            "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
+LOWER_LORA = "init_lora.json"  # beside LoRA weights: names the LoRA weights that must be fused before them
+
+
+def load_model(name, random_init=False, config=None):
+    """The float32 model of a preset's name, a diffusers folder, a hub id or a checkpoint in one file.
+
+    Its networks are frozen and on the CPU.
+
+    random_init  for a preset: random weights of the published architecture; nothing is downloaded
+    config       for a checkpoint in one file: a diffusers folder with its configuration and vocabularies
+    raises       InputError if it cannot be read, is of no known family, or lacks a tensor or a vocabulary
+    """
+    quiet_libraries()
+    if random_init:
+        return importlib.import_module("extras.random_models").random_model(name)
+    source, family = find_model(name, config)
+    try:
+        is_file = Path(source).is_file()
+        pipe = load_single_file(source, family, config) if is_file else load_pipeline(source, family)
+        return family(pipe)
+    except Exception as error:
+        raise InputError(f"--model {source} cannot be loaded: {brief(error)}")
+
+
+def quiet_libraries():
+    """Turns off progress bars, reports of every prompt that is cut, and warnings about threads in forked readers."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def find_model(name, config=None):
+    """(folder, hub id or file; family) of a model, by its model_index.json alone. InputError if it cannot be used."""
+    if config and not Path(name).is_file():
+        raise InputError(f"--config is for a --model in one file. {name} is no file, or has its own configuration")
+    source = HUB_IDS.get(name, name)
+    if name in EMBEDDED:
+        source = str(importlib.import_module(EMBEDDED[name]).part("pipeline"))
+    is_local, is_file = Path(source).is_dir(), Path(source).is_file()
+    try:
+        described_by = (config or published_config(source)) if is_file else source
+        index = model_index(described_by)
+        kind = index["_class_name"]
+    except Exception as error:
+        way_out = ". Pass its configuration: --config DIR, a diffusers folder of such a model" if is_file else ""
+        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error)}{way_out}")
+    if kind not in FAMILIES:
+        raise InputError(f"--model {source} is a {kind}; known are {', '.join(FAMILIES)}")
+    for part in FAMILIES[kind].parts:
+        is_listed = part in index and index[part][0] is not None
+        if not is_listed or is_local and not (Path(source) / part).is_dir():
+            raise InputError(f"--model {source} lacks its {part}")
+    return source, FAMILIES[kind]
+
+
+def model_index(source):
+    """The content of model_index.json of a diffusers folder or a hub id."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.load_config(source if Path(source).is_dir() else hub_id(source))
+
+
+def load_pipeline(source, family):
+    """The pipeline of a folder or a hub id. ValueError if a tensor or a vocabulary is missing."""
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(source)
+    networks = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
+    for name in (family.denoiser_name, "vae", *family.text_encoders):
+        if name in networks:
+            continue  # a text encoder that is null in model_index.json
+        library, class_name = index[name]
+        network_class = getattr(importlib.import_module(library), class_name)
+        networks[name], info = load_network(network_class, source, name)
+        if info["missing_keys"]:
+            raise ValueError(f"its {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+    if "safety_checker" in index:
+        networks |= {"safety_checker": None, "requires_safety_checker": False}
+    return checked(DiffusionPipeline.from_pretrained(source, **networks))
+
+
+def load_network(network_class, source, name):
+    """(network in float32, the library's report), from the only variant of weights that a folder has."""
+    variants = set()
+    for file in Path(source, name).glob("*model*"):  # NAME[.VARIANT][-00001-of-00002].(safetensors|bin)[.index.json]
+        match = re.fullmatch(r"[^.]+?(\.\w+?)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?", file.name)
+        if match:
+            variants.add((match[1] or match[5] or "").removeprefix("."))
+    variant = variants.pop() if len(variants) == 1 else None
+    return network_class.from_pretrained(source, subfolder=name, dtype=torch.float32, variant=variant or None,
+                                         output_loading_info=True)
+
+
+@functools.cache  # it reads the whole file
+def published_config(file):
+    """The hub id of the published model that has the architecture of a checkpoint in one file."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    return fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+
+
+def load_single_file(file, family, config=None):
+    """The pipeline of a checkpoint with the original names. ValueError if a tensor is missing."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, {kind: name for name, kind in FAMILIES.items()}[family])
+    no_checker = {"safety_checker": None} if "safety_checker" in pipeline_class._optional_components else {}
+    try:
+        pipe = pipeline_class.from_single_file(str(file), config=config, torch_dtype=torch.float32, **no_checker)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to("cpu")
+    except NotImplementedError:  # torch cannot move a tensor for which the file had no values
+        raise ValueError("the file lacks a tensor of a network")
+    return checked(pipe)
+
+
+def checked(pipe):
+    """The pipeline. ValueError if a tokenizer has no vocabulary."""
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part and part.vocab_size <= len(set(part.all_special_ids)):
+            raise ValueError(f"its {name} has no vocabulary")
+    return pipe
+
+
+# LoRA
+
+
+def add_lora(model, rank, seed):
+    """Puts an adapter into the denoiser: then only the adapter trains. Its first values follow from the seed.
+
+    returns  the layers that hold it, for `models.disabled_adapter`
+    """
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=model.lora_targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.denoiser.add_adapter(config)
+    layer_class = peft.tuners.tuners_utils.BaseTunerLayer
+    layers = [module for module in model.denoiser.modules() if isinstance(module, layer_class)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False  # peft would cast to float32, and autocast would cast it back
+    return layers
+
+
+def save_model(model, folder):
+    """Saves a diffusers pipeline; or, if the denoiser has an adapter, LoRA weights for `load_lora_weights`.
+
+    raises  ValueError if the pipeline has weights below float32: they were cast for autocast, which loses their bits
+    """
+    import diffusers
+    import peft
+
+    if not hasattr(model.denoiser, "peft_config"):
+        for name, param in model.denoiser.named_parameters():
+            if param.dtype != torch.float32:
+                raise ValueError(f"{name} is {param.dtype}; freeze weights without cast_for_autocast to save them")
+        return model.pipe.save_pretrained(folder)
+    weights = peft.get_peft_model_state_dict(model.denoiser)
+    if model.denoiser_name == "unet":
+        weights = diffusers.utils.convert_state_dict_to_diffusers(weights)
+    model.pipe.save_lora_weights(folder, weights)
+    if model.init_lora:
+        is_local = Path(model.init_lora).exists()
+        lower = str(Path(model.init_lora).absolute()) if is_local else model.init_lora
+        (Path(folder) / LOWER_LORA).write_text(json.dumps({"init_lora": lower}), encoding="utf-8")
+
+
+def fuse_lora(model, source):
+    """Adds LoRA weights (a folder, a file or a hub id) to the weights of a model's networks.
+
+    An adapter that was trained with --init_lora needs the first one fused below it, so that one is fused first.
+
+    raises  InputError if the weights cannot be read, or if one of their tensors fits nowhere: diffusers would leave
+            it out
+    """
+    pipe, lower_file = model.pipe, Path(source) / LOWER_LORA
+    try:
+        lower = json.loads(lower_file.read_text(encoding="utf-8"))["init_lora"] if lower_file.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{lower_file} cannot be read: {error!r}")
+    if lower:
+        fuse_lora(model, lower)
+    try:
+        refuse_dora(source)
+        if model.denoiser_name == "unet":
+            weights, *_ = pipe.lora_state_dict(source, unet_config=model.denoiser.config)
+        else:
+            weights = pipe.lora_state_dict(source)
+        pipe.load_lora_weights(source)
+        loaded = set()
+        for network in model.networks().values():
+            for name, param in network.named_parameters():
+                if "lora_" in name:
+                    loaded.add(tensor_digest(param.detach()))
+        homeless = [name for name, tensor in weights.items() if tensor_digest(tensor) not in loaded]
+        if homeless:
+            raise ValueError(f"{len(homeless)} of its {len(weights)} tensors fit nowhere: {homeless[0]} ...")
+        pipe.fuse_lora(components=pipe._lora_loadable_modules)
+        pipe.unload_lora_weights()
+        model.init_lora = source
+    except Exception as error:
+        raise InputError(f"LoRA weights {source} cannot be loaded into this model: {brief(error)}")
+
+
+def refuse_dora(source):
+    """ValueError if a local file holds DoRA's magnitudes, which diffusers leaves out."""
+    path = Path(source)
+    for file in [path] if path.is_file() else path.glob("*.safetensors"):
+        if file.suffix != ".safetensors":
+            continue
+        with safe_open(file, "pt") as weights:
+            if any("dora_scale" in name for name in weights.keys()):
+                raise ValueError("they are DoRA weights, and diffusers leaves out their magnitudes")
+
+
+def tensor_digest(tensor):
+    """A digest of the values, whatever their type and shape."""
+    return digest(tensor.float().cpu().numpy().tobytes())
+
+
+# Digests
+
+
+def encoder_digests(model):
+    """{name: digest} of all that encoded pairs depend on: VAE, text encoders, tokenizers."""
+    digests = {"force_zeros_for_empty_prompt": bool(model.pipe.config.get("force_zeros_for_empty_prompt"))}
+    parts = {name: part for name, part in model.pipe.components.items() if part}
+    for name, part in sorted(parts.items()):
+        if name == "vae" or name in model.text_encoders:
+            digests[name] = digest_with_config(part)
+        elif name.startswith("tokenizer"):
+            vocabulary = part.get_vocab()
+            digests[name] = digest([sorted(vocabulary, key=vocabulary.get), part.special_tokens_map,
+                                    part.pad_token_id, part.padding_side, part.model_max_length,
+                                    part("a photo").input_ids])
+    return digests
+
+
+def model_digests(model):
+    """{name: digest} of all that a run starts from. Call it before anything trains."""
+    denoiser = digest_with_config(model.denoiser)
+    return encoder_digests(model) | {model.denoiser_name: denoiser, "noise schedule": digest(model.schedule())}
+
+
+def digest_with_config(network):
+    """A digest of a network's `fingerprint` and its configuration, without who saved it and where."""
+    config = network.config if isinstance(network.config, dict) else network.config.to_dict()
+    omitted = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    config = {key: str(value) for key, value in config.items() if key[0] != "_" and key not in omitted}
+    return digest([fingerprint(network), config])

@@ -1,0 +1,431 @@
+"""The files of a source of pairs: which ones belong to it, their rows, and pictures out of their bytes.
+
+A source is a parquet file, a folder of parquet files, a hub id in Pick-a-Pic's schema (caption, jpg_0, jpg_1,
+label_0), or a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE}, alone or in a folder. A cache, which
+encode.py writes, is recognised by its manifest.
+"""
+
+import concurrent.futures
+import contextlib
+import glob
+import hashlib
+import importlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from common import InputError, brief, digest, hub_id, is_hidden
+
+HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
+SPLITS = {  # the words of datasets.data_files, held-out splits first: "test_of_training" is a test split
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "train": ("train", "training"),
+}
+TO_TRAIN = ("train", None)  # preferred splits in order; None means files that name no split
+TO_VALIDATE = ("validation", "test", None, "train")
+
+
+class Rows(NamedTuple):
+    """The rows of a source; its files are read in the order of their names."""
+
+    columns: object  # pyarrow.Table: caption as text, all other `column_types` as float64, null where missing
+    images: object   # images[row] is {"jpg_0", "jpg_1"}, each bytes, a path or {"bytes", "path"}
+    files: dict      # {name in the source: path}; empty for the hub
+    left_out: dict   # {name in the source: why}
+
+
+# Which files
+
+
+def find_source(source):
+    """The path or hub id that --data means. "tiny" is built on first use."""
+    if source == "tiny":
+        return str(importlib.import_module("extras.tiny").part("pairs"))
+    return HUB_IDS.get(source, source)
+
+
+def find_held_out(source):
+    """The path that --validate means. "tiny" is built on first use."""
+    if source == "tiny":
+        return str(importlib.import_module("extras.tiny").part("held_out"))
+    if not Path(source).expanduser().exists():
+        raise InputError(f"--validate {source}: there is no such file or folder. A share is a number, such as 0.02")
+    return source
+
+
+def is_cache(source):
+    file = Path(source).expanduser() / "manifest.json"
+    return file.is_file() and b'"encoders"' in file.read_bytes()
+
+
+def read_manifest(source):
+    """The manifest of a cache, finished or not. InputError if it is damaged."""
+    file = Path(source).expanduser() / "manifest.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error!r:.200}). Remove it and run the encode.py command that made "
+                         "the cache once more: it writes the manifest anew")
+
+
+def split_of(name):
+    """The split that a relative path names, or None. The innermost part with a split's word decides.
+
+    `datasets` has the same words, but it counts train/x_test.parquet as both splits, so held-out rows would be
+    trained on.
+    """
+    for part in reversed(Path(name).parts):
+        words = re.split("[-._ 0-9]+", part.lower())  # the separators of datasets.data_files
+        for split, names in SPLITS.items():
+            if any(word in names for word in words):
+                return split
+
+
+def source_files(source, wanted_splits=TO_TRAIN):
+    """({name: path} of a local source's files, {name: why} of the files that are left out).
+
+    A file is taken as it is. In a folder we take the parquet files at any depth, or the .jsonl files if there are no
+    parquet files. Hidden files are left out. Only one split is read, the first of `wanted_splits` that is there. A
+    file with several names is read once. InputError if only other splits are there, or if a link leads nowhere.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {path.name: path}, {}
+    found = walk(path)
+    left_out = {name: "hidden" for name in found if is_hidden(name, "._")}
+    parquet, lists = ([name for name in found if name.endswith(suffix) and name not in left_out]
+                      for suffix in (".parquet", ".jsonl"))
+    if parquet:
+        left_out |= {name: "beside parquet" for name in lists}
+    splits = {name: split_of(name) for name in parquet or lists}
+    wanted = next((split for split in wanted_splits if split in splits.values()), None)
+    files, real_paths = {}, set()
+    for name, split in splits.items():
+        real_path = found[name].resolve()
+        if split != wanted:
+            left_out[name] = f"{split} split" if split else f"not in the {wanted} split"
+        elif not real_path.exists():
+            raise InputError(f"--data {found[name]} is a link to a file that is not there")
+        elif real_path in real_paths:
+            left_out[name] = "another name of a file that is read"
+        else:
+            files[name] = found[name]
+            real_paths.add(real_path)
+    if splits and not files:
+        raise InputError(f"--data {source} has no training split, only {', '.join(splits)}. To train on one of these, "
+                         f"name the file: --data {path / min(splits)}")
+    if not files:
+        hidden = f" except hidden ones: {', '.join(left_out)}" if left_out else ""
+        raise InputError(f"--data {source} holds no parquet file and no .jsonl file{hidden}")
+    return files, left_out
+
+
+def walk(folder):
+    """{name: path} of a folder's parquet and .jsonl files, sorted. Links are followed, each folder is read once."""
+    found, seen = {}, {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+        for name in names:
+            file = Path(root, name)
+            if file.suffix in (".parquet", ".jsonl"):
+                found[file.relative_to(folder).as_posix()] = file
+    return dict(sorted(found.items()))
+
+
+def is_list(files):
+    """Whether {name: path} are .jsonl files."""
+    return min(files).endswith(".jsonl")
+
+
+def file_identities(rows):
+    """[[name, bytes, digest], ...] of a source's files: of a .jsonl its content, of parquet its footer."""
+    identities = []
+    for name, file in rows.files.items():
+        content = file.read_bytes() if is_list(rows.files) else parquet_footer(file)
+        identities.append([name, file.stat().st_size, digest(content)])
+    if rows.files and is_list(rows.files):
+        paths = [image[side] for image in rows.images for side in ("jpg_0", "jpg_1")]
+        identities.append([os.path.exists(path) and os.path.getsize(path) for path in paths])
+    return identities
+
+
+def parquet_footer(file):
+    """The bytes of a parquet file's footer: its schema, and the sizes, offsets and extremes of its columns."""
+    with open(file, "rb") as stream:
+        stream.seek(-8, os.SEEK_END)
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(-8 - length, os.SEEK_END)
+        return stream.read(length)
+
+
+# Rows
+
+
+def column_types(extra):
+    """{name: type} of what is read from a row beside its images; `extra` names columns of numbers."""
+    import pyarrow
+
+    numbers = ("label_0", "label_1", "has_label", *extra)
+    return {"caption": pyarrow.large_string()} | {name: pyarrow.float64() for name in numbers}
+
+
+def check_schema(schema, file, extra):
+    """InputError if a file lacks one of Pick-a-Pic's columns, or if a column has an impossible type."""
+    missing = sorted({"caption", "jpg_0", "jpg_1", "label_0"} - set(schema.names))
+    if missing:
+        raise InputError(f"--data {file} lacks Pick-a-Pic's columns {', '.join(missing)}")
+    cell = "null|(large_)?(binary|string)"  # as pyarrow prints its types
+    images = ("bytes or paths", rf"{cell}|struct<((, )?(bytes|path): ({cell}))+>")
+    numbers = ("numbers", "null|bool|u?int.*|halffloat|float|double|decimal.*")
+    kinds = {name: numbers for name in column_types(extra)}
+    kinds |= {"caption": ("strings", "null|.*string.*"), "jpg_0": images, "jpg_1": images}
+    for name, (what, pattern) in kinds.items():
+        if name in schema.names and not re.fullmatch(pattern, str(schema.field(name).type)):
+            raise InputError(f"{name} in {file} has the type {schema.field(name).type}; {what} are needed")
+
+
+def conform(table, extra):
+    """The columns of `column_types` out of a pyarrow.Table, in these types, whatever its writer chose."""
+    import pyarrow
+
+    arrays = {}
+    for name, kind in column_types(extra).items():
+        if name not in table.column_names:
+            arrays[name] = pyarrow.nulls(len(table), kind)
+            continue
+        column = table[name]
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        arrays[name] = column.cast(kind)
+    try:
+        arrays["caption"].validate(full=True)
+    except pyarrow.ArrowInvalid:  # some bytes are not UTF-8
+        cells = arrays["caption"].cast(pyarrow.large_binary()).to_pylist()
+        arrays["caption"] = pyarrow.array([as_text(cell) for cell in cells], pyarrow.large_string())
+    return pyarrow.table(arrays)
+
+
+def read_columns(fragments, extra):
+    """`Rows.columns` of parquet files, given as pyarrow's fragments. InputError names an unreadable file."""
+    import pyarrow
+
+    def read(fragment):
+        try:
+            schema = fragment.physical_schema
+            check_schema(schema, fragment.path, extra)
+            names = [name for name in column_types(extra) if name in schema.names]
+            return conform(fragment.to_table(columns=names), extra)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"--data {fragment.path} cannot be read: {brief(error)}")
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the files may be on the hub
+        return pyarrow.concat_tables(pool.map(read, fragments))
+
+
+def open_parquet(paths, filesystem=None):
+    """pyarrow's fragments of parquet files, one per file. InputError names a file that is not parquet."""
+    import pyarrow.dataset
+
+    def fragment(path):
+        try:
+            (only,) = pyarrow.dataset.dataset(str(path), format="parquet", filesystem=filesystem).get_fragments()
+            return only
+        except Exception as error:
+            raise InputError(f"--data {path} cannot be read: {brief(error)}")
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(fragment, paths))
+
+
+def read_rows(source, extra=(), wanted_splits=TO_TRAIN):
+    """The `Rows` of a source, for training: images in any order, out of a memory-mapped copy that `datasets` makes.
+
+    source   what `find_source` returns
+    extra    names of further columns of numbers
+    raises   InputError that names what cannot be read
+    """
+    import datasets
+
+    if not Path(source).expanduser().exists():
+        return read_hub_rows(source, extra)
+    files, left_out = source_files(source, wanted_splits)
+    if is_list(files):
+        columns, images = read_jsonl(files, extra)
+        return Rows(columns, images, files, left_out)
+    fragments = open_parquet(files.values())
+    columns = read_columns(fragments, extra)
+    image = datasets.Image(decode=False)  # takes bytes, paths or both, whatever a file has
+    with_rows = [glob.escape(fragment.path) for fragment in fragments if fragment.count_rows()]
+    try:
+        table = datasets.load_dataset(
+            "parquet", data_files=with_rows, split="train", columns=["jpg_0", "jpg_1"],
+            features=datasets.Features({"jpg_0": image, "jpg_1": image})) if with_rows else []
+    except Exception as error:
+        raise InputError(unreadable_file(files, error.__cause__ or error))
+    if len(table) != len(columns):
+        raise InputError(f"--data {source} was read in part: {len(table)} of {len(columns)} rows; has it changed?")
+    return Rows(columns, table, files, left_out)
+
+
+def read_hub_rows(source, extra):
+    """The `Rows` of a hub data set's training split."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(hub_id(source), split="train")
+        names = [name for name in column_types(extra) if name in table.column_names]
+        columns = table.with_format("arrow").select_columns(names)[:]
+    except Exception as error:
+        raise InputError(f"--data {source} cannot be read: {brief(error.__cause__ or error)}")
+    check_schema(table.features.arrow_schema, source, extra)
+    table = table.select_columns(["jpg_0", "jpg_1"])
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return Rows(conform(columns, extra), table, {}, {})
+
+
+def unreadable_file(files, error):
+    """One line that names the first parquet file that cannot be read to its end."""
+    import pyarrow.parquet
+
+    for file in files.values():
+        try:
+            for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
+                pass
+        except Exception as cause:
+            return f"--data {file} cannot be read: {brief(cause)}"
+    return f"--data {next(iter(files.values())).parent} cannot be read: {brief(error)}"
+
+
+def read_jsonl(files, extra):
+    """(`Rows.columns`, the images as [{"jpg_0": chosen path, "jpg_1": rejected path}, ...]) of .jsonl files."""
+    import pyarrow
+
+    values, images = {name: [] for name in column_types(extra)}, []
+    for file in files.values():
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--data {file} cannot be read: {brief(error)}")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                chosen, rejected = (str(file.parent / row[side]) for side in ("chosen", "rejected"))
+                cells = {"caption": as_text(row["prompt"]), "label_0": 1.0}
+                cells |= {name: float(row[name]) for name in extra if row.get(name) is not None}
+            except KeyError as error:
+                raise InputError(f"line {number} of {file} lacks {error}; a line needs prompt, chosen and rejected")
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InputError(f"line {number} of {file} cannot be read: {brief(error)}")
+            images.append({"jpg_0": chosen, "jpg_1": rejected})
+            for name, column in values.items():
+                column.append(cells.get(name))
+    arrays = {name: pyarrow.array(column, column_types(extra)[name]) for name, column in values.items()}
+    return pyarrow.table(arrays), images
+
+
+def as_text(value):
+    """A string, or UTF-8 bytes, as a string that can be written. None for anything else (half a surrogate pair, too)."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value.encode().decode()
+    except (AttributeError, UnicodeError):
+        return None
+
+
+def words_of(caption):
+    """A prompt in lower case with single blanks: two prompts that differ in these alone count as one."""
+    return " ".join(caption.casefold().split())
+
+
+# Pictures
+
+# PIL refuses a picture beside a text (a workflow, say) of more than 1 MB. We allow 64 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+class Unreadable(Exception):
+    """Why a pair cannot be used, in a few words that are the same for the same fault."""
+
+
+def stored_bytes(cell):
+    """The encoded bytes in a cell: bytes, a path, or the {"bytes", "path"} of a `datasets.Image`."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str):
+        cell = Path(cell).read_bytes()
+    if not cell:
+        raise Unreadable("no image")
+    return cell
+
+
+def image_id(content):
+    """A 64-bit hash of encoded bytes as a signed integer: equal only for the same file."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def read_image(content):
+    """An upright RGB picture out of encoded bytes. Transparency becomes white, as in a browser.
+
+    raises  whatever PIL raises on bytes that it cannot decode; ValueError above PIL's limit of pixels (a decompression
+            bomb) and where the scale of the numbers is unknown
+    """
+    image = Image.open(io.BytesIO(content))
+    kind = image.format
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError("a decompression bomb?")
+    image.load()
+    with contextlib.suppress(Exception):  # with damaged EXIF the picture is whole, and probably upright
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # PIL would clip values above 255, and show values in [0, 1] as black
+        grey = Image.fromarray(to_8_bits(np.asarray(image), image.mode, kind))
+        if "transparency" in image.info:
+            is_seen = np.asarray(image) != image.info["transparency"]
+            grey.putalpha(Image.fromarray(np.where(is_seen, 255, 0).astype(np.uint8)))
+        image = grey
+    if image.mode in ("La", "RGBa"):  # colours premultiplied by their transparency
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def to_8_bits(values, mode, kind):
+    """Grey values [H, W] with 16 or 32 bits or floating point -> uint8. ValueError if their scale is unknown.
+
+    mode, kind  PIL's mode and format. Images of 16 bits, and PGM files, always have the range 65535. Otherwise the
+                largest value tells the range: 1 (floating point), 255 or 65535, with 5% for resampling's overshoot
+    """
+    top = 65535
+    if not (mode.startswith("I;16") or kind == "PPM"):
+        tops = [1, 255, 65535] if mode == "F" else [255, 65535]
+        top = next((top for top in tops if values.max() <= 1.05 * top), None)
+        if top is None or values.min() < -0.05 * top or mode == "F" and 1.05 < values.max() < 16:
+            raise ValueError("pixel values of unknown scale")
+    return (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
+
+
+def reason_of(error):
+    """Why an image cannot be read, without the numbers and addresses that differ from one image to the next."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, Image.DecompressionBombError):
+        return "a decompression bomb?"
+    text = getattr(error, "strerror", None) or brief(error)
+    text = re.sub(r"\([^)]*\)|<[^>]*>", "", text)
+    text = re.sub(r"\W*\d+", "", text)
+    return " ".join(text.split()) or type(error).__name__
