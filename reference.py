@@ -103,10 +103,10 @@ class ReferenceErrors:
             now[:, 0] = before[:len(now), 0]  # an unreadable pair was replaced, so the row may differ
             check_draws(f"{self.name} was computed", before[:len(now)], now, step)
 
-    def complete(self, steps, load, prepare, error, stop):
+    def complete(self, stream, steps, load, prepare, error, stop):
         """Computes what is missing of a range of steps, and ends the process if a signal came meanwhile.
 
-        load     steps -> this rank's batches
+        load     (stream, steps) -> this rank's batches
         prepare  (batch, 2) -> a MicroBatch with both images of each pair
         error    denoising_error's inputs -> the reference's errors [2*B]
         stop     a StopSignal
@@ -114,7 +114,7 @@ class ReferenceErrors:
         rank, _, world_size = distributed.torchrun_env()
         missing = [step for step in steps if self.errors[step].isnan().any()]
         distributed.check_alike({"number of missing reference errors": len(missing)})
-        batches = load(missing)
+        batches = load(stream, missing)
         for step in tqdm(missing, "reference", disable=rank > 0):
             errors, draw_ids, count = [], [], 0
             while count < self.errors.shape[1]:
@@ -209,22 +209,24 @@ def check_held_out(args):
 
 
 class HeldOutStream(Stream):
-    """The same `count` held-out pairs again and again: item p is pair p % count, with a timestep and a noise of its own.
+    """The same `count` held-out pairs again and again: item p is pair p % count, with its own timestep and noise.
 
     The timestep of pair k lies in quarter k % 4 of the schedule. The run's seed plays no part, so all runs are measured
-    on the same draws.
+    on the same draws. Its one step has `count` pairs, filled up to a multiple of `at_once`.
     """
 
-    def __init__(self, pairs, process, latent_shape, count, vae_sample="sample"):
-        settings = dict(seed="held out", batch_size=count, group_size=1, group_noise="own", vae_sample=vae_sample)
+    def __init__(self, pairs, process, latent_shape, count, at_once=1, vae_sample="sample"):
+        settings = dict(seed="held out", group_size=1, group_noise="own", vae_sample=vae_sample)
+        settings["batch_size"] = math.ceil(count / at_once) * at_once
         super().__init__(pairs, process, latent_shape, SimpleNamespace(**settings))
+        self.count = count
 
     def sample_t(self, generator, index):
         quarter = index % 4
         return self.process.sample_t(generator, low=quarter / 4, high=(quarter + 1) / 4)
 
     def __getitem__(self, position):
-        return super().__getitem__(position % self.batch_size)
+        return super().__getitem__(position % self.count)
 
 
 class HeldOut:
@@ -243,8 +245,8 @@ class HeldOut:
         self.pairs, self.file = pairs, out / "validation.safetensors"
         self.rank, _, self.world_size = distributed.torchrun_env()
         self.count = min(args.validate_pairs, len(pairs))
-        self.stream = HeldOutStream(pairs, process.to("cpu"), latent_shape, self.count, args.vae_sample)
-        self.at_once = args.micro_batch * self.world_size
+        self.stream = HeldOutStream(pairs, process.to("cpu"), latent_shape, self.count,
+                                    args.micro_batch * self.world_size, args.vae_sample)
         self.identity = {"held-out pairs": pairs.digest(), "number of pairs": self.count}
         for name in ("resolution", "vae_sample", "precision", "vae_precision"):
             self.identity[name] = getattr(args, name)
@@ -253,16 +255,14 @@ class HeldOut:
     def begin(self, load, encode, error):
         """Encodes this rank's share of the pairs, and reads or computes the starting model's errors.
 
-        load    (stream, [range of positions]) -> this rank's batches
+        load    (stream, steps) -> this rank's batches
         encode  (batch, 2) -> a MicroBatch
         error   denoising_error's inputs -> the policy's errors [2*B]
         raises  InputError if the file is of other pairs or draws, or an error is not finite
         """
         self.error, pairs = error, self.pairs
-        forwards = math.ceil(self.count / self.at_once)
         self.inputs, draw_ids, unreadable = [], [], []
-        batches = load(self.stream, [range(forwards * self.at_once)])
-        for batch in tqdm(batches, "held out", forwards, disable=self.rank > 0):
+        for batch in tqdm(load(self.stream, [0]), "held out", disable=self.rank > 0):
             unreadable += batch["unreadable"]
             micro_batch = encode(batch, 2)
             self.device = micro_batch.inputs["x"].device

@@ -123,22 +123,23 @@ def make_optimizer(args, params):
     return Adafactor(params, **settings, scale_parameter=False, relative_step=False)
 
 
-def describe(args, model, params, passes, steps_taken):
+def describe(args, model, params, passes, clip, steps_taken):
     """One line on what runs."""
-    trained = sum(param.numel() for param in params) / 1e6
+    trained, loss_fn = sum(param.numel() for param in params) / 1e6, LOSSES[args.loss]
     line = (f"{args.loss} on {args.model}: trains {trained:.1f} of {model.num_parameters / 1e6:.1f} M parameters; "
             f"{args.resolution} px, {args.device}, {args.precision}; {args.batch_size} pairs per step, "
             f"{args.micro_batch} per forward, processes: {distributed.torchrun_env()[2]}")
-    if needs_groups(LOSSES[args.loss]):
-        line += (f"; groups of {args.group_size} in {passes} pass(es), tau {args.tau:g}, weights "
-                 f"{args.weight_position}, clip {args.clip}")
+    if needs_groups(loss_fn):
+        line += f"; groups of {args.group_size} in {'one pass' if passes == 1 else 'two passes'}"
+    if "weights" in wants(loss_fn):
+        line += f"; weights {args.weight_position}, tau {args.tau:g}, clip {args.clip if clip else 'not loaded'}"
     return line + (f"; going on after {steps_taken} steps" if steps_taken else "")
 
 
-def load_checkpoint(folder):
+def load_checkpoint(folder, steps):
     """The state of a run's last checkpoint, {} without one.
 
-    raises  InputError if it cannot be read, or if the folder holds anything else than a run
+    raises  InputError if it cannot be read or has more steps, or if the folder holds anything else than a run
     """
     visible = {path.name for path in folder.glob("*") if not is_hidden(path.name)} - {"lock", "config.json.part"}
     if visible and not recorded_run(folder):
@@ -151,9 +152,11 @@ def load_checkpoint(folder):
         missing = {"step", "digests", "draw_ids", "weights"} - state.keys()
         if missing:
             raise ValueError(f"it has no {min(missing)}")
-        return state
     except Exception as error:
         raise InputError(f"{file} cannot be read ({error!r:.200}). Pass another --out")
+    if state["step"] > steps:
+        raise InputError(f"{folder} has taken {state['step']} steps already; --steps {steps} is less")
+    return state
 
 
 # All that rank 0 writes
@@ -237,10 +240,12 @@ class Output:
 
     def restore(self, state):
         """Loads weights, optimizer, scaler and average of a checkpoint, and lets go of its mapped file."""
+        for name, param in self.params.items():
+            if state:
+                param.data.copy_(state["weights"][name])
+            distributed.broadcast(param)
         if not state:
             return
-        for name, param in self.params.items():
-            param.data.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for param, of_param in self.optimizer.state.items():
@@ -279,6 +284,8 @@ class Output:
         """
         args, done = self.args, step + 1
         is_last = done == args.steps
+        if self.ema:
+            self.ema.step(self.params.values())
         now = time.time()
         scalars["pairs_per_second"] = args.batch_size / (now - self.logged_at)  # includes saving and drawing
         self.logged_at = now

@@ -11,8 +11,7 @@
     python train.py --model sd15 --dry_run                      print the resolved run and stop
 
 Options and presets are in options.py. A run writes into --out: config.json, data.json, log.jsonl (a line per step),
-samples/*.png, checkpoint-STEP.pt and model/, a diffusers pipeline or LoRA weights. With held-out pairs it also writes
-validation.png, and validation.safetensors with the reference's errors on them.
+samples/*.png, checkpoint-STEP.pt, model/ (a diffusers pipeline or LoRA weights), and validation.png for held-out pairs.
 
 A run is a function of its arguments: the number of processes and --micro_batch change float rounding, nothing else. If
 it is killed or stopped, the same command goes on from the last checkpoint and ends in the same weights (the same bits
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 import reference
 import run
-from common import DTYPES, InputError, one_line_errors, run_folder
+from common import DTYPES, one_line_errors, run_folder
 from data import COLUMNS, Clip, ImagePairs, Stream, collate, cross_pair_weights
 from distributed import print0, to_device
 from encode import EncodedPairs
@@ -62,21 +61,20 @@ def train(args, out, state):
         output.draw_base_grid(trainer.pairs)
     steps = range(start, args.steps)
     if trainer.reference_errors:
-        trainer.reference_errors.complete(steps, trainer.load, trainer.prepare, trainer.reference_error, stop)
+        trainer.reference_errors.complete(trainer.stream, steps, trainer.load, trainer.prepare,
+                                          trainer.reference_error, stop)
         trainer.reference = None
     held_out = None
     if trainer.held_out:
         held_out = reference.HeldOut(args, out, trainer.held_out, trainer.process, trainer.latent_shape,
                                      trainer.model_digests)
-        held_out.begin(trainer.load_stream, trainer.encode, trainer.policy_error)
+        held_out.begin(trainer.load, trainer.encode, trainer.policy_error)
         print0(held_out.summary(trainer.pairs))
     if trainer.is_encoded:
         release_encoders(trainer.model, keeps_vae=trainer.draws_samples)
     output.restore(state)
-    for param in params:
-        distributed.broadcast(param)
     output.begin(start, trainer.pairs, trainer.held_out)
-    batches = trainer.load(steps)
+    batches = trainer.load(trainer.stream, steps)
     num_chunks = args.batch_size // trainer.chunk
     progress = tqdm(steps, args.loss, args.steps, initial=start, disable=trainer.rank > 0)
 
@@ -122,8 +120,6 @@ def train(args, out, state):
         scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if output.ema:
-            output.ema.step(params)
         output.after_step(step, scalars, flags, progress, held_out, trainer.identity)
 
     output.checkpoints.wait()
@@ -147,21 +143,20 @@ class MicroBatch(NamedTuple):
 class Trainer:
     """The networks, the loss and the pairs of a run, and the errors that its step is made of.
 
-    model      the family object; the policy is its denoiser
-    params     {name: parameter} of what trains, always float32: the denoiser's, or its adapter's
-    reference  the frozen network, None if the loss takes no reference errors; with LoRA it is the policy itself, and
-               its adapter is disabled for the reference's errors
-    held_out   the pairs of --validate, or None
-    chunk      how many pairs' errors are gathered for one call of `loss_gradient`: the fewest that are whole groups
-               and whole micro-batches of all ranks
+    policy     the network that trains, the denoiser of the family object `model`
+    params     {name: parameter} of what trains, always float32: the policy's, or its adapter's
+    reference  the frozen network, None if the loss takes no reference errors. With LoRA it is the policy with its
+               adapter off
+    chunk      how many pairs `loss_gradient` gets at once: the fewest that are whole groups and whole micro-batches
+               of all ranks
     """
 
     def __init__(self, args, out, state):
         self.args, self.dtype = args, DTYPES[args.precision]
         self.device = distributed.get_device(args.device)
         self.rank, _, self.world_size = distributed.torchrun_env()
-        pairs, self.held_out, model = run.open_parts(args, out, state, self.device)
-        self.pairs, self.model = pairs, model
+        self.pairs, self.held_out, self.model = run.open_parts(args, out, state, self.device)
+        pairs, model = self.pairs, self.model
         self.process = model.process.to(self.device)
         self.latent_shape = model.latent_shape(args.resolution)
         self.stream = Stream(pairs, model.process, self.latent_shape, args)
@@ -175,9 +170,8 @@ class Trainer:
         self.images_per_pair = 2 if {"err_l", "ref_err_l"} & self.wants else 1
         self.wants_reference = bool({"ref_err_w", "ref_err_l"} & self.wants)
         self.wants_weights = "weights" in self.wants
-        self.gathered = {"err_w", "err_l"} | self.wants
-        if self.wants_weights:
-            self.gathered |= {"clip_embeds", "image_ids"}
+        of_weights = {"clip_embeds", "image_ids"} if self.wants_weights else set()
+        self.gathered = {"err_w", "err_l"} | self.wants | of_weights
 
         # A cache has CLIP's embeddings. Uniform weights and groups of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
@@ -221,9 +215,8 @@ class Trainer:
         self.chunk = math.lcm(self.group_size, pairs_per_forward)
         self.micro_batches_per_chunk = self.chunk // pairs_per_forward
         self.gathers = self.world_size > 1 and args.micro_batch % self.group_size > 0
-        passes = min(self.micro_batches_per_chunk, 2)
         print0(f"data: {pairs.summary()}")
-        print0(run.describe(args, self.model, params, passes, steps_taken))
+        print0(run.describe(args, self.model, params, self.micro_batches_per_chunk, self.clip, steps_taken))
 
     def identity(self, done):
         """What a checkpoint after `done` steps is known by, see `run.check_same_run`."""
@@ -242,13 +235,13 @@ class Trainer:
             cast_for_autocast(denoiser, self.dtype, self.device)
         else:
             denoiser.requires_grad_(True)
-        named = denoiser.named_parameters()
-        self.params = {name: param for name, param in named if param.requires_grad}
+        self.params = {name: param for name, param in denoiser.named_parameters() if param.requires_grad}
         denoiser.to(self.device)
         if not self.is_encoded:
             place_encoders(self.model, self.device, self.dtype, only_adapter=args.lora_rank > 0)
-        if self.device.type == "cuda" or not args.lora_rank:
-            denoiser.to(memory_format=torch.channels_last)  # faster, except for frozen weights on a CPU
+        faster_on = ("cuda",) if args.lora_rank else ("cuda", "cpu")
+        if self.device.type in faster_on:
+            denoiser.to(memory_format=torch.channels_last)
 
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -263,33 +256,28 @@ class Trainer:
 
     # Batches
 
-    def load(self, steps):
-        """This rank's micro-batches of some steps, as the loader gives them."""
-        size = self.args.batch_size
-        return self.load_stream(self.stream, (range(step * size, (step + 1) * size) for step in steps))
-
-    def load_stream(self, stream, spans):
-        """This rank's micro-batches of some spans of positions."""
+    def load(self, stream, steps):
+        """This rank's micro-batches of some steps of a stream, as torch's loader gives them."""
         workers = self.args.workers
         loader = torch.utils.data.DataLoader(
-            stream, batch_sampler=self.micro_batch_ranges(spans), collate_fn=collate,
+            stream, batch_sampler=self.micro_batch_ranges(stream.batch_size, steps), collate_fn=collate,
             num_workers=workers, worker_init_fn=distributed.ignore_signals,
             timeout=self.args.data_timeout if workers else 0, pin_memory=self.device.type == "cuda")
         return distributed.guarded(iter(loader), has_workers=workers > 0)
 
-    def micro_batch_ranges(self, spans):
+    def micro_batch_ranges(self, batch_size, steps):
         """Yields this rank's ranges of positions; neighbouring ranks take neighbouring micro-batches."""
         micro_batch = self.args.micro_batch
-        for span in spans:
-            for start in span[self.rank * micro_batch::self.world_size * micro_batch]:
+        for step in steps:
+            first = step * batch_size + self.rank * micro_batch
+            for start in range(first, (step + 1) * batch_size, micro_batch * self.world_size):
                 yield range(start, start + micro_batch)
 
     def prepare(self, batch, images):
         """A training batch of the loader -> a MicroBatch with the first `images` of each pair."""
         self.pairs.unreadable |= dict(batch["unreadable"])
         if self.clip:
-            pictures = batch.get("clip_pixels")
-            batch["clip_embeds"] = self.clip.embed(batch["caption"], pictures)
+            batch["clip_embeds"] = self.clip.embed(batch["caption"], batch.get("clip_pixels"))
         return self.encode(batch, images)
 
     @torch.no_grad()
@@ -328,8 +316,7 @@ class Trainer:
     # Errors and the loss
 
     def error(self, network, inputs):                                                   # [S*B]
-        predict, dtype = self.model.predict, self.dtype
-        return denoising_error(predict, network, self.process, dtype=dtype, **inputs)
+        return denoising_error(self.model.predict, network, self.process, dtype=self.dtype, **inputs)
 
     def policy_error(self, inputs):
         return self.error(self.policy, inputs)
@@ -365,13 +352,10 @@ class Trainer:
         returns  dloss_derr of each micro-batch, [micro-batches, S*B]; [metrics of each group]
         """
         batch_size, micro_batch = self.args.batch_size, self.args.micro_batch
-        errors = [values[name] for name in ("err_w", "err_l") if name in values]
-        for error in errors:
-            error.requires_grad_()
+        errors = [values[name].requires_grad_() for name in ("err_w", "err_l") if name in values]
         loss, metrics = 0, []
         for i in range(0, len(errors[0]), self.group_size):
-            end = i + self.group_size
-            group = {name: value[i:end] for name, value in values.items()}
+            group = {name: value[i:i + self.group_size] for name, value in values.items()}
             if self.wants_weights:
                 group["weights"] = self.group_weights(group.get("clip_embeds"), group["image_ids"])
             group = {name: group[name] for name in group if name in self.wants}
@@ -397,7 +381,7 @@ class Trainer:
     def forward_backward(self, micro_batch):
         """A forward and a backward of the first pairs, to see whether memory suffices."""
         self.args.micro_batch = micro_batch
-        batch = self.prepare(next(self.load([0])), self.images_per_pair)
+        batch = self.prepare(next(self.load(self.stream, [0])), self.images_per_pair)
         err = self.policy_error(batch.inputs)
         if self.wants_reference and not self.reference_errors:
             self.reference_error(batch.inputs)
@@ -408,7 +392,7 @@ class Trainer:
 
         A step depends only on its number and the weights, which have not moved, so it can be computed again.
         """
-        for loaded in self.load([step]):
+        for loaded in self.load(self.stream, [step]):
             batch = self.prepare(loaded, self.images_per_pair)
             with torch.no_grad():
                 err = self.policy_error(batch.inputs)
@@ -454,11 +438,8 @@ def main(argv=None):
             return print0(json.dumps(vars(args), indent=1))
         distributed.end_with_launcher()
         with run_folder(args.out) as out:
-            state = run.load_checkpoint(out)
-            steps_taken = state.get("step", 0)
-            if steps_taken > args.steps:
-                raise InputError(f"{out} has taken {steps_taken} steps already; --steps {args.steps} is less")
-            if steps_taken == args.steps and (out / "model").exists():
+            state = run.load_checkpoint(out, args.steps)
+            if state.get("step") == args.steps and (out / "model").exists():
                 return print0(f"{out} holds all {args.steps} steps of this run. To go on, pass more --steps. To train "
                               "again, remove the folder or pass another --out")
             try:
