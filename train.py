@@ -31,7 +31,7 @@ from tqdm import tqdm
 import reference
 import run
 from common import DTYPES, one_line_errors, run_folder
-from data import COLUMNS, Clip, ImagePairs, Stream, collate, cross_pair_weights
+from data import COLUMNS, Clip, ImagePairs, Stream, collate, crop_summary, cross_pair_weights
 from distributed import print0, to_device
 from encode import EncodedPairs
 from loading import add_lora, model_digests, place_encoders, release_encoders
@@ -75,19 +75,18 @@ def train(args, out, state):
     output.restore(state)
     output.begin(start, trainer.pairs, trainer.held_out)
     batches = trainer.load(trainer.stream, steps)
-    num_chunks = args.batch_size // trainer.chunk
     progress = tqdm(steps, args.loss, args.steps, initial=start, disable=trainer.rank > 0)
 
     for step in progress:
         metrics = []
-        for chunk in range(num_chunks):
+        for chunk in range(args.batch_size // trainer.chunk):
             # The policy's and the reference's errors, by one function on the same batch. Only the last micro-batch
             # keeps its autograd graph. The earlier ones run without a graph now and once more in the second pass.
             micro_batches, errors, values = [], [], []
             for k in range(trainer.micro_batches_per_chunk):
                 batch = trainer.prepare(next(batches), trainer.images_per_pair)
                 with torch.set_grad_enabled(k == trainer.micro_batches_per_chunk - 1):
-                    err = trainer.policy_error(batch.inputs)                                   # [S*B]
+                    err = trainer.policy_error(batch.inputs)                            # [S*B]
                 micro_batches.append(batch)
                 errors.append(err)
                 values.append(trainer.loss_values(batch, err.detach()))                 # {name: [B, ...]}
@@ -124,9 +123,7 @@ def train(args, out, state):
 
     output.checkpoints.wait()
     output.save_model()
-    shown = f"; see {out}/samples" if args.sample_every else ""
-    shown += f"; see {out}/validation.png" if held_out else ""
-    print0(f"{time.time() - started:.0f} s; the result is {out}/model{shown}")
+    print0(f"{time.time() - started:.0f} s; the result is {out}/model")
     distributed.leave_processes()
 
 
@@ -162,6 +159,7 @@ class Trainer:
         self.stream = Stream(pairs, model.process, self.latent_shape, args)
         self.is_encoded = isinstance(pairs, EncodedPairs)
         self.draws_samples = self.rank == 0 and args.sample_every > 0
+        self.has_said_crop = self.rank > 0
 
         # The trainer computes only what the loss's arguments name.
         self.loss_fn = LOSSES[args.loss]
@@ -242,7 +240,6 @@ class Trainer:
         faster_on = ("cuda",) if args.lora_rank else ("cuda", "cpu")
         if self.device.type in faster_on:
             denoiser.to(memory_format=torch.channels_last)
-
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.policy, self.reference = denoiser, None
@@ -276,6 +273,9 @@ class Trainer:
     def prepare(self, batch, images):
         """A training batch of the loader -> a MicroBatch with the first `images` of each pair."""
         self.pairs.unreadable |= dict(batch["unreadable"])
+        if not self.has_said_crop:
+            tqdm.write(crop_summary(batch["time_ids"][:, :images]))
+            self.has_said_crop = True
         if self.clip:
             batch["clip_embeds"] = self.clip.embed(batch["caption"], batch.get("clip_pixels"))
         return self.encode(batch, images)
@@ -375,8 +375,6 @@ class Trainer:
         """[group, group] out of clip_embeds [group, 3, E], None if tau is inf, and image_ids [group, 2]."""
         embeds = (None, None, None) if clip_embeds is None else clip_embeds.unbind(1)
         return cross_pair_weights(*embeds, self.tau, self.args.similarity, image_ids)
-
-    # Trying and explaining
 
     def forward_backward(self, micro_batch):
         """A forward and a backward of the first pairs, to see whether memory suffices."""
