@@ -1,4 +1,4 @@
-"""Small helpers that every command shares: errors, keyed randomness, digests, files that are never half written."""
+"""Small tools that every command shares: errors, keyed randomness, digests, and files that are never half written."""
 
 import argparse
 import contextlib
@@ -8,11 +8,14 @@ import io
 import json
 import os
 import re
+import secrets
 import sys
+import threading
 from pathlib import Path
 
 import filelock
 import torch
+from torch.utils._pytree import tree_map
 
 IN_WORKER = "\nOriginal Traceback"  # marks the text of an exception that a DataLoader's process raised
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # the values of --precision
@@ -172,3 +175,109 @@ def run_folder(folder):
             if is_new:
                 folder.rmdir()
         lock.release()
+
+
+def newest_checkpoint(folder):
+    """The file of a folder's last checkpoint, or None."""
+    return max(folder.glob("checkpoint-*.pt"), default=None)
+
+
+def save_checkpoint(folder, state):
+    """Writes checkpoint-STEP.pt aside, flushes it, renames it, and removes the earlier ones."""
+    file = folder / f"checkpoint-{state['step']:06d}.pt"
+    part = file.with_suffix(".part")
+    try:
+        with open(part, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{file} cannot be written ({brief(error)[:200]}). Kept: "
+                         f"{newest_checkpoint(folder) or 'no checkpoint'}. Free some space, then the same command goes on")
+    part.replace(file)
+    for old in folder.glob("checkpoint-*.pt"):
+        if old != file:
+            old.unlink()
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a folder in a thread, one at a time, from copies in the host's memory."""
+
+    def __init__(self, folder):
+        self.folder, self.thread, self.error = folder, None, None
+
+    def save(self, state):
+        """Starts to write a state, once the one before is written."""
+        self.wait()
+        state = tree_map(lambda x: x.detach().to("cpu", copy=True) if torch.is_tensor(x) else x, state)
+        self.thread = threading.Thread(target=self.write, args=(state,), daemon=True)  # Ctrl-C ends it, too
+        self.thread.start()
+
+    def write(self, state):
+        try:
+            save_checkpoint(self.folder, state)
+        except Exception as error:
+            self.error = error
+
+    def check(self):
+        """Raises the thread's error, if it had one."""
+        error, self.error = self.error, None
+        if error:
+            raise error
+
+    def wait(self):
+        """Returns when all is written. InputError if it cannot be written."""
+        if self.thread:
+            self.thread.join()
+        self.check()
+
+
+class Log:
+    """log.jsonl, a line per step; TensorBoard if it is installed; Weights & Biases if WANDB_PROJECT is set.
+
+    Lines from step `start` on are cut off: these steps come again. Weights & Biases keeps its own; they are the same.
+    """
+
+    def __init__(self, folder, start):
+        file = folder / "log.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        atomic_write(file, "".join(lines[:start]))
+        self.stream = open(file, "a", encoding="utf-8")
+        self.board = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=start)
+        self.wandb_run = self.begin_wandb(folder) if os.environ.get("WANDB_PROJECT") else None
+
+    @staticmethod
+    def begin_wandb(folder):
+        """A run of Weights & Biases; a run that goes on continues its own."""
+        try:
+            import wandb
+        except ImportError:
+            print("WANDB_PROJECT is set, but wandb is not installed: nothing is logged there")
+            return None
+        id_file = folder / "wandb-id"
+        if not id_file.exists():
+            atomic_write(id_file, secrets.token_hex(4))
+        arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments,
+                              reinit="finish_previous")
+        except Exception as error:
+            raise InputError(f"WANDB_PROJECT is set, but wandb cannot begin a run: {brief(error)}. Log in to it, set "
+                             "WANDB_MODE=offline, or unset WANDB_PROJECT")
+
+    def write(self, step, scalars):
+        print(json.dumps({"step": step} | scalars), file=self.stream, flush=True)
+        if self.board:
+            for name, value in scalars.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+        if self.wandb_run:
+            self.wandb_run.log(scalars, step=step)
+
+    def sync(self):
+        os.fsync(self.stream.fileno())

@@ -291,15 +291,15 @@ class Stream(torch.utils.data.Dataset):
     pairs         a `Pairs`
     process       its sample_t draws a timestep
     latent_shape  (C, h, w)
-    group_noise   what the pairs of a group share: "own" (nothing), "timestep", or "both" (timestep and noise)
-    vae_sample    "mean", or "sample", which needs vae_noise
+    args          seed, batch_size, group_size; group_noise, what the pairs of a group share: "own" (nothing),
+                  "timestep", or "both" (timestep and noise); vae_sample, "mean" or "sample", which needs vae_noise
     """
 
-    def __init__(self, pairs, process, latent_shape, seed, batch_size, group_size, group_noise, vae_sample="sample"):
+    def __init__(self, pairs, process, latent_shape, args):
         self.pairs, self.process, self.latent_shape = pairs, process, latent_shape
-        self.seed, self.batch_size = seed, batch_size
-        self.group_size, self.group_noise = group_size, group_noise
-        self.vae_sample = vae_sample
+        self.seed, self.batch_size = args.seed, args.batch_size
+        self.group_size, self.group_noise = args.group_size, args.group_noise
+        self.vae_sample = args.vae_sample
 
     def draw(self, position):
         """{"t": [], "noise": [C, h, w]} of a position, and "vae_noise": [2, C, h, w] if it is used."""

@@ -10,6 +10,7 @@ LAUNCHER = os.getppid()  # noted before the imports below: they take seconds, an
 import contextlib
 import itertools
 import multiprocessing
+import secrets
 import signal
 import sys
 import threading
@@ -161,6 +162,70 @@ def check_alike(values):
             if first.get(name) != other.get(name):
                 raise InputError(f"process {rank} has another {name} than process 0 ({other.get(name)}, "
                                  f"{first.get(name)}). Give all machines the same files")
+
+
+def check_shared(folder):
+    """InputError if a process does not see the files that rank 0 writes to a folder."""
+    rank, _, world_size = torchrun_env()
+    if world_size == 1:
+        return
+    token, *_ = all_gather_list([secrets.token_hex(8)])
+    file = folder / f".shared-{token}.part"  # a hidden name, in case it is left behind
+    try:
+        if rank == 0:
+            file.touch()
+        barrier()
+        blind = all_gather_list([] if file.exists() else [str(rank)])
+    finally:
+        if rank == 0:
+            file.unlink(missing_ok=True)
+    if blind:
+        raise InputError(f"process {', '.join(blind)} does not see what process 0 writes to {folder}. The folder must "
+                         "lie on storage that all machines share")
+
+
+def largest_micro_batch(args, device, params, forward_backward):
+    """The largest of 1, 2, 4, 8, 16 pairs per forward for which every process has memory (--micro_batch auto).
+
+    forward_backward  calls the forward and the backward of a number of pairs
+    raises            InputError if one pair is too many
+    """
+    _, _, world_size = torchrun_env()
+    largest = 0
+    for micro_batch in (1, 2, 4, 8, 16):
+        if args.batch_size % (micro_batch * world_size):
+            break
+        has_room = has_room_for(micro_batch, args, device, params, forward_backward)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not all(all_gather_list([has_room])):
+            break
+        largest = micro_batch
+    if not largest:
+        raise InputError("out of memory with one pair per forward. --gradient_checkpointing, --lora_rank 16, "
+                         "--optimizer adafactor or a smaller --resolution help")
+    return largest
+
+
+def has_room_for(micro_batch, args, device, params, forward_backward):
+    """Whether a forward and a backward fit beside the optimizer's state, the average, and 5% more."""
+    copies = {"adamw": 2}.get(args.optimizer, 0) + bool(args.ema)
+    try:
+        held = [torch.empty_like(param) for param in params for _ in range(copies)]
+        if device.type == "cuda":
+            _, total = torch.cuda.mem_get_info(device)
+            held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        forward_backward(micro_batch)
+        return True
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
+        return False
+    finally:
+        for param in params:
+            param.grad = None
 
 
 # The end of a process

@@ -21,7 +21,6 @@ command goes on with the files that are missing.
 
 import distributed  # first: it notes the launcher, before the imports that take seconds
 
-import collections
 import concurrent.futures
 import hashlib
 import json
@@ -220,32 +219,30 @@ class Encoder:
             network.to("meta" if network is self.model.denoiser else device)  # the denoiser is not used
 
     def decode(self, row, cells):
-        """(row, what `ImagePairs.content` gives for it, or the reason why it cannot be used)."""
+        """What `ImagePairs.content` gives for a row, or the reason why it cannot be used."""
         try:
-            images = self.pairs.decode(row, cells)
+            return self.pairs.content(row, self.pairs.decode(row, cells), 0, "")
         except Unreadable as error:
-            return row, str(error)
-        return row, self.pairs.content(row, images, 0, "")
+            return str(error)
 
     def encode_pairs(self, rows, progress):
         """({name: [n, ...]}, {row: why} of those that cannot be used) of some rows."""
-        unreadable, items, parts = {}, [], []
-        cells = ((int(row), self.pairs.images[int(row)]) for row in rows)
-        for row, item in ahead(self.decode, cells, self.args.workers):
-            progress.update()
-            if isinstance(item, str):
-                unreadable[row] = item
-            else:
-                items.append((row, item))
-        for i in range(0, len(items), BATCH):
-            parts.append(self.encode_items(items[i:i + BATCH]))
+        rows = [int(row) for row in rows]
+        with concurrent.futures.ThreadPoolExecutor(self.args.workers) as pool:
+            decoded = dict(zip(rows, pool.map(self.decode, rows, (self.pairs.images[row] for row in rows))))
+        unreadable = {row: item for row, item in decoded.items() if isinstance(item, str)}
+        readable = [row for row in rows if row not in unreadable]
+        parts = []
+        for i in range(0, len(readable), BATCH):
+            parts.append(self.encode_items(readable[i:i + BATCH], decoded))
+        progress.update(len(rows))
         if not parts:
             parts = [{"row": torch.zeros(0, dtype=torch.int64), "prompt": torch.zeros(0, dtype=torch.int64)}]
         return self.stack(parts), unreadable
 
-    def encode_items(self, items):
-        rows = [row for row, _ in items]
-        batch = {name: torch.stack([item[name] for _, item in items]) for name in items[0][1]}
+    def encode_items(self, rows, decoded):
+        items = [decoded[row] for row in rows]
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         mean, std = self.model.encode_images(batch.pop("pixels"))
         embeds = self.clip.embed_images(batch.pop("clip_pixels").flatten(0, 1))         # [2 * B, E']
         part = batch | {"mean": mean, "clip_embeds": embeds.unflatten(0, (-1, 2))}
@@ -287,18 +284,6 @@ class Encoder:
         return settings | {"encoders": encoder_digests(self.model), "clip_digest": self.clip.digest(),
                            "columns": [*self.pairs.columns], "pairs": self.pairs.digest(), "shard": SHARD,
                            "batch": BATCH}
-
-
-def ahead(function, items, threads, depth=4 * BATCH):
-    """Calls `function` with each item's parts and yields the results in order; threads work a few items ahead."""
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, *item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def write_shard(file, tensors, unreadable, columns):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from common import InputError, brief, digest, fingerprint, hub_id
 from flow_models import Flux, StableDiffusion3
-from models import StableDiffusion, StableDiffusionXL
+from models import StableDiffusion, StableDiffusionXL, cast_for_autocast
 
 HUB_IDS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -282,3 +282,23 @@ def digest_with_config(network):
     omitted = ("transformers_version", "dtype", "torch_dtype", "architectures")
     config = {key: str(value) for key, value in config.items() if key[0] != "_" and key not in omitted}
     return digest([fingerprint(network), config])
+
+
+# The frozen encoders
+
+
+def place_encoders(model, device, dtype, only_adapter):
+    """Puts VAE and text encoders on the device. If only an adapter is saved, text encoders are cast for autocast."""
+    for name, network in model.networks().items():
+        if only_adapter and name in model.text_encoders:
+            cast_for_autocast(network, dtype, device)
+        elif network is not model.denoiser:
+            network.to(device)
+
+
+def release_encoders(model, keeps_vae):
+    """Takes off the device what only the samples' prompts and the held-out pairs needed."""
+    vars(model).pop("encoding_vae", None)
+    for name, network in model.networks().items():
+        if network is not model.denoiser and not (name == "vae" and keeps_vae):
+            network.to("cpu")

@@ -199,7 +199,7 @@ def train_options():
 def train_args(argv=None):
     """The resolved run of train.py. InputError for an unknown option, a value out of range or a batch that does not fit."""
     options = train_options()
-    typed = parse(options, argv)
+    typed = vars(options.parser.parse_args(argv))
     model, loss = (typed.get(name, options.defaults[name]) for name in ("model", "loss"))
     out = typed.setdefault("out", f"out/{Path(model).name.removesuffix('.safetensors')}-{loss}")
     recorded = recorded_run(Path(out))
@@ -230,7 +230,7 @@ def encode_args(argv=None):
     options.add("store", "fp32", ["fp32", "fp16"], "precision of stored latents and prompt embeddings; fp16 is half "
                 "as large")
     options.add("seed", 0, NATURAL, "seed of crops and flips")
-    args = resolve(options, parse(options, argv))
+    args = resolve(options, vars(options.parser.parse_args(argv)))
     if not args.out:
         raise InputError("pass --out CACHE")
     if is_cache(args.data):
@@ -238,11 +238,6 @@ def encode_args(argv=None):
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.workers = args.workers or max(1, os.cpu_count() // processes_here)
     return args
-
-
-def parse(options, argv):
-    """{name: value} of what was typed."""
-    return vars(options.parser.parse_args(argv))
 
 
 def resolve(options, typed, recorded={}):
@@ -349,18 +344,13 @@ def parse_loss_args(args, loss_fn, texts, recorded):
         default = parameters[name]
         kind = float if default in (None, inspect.Parameter.empty) else type(default)
         try:
-            values[name] = parse_bool(value) if kind is bool else kind(value)
+            values[name] = ("false", "true").index(value.lower()) == 1 if kind is bool else kind(value)
         except ValueError:
             raise InputError(f"--loss_args {text}: {value!r} is no {kind.__name__}")
     missing = parameters.keys() - values.keys()
     if missing:
         raise InputError(f"{args.loss} needs --loss_args {min(missing)}=VALUE")
     return values
-
-
-def parse_bool(text):
-    """True or False by name. ValueError for any other text."""
-    return ("false", "true").index(text.lower()) == 1
 
 
 def hyperparameters(args):

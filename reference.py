@@ -10,6 +10,7 @@ import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -102,28 +103,27 @@ class ReferenceErrors:
             now[:, 0] = before[:len(now), 0]  # an unreadable pair was replaced, so the row may differ
             check_draws(f"{self.name} was computed", before[:len(now)], now, step)
 
-    def missing(self, steps):
-        """Which steps of a range have no errors yet; the same for all processes."""
-        missing = [step for step in steps if self.errors[step].isnan().any()]
-        distributed.check_alike({"number of missing reference errors": len(missing)})
-        return missing
+    def complete(self, stream, steps, load, prepare, error, stop):
+        """Computes what is missing of a range of steps, and ends the process if a signal came meanwhile.
 
-    def fill(self, steps, batches, error, stop):
-        """Computes the errors of the missing `steps`.
-
-        batches  for each step, a list of this rank's MicroBatches, with both images of each pair
+        load     (stream, steps) -> this rank's batches
+        prepare  (batch, 2) -> a MicroBatch with both images of each pair
         error    denoising_error's inputs -> the reference's errors [2*B]
         stop     a StopSignal
-        returns  whether all is there; a signal may have come before
         """
         rank, _, world_size = distributed.torchrun_env()
-        for step, micro_batches in zip(tqdm(steps, "reference", disable=rank > 0), batches):
-            errors, draw_ids = [], []
-            for batch in micro_batches:
+        missing = [step for step in steps if self.errors[step].isnan().any()]
+        distributed.check_alike({"number of missing reference errors": len(missing)})
+        batches = load(stream, missing)
+        for step in tqdm(missing, "reference", disable=rank > 0):
+            errors, draw_ids, count = [], [], 0
+            while count < self.errors.shape[1]:
+                batch = prepare(next(batches), 2)
                 err = error(batch.inputs)                                               # [2*B]
                 errors.append(torch.stack(err.chunk(2), 1))                             # [B, 2]
                 ids = batch.draw_id if world_size == 1 else batch.draw_id.to(err.device)
                 draw_ids.append(ids)                                                    # [B, 3]; MPS has no float64
+                count += len(ids) * world_size
             self.put(step, distributed.gather_micro_batches(errors), distributed.gather_micro_batches(draw_ids))
             if rank == 0 and time.time() - self.saved_at > 60:
                 self.save()
@@ -131,7 +131,8 @@ class ReferenceErrors:
                 break
         if rank == 0 and self.is_new:
             self.save()
-        return not self.errors[steps].isnan().any()
+        if self.errors[steps.start:].isnan().any():
+            distributed.end_early("saved the reference's errors so far; the same command goes on")
 
     def put(self, step, errors, draw_ids):
         """Takes the errors [batch_size, 2] and the draw_ids [batch_size, 3] of a step."""
@@ -208,50 +209,60 @@ def check_held_out(args):
 
 
 class HeldOutStream(Stream):
-    """The same `count` held-out pairs again and again: item p is pair p % count, with a timestep and a noise of its own.
+    """The same `count` held-out pairs again and again: item p is pair p % count, with its own timestep and noise.
 
     The timestep of pair k lies in quarter k % 4 of the schedule. The run's seed plays no part, so all runs are measured
-    on the same draws.
+    on the same draws. Its one step has `count` pairs, filled up to a multiple of `at_once`.
     """
 
-    def __init__(self, pairs, process, latent_shape, count, vae_sample="sample"):
-        super().__init__(pairs, process, latent_shape, "held out", count, 1, "own", vae_sample)
+    def __init__(self, pairs, process, latent_shape, count, at_once=1, vae_sample="sample"):
+        settings = dict(seed="held out", group_size=1, group_noise="own", vae_sample=vae_sample)
+        settings["batch_size"] = math.ceil(count / at_once) * at_once
+        super().__init__(pairs, process, latent_shape, SimpleNamespace(**settings))
+        self.count = count
 
     def sample_t(self, generator, index):
         quarter = index % 4
         return self.process.sample_t(generator, low=quarter / 4, high=(quarter + 1) / 4)
 
     def __getitem__(self, position):
-        return super().__getitem__(position % self.batch_size)
+        return super().__getitem__(position % self.count)
 
 
 class HeldOut:
     """What the policy prefers on held-out pairs. Each pair keeps one timestep and one noise (see HeldOutStream).
 
-    The reference is the starting model, whatever the loss. When this object is made the policy must be that model. Its
+    The reference is the starting model, whatever the loss. When `begin` is called the policy must be that model. Its
     errors are kept in validation.safetensors, so no second network is needed, and a run that goes on has the same ones.
     The encoded pairs stay in the host's memory, a share in each process, so a measurement is one forward of each pair.
     The file's errors agree with another micro-batch size to float rounding.
 
     pairs          the held-out `Pairs`
-    process        the diffusion process, on the device of `error`
-    load           (stream, [range of positions]) -> this rank's batches
-    encode         (batch, 2) -> a MicroBatch
-    error          denoising_error's inputs -> the policy's errors [2*B]
     model_digests  {name: digest} of the starting model
-    raises         InputError if the file is of other pairs or draws, or an error is not finite
     """
 
-    def __init__(self, args, pairs, process, latent_shape, load, encode, error, model_digests, out):
-        self.pairs, self.error, self.file = pairs, error, out / "validation.safetensors"
+    def __init__(self, args, out, pairs, process, latent_shape, model_digests):
+        self.pairs, self.file = pairs, out / "validation.safetensors"
         self.rank, _, self.world_size = distributed.torchrun_env()
         self.count = min(args.validate_pairs, len(pairs))
-        stream = HeldOutStream(pairs, process.to("cpu"), latent_shape, self.count, args.vae_sample)
-        at_once = args.micro_batch * self.world_size
-        forwards = math.ceil(self.count / at_once)
+        self.stream = HeldOutStream(pairs, process.to("cpu"), latent_shape, self.count,
+                                    args.micro_batch * self.world_size, args.vae_sample)
+        self.identity = {"held-out pairs": pairs.digest(), "number of pairs": self.count}
+        for name in ("resolution", "vae_sample", "precision", "vae_precision"):
+            self.identity[name] = getattr(args, name)
+        self.identity |= model_digests
+
+    def begin(self, load, encode, error):
+        """Encodes this rank's share of the pairs, and reads or computes the starting model's errors.
+
+        load    (stream, steps) -> this rank's batches
+        encode  (batch, 2) -> a MicroBatch
+        error   denoising_error's inputs -> the policy's errors [2*B]
+        raises  InputError if the file is of other pairs or draws, or an error is not finite
+        """
+        self.error, pairs = error, self.pairs
         self.inputs, draw_ids, unreadable = [], [], []
-        batches = load(stream, [range(forwards * at_once)])
-        for batch in tqdm(batches, "held out", forwards, disable=self.rank > 0):
+        for batch in tqdm(load(self.stream, [0]), "held out", disable=self.rank > 0):
             unreadable += batch["unreadable"]
             micro_batch = encode(batch, 2)
             self.device = micro_batch.inputs["x"].device
@@ -267,21 +278,19 @@ class HeldOut:
         self.quarter = torch.arange(self.count) % 4                                     # of the schedule
         self.prompts = np.array([words_of(pairs.caption(int(row))) for row in self.draw_ids[:, 0]])
 
-        identity = {"held-out pairs": pairs.digest(), "number of pairs": self.count}
-        identity |= {name: getattr(args, name) for name in ("resolution", "vae_sample", "precision", "vae_precision")}
-        self.reference = self.starting_errors(identity | model_digests)
+        self.reference = self.starting_errors()
 
-    def starting_errors(self, identity):
+    def starting_errors(self):
         """The starting model's errors [N, 2], read from the file or computed now."""
         if any(distributed.all_gather_list([self.file.exists()])):
-            errors, before = read_errors(self.file, self.file, identity, "Remove it, and the curve begins anew")
+            errors, before = read_errors(self.file, self.file, self.identity, "Remove it, and the curve begins anew")
             check_draws(f"{self.file} was computed", before, self.draw_ids, 0)
             return errors
         errors = self.errors()
         if not errors.isfinite().all():
             raise InputError("the starting model's errors on held-out pairs are not finite. Try --precision fp32")
         if self.rank == 0:
-            write_errors(self.file, self.file, errors, self.draw_ids, identity)
+            write_errors(self.file, self.file, errors, self.draw_ids, self.identity)
         return errors
 
     def summary(self, trained_pairs):
@@ -326,35 +335,3 @@ class HeldOut:
             in_quarter = self.quarter[self.is_first] == quarter
             scalars[f"validate/accuracy_t{quarter}"] = outcomes[in_quarter].mean().item()
         return {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-
-    def plot(self, out):
-        """Draws validation.png, the curves of a run's held-out pairs, out of its log.jsonl."""
-        from matplotlib.figure import Figure
-
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        lines = [line for line in lines if line.get("validate/margin") is not None]
-        steps = [line["step"] + 1 for line in lines]
-
-        def curve(name, at_start):
-            return [at_start, *(line[f"validate/{name}"] for line in lines)]
-
-        figure = Figure(figsize=(12, 3.2), layout="constrained")
-        accuracy, margin, error = figure.subplots(1, 3)
-        accuracy.fill_between([0, *steps], curve("accuracy_low", 0.5), curve("accuracy_high", 0.5), alpha=0.2)
-        accuracy.plot([0, *steps], curve("accuracy", 0.5), linewidth=2, label="all, 95%")
-        for quarter, noise in enumerate(("least noise", "", "", "most noise")):
-            accuracy.plot([0, *steps], curve(f"accuracy_t{quarter}", 0.5), linewidth=0.8, label=f"t{quarter} {noise}")
-        accuracy.set(xlabel="step", title="held-out accuracy")
-        accuracy.legend(fontsize="small")
-        margin.plot([0, *steps], curve("margin", 0), linewidth=2)
-        margin.set(xlabel="step", title="held-out margin")
-        for side, name in (("w", "winners"), ("l", "losers")):
-            ratio = [line[f"validate/policy_{side}"] / line[f"validate/ref_{side}"] for line in lines]
-            error.plot([0, *steps], [1, *ratio], linewidth=2, label=name)
-        error.set(xlabel="step", title="held-out error / the reference's")
-        error.legend(fontsize="small")
-        for axis, at_start in ((accuracy, 0.5), (margin, 0), (error, 1)):
-            axis.axhline(at_start, color="grey", linewidth=0.5)
-        part = out / "validation.part"
-        figure.savefig(part, dpi=120, format="png")
-        part.replace(out / "validation.png")

@@ -1,64 +1,145 @@
-"""What a run leaves in its folder, and how it goes on: log, samples, checkpoints, model/, and lines about bad ends."""
+"""A run around its loop: the checks before the first step, what it leaves in its folder, and how it goes on."""
 
 import contextlib
+import importlib
 import json
 import math
-import os
-import secrets
 import shutil
-import threading
 import time
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
-from torch.utils._pytree import tree_map
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 import distributed
-from common import DTYPES, InputError, atomic_write, brief, is_hidden, keyed_generator
-from loading import save_model
-from options import recorded_run
+import reference
+from common import (DTYPES, CheckpointWriter, InputError, Log, atomic_write, is_hidden, keyed_generator,
+                    newest_checkpoint)
+from data import COLUMNS, ImagePairs
+from encode import EncodedPairs, check_cache
+from loading import EMBEDDED, find_model, fuse_lora, load_model, save_model
+from loss import LOSSES, wants
+from options import H14, hyperparameters, needs_groups, recorded_run
 from prompts import read_prompts
+from sources import is_cache
 
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
          "skipped": "skipped"}  # scalars in the progress bar
 
 
-def check_shared(folder):
-    """InputError if a process does not see the files that rank 0 writes to a folder."""
-    rank, _, world_size = distributed.torchrun_env()
-    if world_size == 1:
+# Before the first step
+
+
+def open_parts(args, out, state, device):
+    """(pairs, held-out pairs or None, model) of a run. Options that depend on the model get their values."""
+    distributed.init_processes(device)
+    distributed.check_shared(out)
+    if not args.random_init and args.model not in EMBEDDED:  # these are built below, once the data are found good
+        find_model(args.model, args.config)
+    if is_cache(args.data):
+        pairs = EncodedPairs(args.data, args.seed, args.prompt_dropout)
+    else:
+        pairs = ImagePairs(args.data, args.resolution, args.seed, args.random_crop, args.random_flip,
+                           args.prompt_dropout)
+    held_out = reference.open_held_out(args, pairs) if args.validate else None
+    if state and state["pairs"] != len(pairs):
+        raise InputError(f"{out} was begun with {state['pairs']} pairs, but {args.data} now holds {len(pairs)}")
+    pairs.check_columns(wants(LOSSES[args.loss]).keys() & set(COLUMNS))
+
+    model = load_model(args.model, args.random_init, args.config)
+    if args.init_lora:
+        fuse_lora(model, args.init_lora)
+    for source in (args.data, args.validate):
+        if source and is_cache(source):
+            check_cache(source, model, args.model)
+    if args.sample_every:
+        model.check_scheduler()
+    args.resolution = pairs.resolution = model.resolution(args.resolution)
+    if held_out:
+        held_out.resolution = args.resolution
+        reference.check_held_out(args)
+    model.vae_dtype = DTYPES[args.vae_precision]
+    model.set_times(args)
+    args.optimizer = args.optimizer or model.optimizer
+    args.clip = args.clip or ("tiny" if model.is_toy else H14)
+    check_coupling(args, pairs, model.process)
+    return pairs, held_out, model
+
+
+def check_coupling(args, pairs, process):
+    """InputError if a loss couples pairs but names neither `weights` nor `group_size`.
+
+    Such a loss would depend on --micro_batch. It is called on the same random errors of eight pairs, whole and in halves,
+    at several scales, because a saturated sigmoid may hide the difference at one scale.
+    """
+    loss_fn, generator = LOSSES[args.loss], torch.Generator().manual_seed(0)
+    if needs_groups(loss_fn):
         return
-    token, *_ = distributed.all_gather_list([secrets.token_hex(8)])
-    file = folder / f".shared-{token}.part"  # a hidden name, in case it is left behind
-    try:
-        if rank == 0:
-            file.touch()
-        distributed.barrier()
-        blind = distributed.all_gather_list([] if file.exists() else [str(rank)])
-    finally:
-        if rank == 0:
-            file.unlink(missing_ok=True)
-    if blind:
-        raise InputError(f"process {', '.join(blind)} does not see what process 0 writes to {folder}. The folder must "
-                         "lie on storage that all machines share")
+    t = torch.stack([process.sample_t(generator) for _ in range(8)])
+    fixed = {"t": t, "snr": process.snr(t)}
+    for name, values in pairs.columns.items():
+        fixed[name] = torch.from_numpy(np.resize(values[pairs.rows], 8))
+    for scale in (1, 1e-2, 1e-4, 1e-6):
+        values = dict(fixed)
+        for name in ("err_w", "err_l", "ref_err_w", "ref_err_l"):
+            values[name] = 0.5 + scale * torch.rand(8, generator=generator, dtype=torch.float64)
+        losses = []
+        for part in (slice(8), slice(4), slice(4, 8)):
+            inputs = {name: value[part] for name, value in values.items() if name in wants(loss_fn)}
+            losses.append(loss_fn(**inputs, **hyperparameters(args))[0])
+        whole, halves = losses[0], (losses[1] + losses[2]) / 2
+        if not torch.isclose(whole, halves, rtol=1e-4, atol=0, equal_nan=True):
+            raise InputError(f"--loss {args.loss} couples pairs: on eight pairs it is {whole:.6g}, but the mean of its "
+                             f"halves is {halves:.6g}. Let it take `group_size` or `weights` as an argument; then it is "
+                             "called on one whole group of --group_size pairs")
 
 
-# Checkpoints
+def check_same_run(out, state, stream, now):
+    """InputError if a checkpoint belongs to another run than this code and this command.
+
+    now  what `Trainer.identity` gives for the steps that the checkpoint has taken
+    """
+    for name, value in state["digests"].items():
+        if now["digests"].get(name) != value:
+            raise InputError(f"{out} was begun with another {name} ({value}, now {now['digests'].get(name)}). Give back "
+                             "what it was begun with, or pass another --out")
+    reference.check_draws(f"{out} was trained", state["draw_ids"], now["draw_ids"], state["step"] - 1)
+    if now["learning_rates"] != state["learning_rates"]:
+        raise InputError(f"with this --steps the learning rates of the {state['step']} steps that {out} has taken would "
+                         "be others. Pass the --steps that it was begun with, or another --out")
 
 
-def newest_checkpoint(folder):
-    """The file of a folder's last checkpoint, or None."""
-    return max(folder.glob("checkpoint-*.pt"), default=None)
+def make_optimizer(args, params):
+    settings = dict(lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(params, **settings, fused=True)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(params, **settings)
+    from transformers import Adafactor
+
+    return Adafactor(params, **settings, scale_parameter=False, relative_step=False)
 
 
-def load_checkpoint(folder):
+def describe(args, model, params, passes, clip, steps_taken):
+    """One line on what runs."""
+    trained, loss_fn = sum(param.numel() for param in params) / 1e6, LOSSES[args.loss]
+    line = (f"{args.loss} on {args.model}: trains {trained:.1f} of {model.num_parameters / 1e6:.1f} M parameters; "
+            f"{args.resolution} px, {args.device}, {args.precision}; {args.batch_size} pairs per step, "
+            f"{args.micro_batch} per forward, processes: {distributed.torchrun_env()[2]}")
+    if needs_groups(loss_fn):
+        line += f"; groups of {args.group_size} in {'one pass' if passes == 1 else 'two passes'}"
+    if "weights" in wants(loss_fn):
+        line += f"; weights {args.weight_position}, tau {args.tau:g}, clip {args.clip if clip else 'not loaded'}"
+    return line + (f"; going on after {steps_taken} steps" if steps_taken else "")
+
+
+def load_checkpoint(folder, steps):
     """The state of a run's last checkpoint, {} without one.
 
-    raises  InputError if it cannot be read, or if the folder holds anything else than a run
+    raises  InputError if it cannot be read or has more steps, or if the folder holds anything else than a run
     """
     visible = {path.name for path in folder.glob("*") if not is_hidden(path.name)} - {"lock", "config.json.part"}
     if visible and not recorded_run(folder):
@@ -71,113 +152,11 @@ def load_checkpoint(folder):
         missing = {"step", "digests", "draw_ids", "weights"} - state.keys()
         if missing:
             raise ValueError(f"it has no {min(missing)}")
-        return state
     except Exception as error:
         raise InputError(f"{file} cannot be read ({error!r:.200}). Pass another --out")
-
-
-def save_checkpoint(folder, state):
-    """Writes checkpoint-STEP.pt aside, flushes it, renames it, and removes the earlier ones."""
-    file = folder / f"checkpoint-{state['step']:06d}.pt"
-    part = file.with_suffix(".part")
-    try:
-        with open(part, "wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{file} cannot be written ({brief(error)[:200]}). Kept: "
-                         f"{newest_checkpoint(folder) or 'no checkpoint'}. Free some space, then the same command goes on")
-    part.replace(file)
-    for old in folder.glob("checkpoint-*.pt"):
-        if old != file:
-            old.unlink()
-
-
-class CheckpointWriter:
-    """Writes the checkpoints of a folder in a thread, one at a time, from copies in the host's memory."""
-
-    def __init__(self, folder):
-        self.folder, self.thread, self.error = folder, None, None
-
-    def save(self, state):
-        """Starts to write a state, once the one before is written."""
-        self.wait()
-        state = tree_map(lambda x: x.detach().to("cpu", copy=True) if torch.is_tensor(x) else x, state)
-        self.thread = threading.Thread(target=self.write, args=(state,), daemon=True)  # Ctrl-C ends it, too
-        self.thread.start()
-
-    def write(self, state):
-        try:
-            save_checkpoint(self.folder, state)
-        except Exception as error:
-            self.error = error
-
-    def check(self):
-        """Raises the thread's error, if it had one."""
-        error, self.error = self.error, None
-        if error:
-            raise error
-
-    def wait(self):
-        """Returns when all is written. InputError if it cannot be written."""
-        if self.thread:
-            self.thread.join()
-        self.check()
-
-
-# The log
-
-
-class Log:
-    """log.jsonl, a line per step; TensorBoard if it is installed; Weights & Biases if WANDB_PROJECT is set.
-
-    Lines from step `start` on are cut off: these steps come again. Weights & Biases keeps its own; they are the same.
-    """
-
-    def __init__(self, folder, start):
-        file = folder / "log.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        atomic_write(file, "".join(lines[:start]))
-        self.stream = open(file, "a", encoding="utf-8")
-        self.board = None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=start)
-        self.wandb_run = self.begin_wandb(folder) if os.environ.get("WANDB_PROJECT") else None
-
-    @staticmethod
-    def begin_wandb(folder):
-        """A run of Weights & Biases; a run that goes on continues its own."""
-        try:
-            import wandb
-        except ImportError:
-            print("WANDB_PROJECT is set, but wandb is not installed: nothing is logged there")
-            return None
-        id_file = folder / "wandb-id"
-        if not id_file.exists():
-            atomic_write(id_file, secrets.token_hex(4))
-        arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        try:
-            return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments,
-                              reinit="finish_previous")
-        except Exception as error:
-            raise InputError(f"WANDB_PROJECT is set, but wandb cannot begin a run: {brief(error)}. Log in to it, set "
-                             "WANDB_MODE=offline, or unset WANDB_PROJECT")
-
-    def write(self, step, scalars):
-        print(json.dumps({"step": step} | scalars), file=self.stream, flush=True)
-        if self.board:
-            for name, value in scalars.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
-        if self.wandb_run:
-            self.wandb_run.log(scalars, step=step)
-
-    def sync(self):
-        os.fsync(self.stream.fileno())
+    if state["step"] > steps:
+        raise InputError(f"{folder} has taken {state['step']} steps already; --steps {steps} is less")
+    return state
 
 
 # All that rank 0 writes
@@ -261,10 +240,12 @@ class Output:
 
     def restore(self, state):
         """Loads weights, optimizer, scaler and average of a checkpoint, and lets go of its mapped file."""
+        for name, param in self.params.items():
+            if state:
+                param.data.copy_(state["weights"][name])
+            distributed.broadcast(param)
         if not state:
             return
-        for name, param in self.params.items():
-            param.data.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for param, of_param in self.optimizer.state.items():
@@ -303,6 +284,8 @@ class Output:
         """
         args, done = self.args, step + 1
         is_last = done == args.steps
+        if self.ema:
+            self.ema.step(self.params.values())
         now = time.time()
         scalars["pairs_per_second"] = args.batch_size / (now - self.logged_at)  # includes saving and drawing
         self.logged_at = now
@@ -318,7 +301,7 @@ class Output:
         if self.is_writer:
             self.log.write(step, scalars)
             if "validate/margin" in scalars:
-                held_out.plot(self.out)
+                importlib.import_module("extras.curves").plot_validation(self.out)
             if "weights/own" in scalars and args.group_size > 1:
                 self.say_what_weights(step, scalars["weights/own"])
             shown = self.measured | scalars
@@ -405,18 +388,26 @@ tags: [{", ".join(tags)}]
 """
 
 
-# Lines about bad ends
+def check_finite(output, step, scalars, terms):
+    """InputError if a step's loss or gradient is not finite: it names the first bad term, and the rows of its pairs.
 
+    A gradient that overflows fp16 is fine, because the scaler skips that step.
 
-def explain_not_finite(out, step, scalars, terms):
-    """One line about a step with a number that is not finite: the first bad term, and the rows of its pairs.
-
-    terms  for each micro-batch of this rank (rows [B], {name: tensor [B or S*B, ...]} in the order of computation)
+    terms  a step -> for each micro-batch of this rank (rows [B], {name: tensor [B or S*B, ...]})
     """
+    scaler = output.scaler
+    is_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+    if math.isfinite(scalars["loss"]) and (is_overflow or math.isfinite(scalars["grad_norm"])):
+        return
+    output.checkpoints.wait()
+    words = {"latents": "the VAE's latents", "clip_embeds": "the CLIP embeddings", "ref_err_w": "the reference's errors",
+             "ref_err_l": "the reference's errors", "err": "the policy's errors"}  # in the order of computation
     faults = []
-    for rows, values in terms:
-        for order, (name, value) in enumerate(values.items()):
-            is_finite = value.isfinite().unflatten(0, (-1, len(rows)))                  # [1 or S, B, ...]
+    for rows, values in terms(step):
+        for order, (key, name) in enumerate(words.items()):
+            if key not in values:
+                continue
+            is_finite = values[key].isfinite().unflatten(0, (-1, len(rows)))            # [1 or S, B, ...]
             is_whole = is_finite.transpose(0, 1).flatten(1).all(dim=1).cpu()            # [B]
             faults += [(order, name, row) for row in rows[~is_whole].tolist()]
     faults = distributed.all_gather_list(faults)
@@ -425,6 +416,6 @@ def explain_not_finite(out, step, scalars, terms):
         first, name, _ = min(faults)
         rows = [str(row) for order, _, row in faults if order == first]
         where = f"{name} of rows {', '.join(rows[:32])}"
-    kept = newest_checkpoint(out) or "no checkpoint"
-    return (f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}. Not finite: {where}. Kept: "
-            f"{kept}. In another --out, try a smaller --lr or --precision fp32")
+    kept = newest_checkpoint(output.out) or "no checkpoint"
+    raise InputError(f"step {step}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}. Not finite: {where}. "
+                     f"Kept: {kept}. In another --out, try a smaller --lr or --precision fp32")

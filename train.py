@@ -11,8 +11,7 @@
     python train.py --model sd15 --dry_run                      print the resolved run and stop
 
 Options and presets are in options.py. A run writes into --out: config.json, data.json, log.jsonl (a line per step),
-samples/*.png, checkpoint-STEP.pt and model/, a diffusers pipeline or LoRA weights. With held-out pairs it also writes
-validation.png, and validation.safetensors with the reference's errors on them.
+samples/*.png, checkpoint-STEP.pt, model/ (a diffusers pipeline or LoRA weights), and validation.png for held-out pairs.
 
 A run is a function of its arguments: the number of processes and --micro_batch change float rounding, nothing else. If
 it is killed or stopped, the same command goes on from the last checkpoint and ends in the same weights (the same bits
@@ -29,14 +28,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import begin
 import reference
 import run
-from common import DTYPES, InputError, one_line_errors, run_folder
+from common import DTYPES, one_line_errors, run_folder
 from data import COLUMNS, Clip, ImagePairs, Stream, collate, crop_summary, cross_pair_weights
 from distributed import print0, to_device
 from encode import EncodedPairs
-from loading import add_lora, model_digests
+from loading import add_lora, model_digests, place_encoders, release_encoders
 from loss import LOSSES, denoising_error, wants
 from models import cast_for_autocast, compile_blocks, disabled_adapter, frozen_reference
 from options import hyperparameters, needs_groups, train_args
@@ -50,8 +48,9 @@ def train(args, out, state):
     """Runs the resolved `args` in the folder `out`, from the checkpoint `state` on; {} is the start."""
     started, start = time.time(), state.get("step", 0)
     trainer = Trainer(args, out, state)
+    trainer.set_up(out, state)
     params = [*trainer.params.values()]
-    optimizer = begin.make_optimizer(args, params)
+    optimizer = run.make_optimizer(args, params)
     scaler = torch.amp.GradScaler(trainer.device.type, enabled=args.precision == "fp16")
     output = run.Output(out, args, trainer.model, trainer.params, optimizer, scaler)
     stop = distributed.StopSignal()
@@ -60,32 +59,34 @@ def train(args, out, state):
     # before the checkpoint is loaded: the first row of the samples, and the errors that are computed once.
     if trainer.draws_samples:
         output.draw_base_grid(trainer.pairs)
-    trainer.compute_reference_errors(range(start, args.steps), stop)
-    held_out = trainer.held_out and reference.HeldOut(
-        args, trainer.held_out, trainer.process, trainer.latent_shape, trainer.load_stream, trainer.encode,
-        trainer.policy_error, trainer.model_digests, out)
-    if held_out:
+    steps = range(start, args.steps)
+    if trainer.reference_errors:
+        trainer.reference_errors.complete(trainer.stream, steps, trainer.load, trainer.prepare,
+                                          trainer.reference_error, stop)
+        trainer.reference = None
+    held_out = None
+    if trainer.held_out:
+        held_out = reference.HeldOut(args, out, trainer.held_out, trainer.process, trainer.latent_shape,
+                                     trainer.model_digests)
+        held_out.begin(trainer.load, trainer.encode, trainer.policy_error)
         print0(held_out.summary(trainer.pairs))
     if trainer.is_encoded:
-        begin.release_encoders(trainer.model, keeps_vae=trainer.draws_samples)
+        release_encoders(trainer.model, keeps_vae=trainer.draws_samples)
     output.restore(state)
-    for param in params:
-        distributed.broadcast(param)
     output.begin(start, trainer.pairs, trainer.held_out)
-    batches = trainer.load(range(start, args.steps))
-    num_chunks = args.batch_size // trainer.chunk
-    progress = tqdm(range(start, args.steps), args.loss, args.steps, initial=start, disable=trainer.rank > 0)
+    batches = trainer.load(trainer.stream, steps)
+    progress = tqdm(steps, args.loss, args.steps, initial=start, disable=trainer.rank > 0)
 
     for step in progress:
         metrics = []
-        for chunk in range(num_chunks):
+        for chunk in range(args.batch_size // trainer.chunk):
             # The policy's and the reference's errors, by one function on the same batch. Only the last micro-batch
             # keeps its autograd graph. The earlier ones run without a graph now and once more in the second pass.
             micro_batches, errors, values = [], [], []
             for k in range(trainer.micro_batches_per_chunk):
                 batch = trainer.prepare(next(batches), trainer.images_per_pair)
                 with torch.set_grad_enabled(k == trainer.micro_batches_per_chunk - 1):
-                    err = trainer.policy_error(batch.inputs)                                   # [S*B]
+                    err = trainer.policy_error(batch.inputs)                            # [S*B]
                 micro_batches.append(batch)
                 errors.append(err)
                 values.append(trainer.loss_values(batch, err.detach()))                 # {name: [B, ...]}
@@ -112,23 +113,17 @@ def train(args, out, state):
         flags = {"stop": stop.requested, "save": output.is_save_due()}
         scalars, flags = read_scalars(metrics, grad_norm, flags)                        # the step's only sync
         scalars["lr"] = learning_rate(step, args)
-        if not is_sound(scalars, scaler):
-            output.checkpoints.wait()
-            raise InputError(run.explain_not_finite(out, step, scalars, trainer.terms(step)))
+        run.check_finite(output, step, scalars, trainer.terms)
         for group in optimizer.param_groups:
             group["lr"] = scalars["lr"]
         scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if output.ema:
-            output.ema.step(params)
         output.after_step(step, scalars, flags, progress, held_out, trainer.identity)
 
     output.checkpoints.wait()
     output.save_model()
-    shown = f"; see {out}/samples" if args.sample_every else ""
-    shown += f"; see {out}/validation.png" if held_out else ""
-    print0(f"{time.time() - started:.0f} s; the result is {out}/model{shown}")
+    print0(f"{time.time() - started:.0f} s; the result is {out}/model")
     distributed.leave_processes()
 
 
@@ -145,25 +140,24 @@ class MicroBatch(NamedTuple):
 class Trainer:
     """The networks, the loss and the pairs of a run, and the errors that its step is made of.
 
-    model      the family object; the policy is its denoiser
-    params     {name: parameter} of what trains, always float32: the denoiser's, or its adapter's
-    reference  the frozen network, None if the loss takes no reference errors; with LoRA it is the policy itself, and
-               its adapter is disabled for the reference's errors
-    held_out   the pairs of --validate, or None
-    chunk      how many pairs' errors are gathered for one call of `loss_gradient`: the fewest that are whole groups
-               and whole micro-batches of all ranks
+    policy     the network that trains, the denoiser of the family object `model`
+    params     {name: parameter} of what trains, always float32: the policy's, or its adapter's
+    reference  the frozen network, None if the loss takes no reference errors. With LoRA it is the policy with its
+               adapter off
+    chunk      how many pairs `loss_gradient` gets at once: the fewest that are whole groups and whole micro-batches
+               of all ranks
     """
 
     def __init__(self, args, out, state):
         self.args, self.dtype = args, DTYPES[args.precision]
         self.device = distributed.get_device(args.device)
         self.rank, _, self.world_size = distributed.torchrun_env()
-        self.pairs, self.held_out, self.model = begin.open_parts(args, out, state, self.device)
-        self.process = self.model.process.to(self.device)
-        self.latent_shape = self.model.latent_shape(args.resolution)
-        self.stream = Stream(self.pairs, self.model.process, self.latent_shape, args.seed, args.batch_size,
-                             args.group_size, args.group_noise, args.vae_sample)
-        self.is_encoded = isinstance(self.pairs, EncodedPairs)
+        self.pairs, self.held_out, self.model = run.open_parts(args, out, state, self.device)
+        pairs, model = self.pairs, self.model
+        self.process = model.process.to(self.device)
+        self.latent_shape = model.latent_shape(args.resolution)
+        self.stream = Stream(pairs, model.process, self.latent_shape, args)
+        self.is_encoded = isinstance(pairs, EncodedPairs)
         self.draws_samples = self.rank == 0 and args.sample_every > 0
         self.has_said_crop = self.rank > 0
 
@@ -174,6 +168,8 @@ class Trainer:
         self.images_per_pair = 2 if {"err_l", "ref_err_l"} & self.wants else 1
         self.wants_reference = bool({"ref_err_w", "ref_err_l"} & self.wants)
         self.wants_weights = "weights" in self.wants
+        of_weights = {"clip_embeds", "image_ids"} if self.wants_weights else set()
+        self.gathered = {"err_w", "err_l"} | self.wants | of_weights
 
         # A cache has CLIP's embeddings. Uniform weights and groups of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
@@ -181,32 +177,35 @@ class Trainer:
         if self.wants_weights and self.tau < math.inf and not self.is_encoded:
             self.clip = Clip(args.clip, self.device, self.dtype)
             if args.similarity != "text":
-                self.pairs.clip_transform = self.clip.transform
+                pairs.clip_transform = self.clip.transform
 
         # Hashes that identify the run: a checkpoint and a file of errors belong to one model and one data set.
-        self.model_digests = model_digests(self.model)
-        self.digests = self.model_digests | {"data": self.pairs.digest()}
+        self.model_digests = model_digests(model)
+        self.digests = self.model_digests | {"data": pairs.digest()}
         self.reference_errors = None
         if args.reference_errors:
             self.reference_errors = reference.ReferenceErrors(args, self.digests)
         if self.clip:
             self.digests = self.digests | {"CLIP": self.clip.digest()}
-        steps_taken = state.get("step", 0)
+
+    def set_up(self, out, state):
+        """Compares the run with its checkpoint, places the networks and sets how a step is divided."""
+        args, pairs, steps_taken = self.args, self.pairs, state.get("step", 0)
         if state:
-            self.pairs.unreadable |= state["unreadable"]
-            begin.check_same_run(out, state, self.identity(steps_taken))
-        elif self.rank == 0 and isinstance(self.pairs, ImagePairs) and len(self.pairs) <= 10_000:
-            self.pairs.scan()  # so that data.json is complete at once
+            pairs.unreadable |= state["unreadable"]
+            run.check_same_run(out, state, self.identity(steps_taken))
+        elif self.rank == 0 and not self.is_encoded and len(pairs) <= 10_000:
+            pairs.scan()  # so that data.json is complete at once
         if self.reference_errors and steps_taken < args.steps:
             self.reference_errors.check(self.stream, steps_taken)
         distributed.check_alike({"number of steps taken": steps_taken} | self.digests)
 
         self.place_models()
+        params = [*self.params.values()]
         if args.micro_batch == "auto":
-            params = [*self.params.values()]
-            args.micro_batch = begin.largest_micro_batch(args, self.device, params, self.forward_backward)
+            args.micro_batch = distributed.largest_micro_batch(args, self.device, params, self.forward_backward)
         if self.is_encoded and (self.draws_samples or isinstance(self.held_out, ImagePairs)):
-            begin.place_encoders(args, self.model, self.device)  # not for the steps, so after --micro_batch auto
+            place_encoders(self.model, self.device, self.dtype, only_adapter=False)  # for samples and held-out pairs
 
         # If the forwards of all ranks hold whole groups, a chunk is one forward of each rank, and one pass is enough.
         self.group_size = args.group_size if needs_groups(self.loss_fn) else args.micro_batch
@@ -214,8 +213,16 @@ class Trainer:
         self.chunk = math.lcm(self.group_size, pairs_per_forward)
         self.micro_batches_per_chunk = self.chunk // pairs_per_forward
         self.gathers = self.world_size > 1 and args.micro_batch % self.group_size > 0
-        print0(f"data: {self.pairs.summary()}")
-        print0(begin.describe(args, self.model, self.params.values(), self.micro_batches_per_chunk, self.clip, steps_taken))
+        print0(f"data: {pairs.summary()}")
+        print0(run.describe(args, self.model, params, self.micro_batches_per_chunk, self.clip, steps_taken))
+
+    def identity(self, done):
+        """What a checkpoint after `done` steps is known by, see `run.check_same_run`."""
+        pairs = self.pairs
+        pairs.unreadable = dict(distributed.all_gather_list([*pairs.unreadable.items()]))
+        rates = [learning_rate(step, self.args) for step in range(done)]
+        return {"pairs": len(pairs), "digests": self.digests, "unreadable": pairs.unreadable,
+                "draw_ids": self.stream.draw_ids(done - 1), "learning_rates": rates}
 
     def place_models(self):
         """Puts the networks on the device and decides what trains."""
@@ -229,10 +236,10 @@ class Trainer:
         self.params = {name: param for name, param in denoiser.named_parameters() if param.requires_grad}
         denoiser.to(self.device)
         if not self.is_encoded:
-            begin.place_encoders(args, self.model, self.device)
-        if self.device.type == "cuda" or self.device.type == "cpu" and not args.lora_rank:
-            denoiser.to(memory_format=torch.channels_last)  # faster, except for frozen weights on a CPU
-
+            place_encoders(self.model, self.device, self.dtype, only_adapter=args.lora_rank > 0)
+        faster_on = ("cuda",) if args.lora_rank else ("cuda", "cpu")
+        if self.device.type in faster_on:
+            denoiser.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.policy, self.reference = denoiser, None
@@ -244,45 +251,23 @@ class Trainer:
             for network in {self.policy, self.reference} - {None}:
                 compile_blocks(network, self.model.blocks)
 
-    def identity(self, done):
-        """What a checkpoint after `done` steps is known by, see `begin.check_same_run`."""
-        self.pairs.unreadable = dict(distributed.all_gather_list([*self.pairs.unreadable.items()]))
-        return {"pairs": len(self.pairs), "digests": self.digests, "unreadable": self.pairs.unreadable,
-                "draw_ids": self.stream.draw_ids(done - 1),
-                "learning_rates": [learning_rate(step, self.args) for step in range(done)]}
-
-    def compute_reference_errors(self, steps, stop):
-        """Computes the --reference_errors that are missing, while the policy is still the reference."""
-        if not self.reference_errors:
-            return
-        missing = self.reference_errors.missing(steps)
-        batches = self.load(missing)
-        forwards = self.args.batch_size // (self.args.micro_batch * self.world_size)
-        per_step = ((self.prepare(next(batches), 2) for _ in range(forwards)) for _ in missing)
-        if not self.reference_errors.fill(missing, per_step, self.reference_error, stop):
-            distributed.end_early("saved the reference's errors so far; the same command goes on")
-        self.reference = None
-
     # Batches
 
-    def load(self, steps):
-        """This rank's micro-batches of some steps, as the loader gives them."""
-        size = self.args.batch_size
-        return self.load_stream(self.stream, (range(step * size, step * size + size) for step in steps))
-
-    def load_stream(self, stream, spans):
-        """This rank's micro-batches of some spans of positions. Neighbouring ranks take neighbouring micro-batches."""
-        args = self.args
+    def load(self, stream, steps):
+        """This rank's micro-batches of some steps of a stream, as torch's loader gives them."""
+        workers = self.args.workers
         loader = torch.utils.data.DataLoader(
-            stream, batch_sampler=self.micro_batch_ranges(spans), collate_fn=collate, num_workers=args.workers,
-            worker_init_fn=distributed.ignore_signals, timeout=args.data_timeout if args.workers else 0,
-            pin_memory=self.device.type == "cuda")
-        return distributed.guarded(iter(loader), has_workers=args.workers > 0)
+            stream, batch_sampler=self.micro_batch_ranges(stream.batch_size, steps), collate_fn=collate,
+            num_workers=workers, worker_init_fn=distributed.ignore_signals,
+            timeout=self.args.data_timeout if workers else 0, pin_memory=self.device.type == "cuda")
+        return distributed.guarded(iter(loader), has_workers=workers > 0)
 
-    def micro_batch_ranges(self, spans):
+    def micro_batch_ranges(self, batch_size, steps):
+        """Yields this rank's ranges of positions; neighbouring ranks take neighbouring micro-batches."""
         micro_batch = self.args.micro_batch
-        for span in spans:
-            for start in span[self.rank * micro_batch::self.world_size * micro_batch]:
+        for step in steps:
+            first = step * batch_size + self.rank * micro_batch
+            for start in range(first, (step + 1) * batch_size, micro_batch * self.world_size):
                 yield range(start, start + micro_batch)
 
     def prepare(self, batch, images):
@@ -299,13 +284,16 @@ class Trainer:
     def encode(self, batch, images):
         """The first `images` of each pair -> a MicroBatch: encoded and on the device, but not noised yet."""
         if "pixels" in batch:
-            batch["mean"], batch["std"] = self.model.encode_images(batch["pixels"][:, :images])
+            pixels = batch.pop("pixels")[:, :images]                                    # [B, S, 3, H, W]
+            batch["mean"], batch["std"] = self.model.encode_images(pixels)
             batch |= self.model.encode_prompts(batch["prompt"], self.dtype)
         for name in ("mean", "std", "vae_noise", "time_ids"):  # these have an axis of images
             if name in batch:
                 batch[name] = batch[name][:, :images]                                   # [B, S, ...]
+        on_cpu = {name: batch.pop(name) for name in ("row", "position", "draw_id")}
+        batch.pop("clip_pixels", None)
         for name, value in batch.items():
-            if torch.is_tensor(value) and name not in ("pixels", "clip_pixels", "row", "position", "draw_id"):
+            if torch.is_tensor(value):
                 batch[name] = to_device(value, self.device)
 
         latents = batch["mean"].float()                                                 # [B, S, C, h, w]
@@ -323,32 +311,32 @@ class Trainer:
         for name in ("clip_embeds", "image_ids", *COLUMNS):
             if name in batch:
                 values[name] = batch[name]
-        return MicroBatch(inputs, values, batch["row"], batch["position"], batch["draw_id"])
+        return MicroBatch(inputs, values, **on_cpu)
 
     # Errors and the loss
 
-    def policy_error(self, inputs):                                                     # [S*B]
-        return denoising_error(self.model.predict, self.policy, self.process, dtype=self.dtype, **inputs)
+    def error(self, network, inputs):                                                   # [S*B]
+        return denoising_error(self.model.predict, network, self.process, dtype=self.dtype, **inputs)
+
+    def policy_error(self, inputs):
+        return self.error(self.policy, inputs)
 
     @torch.no_grad()
-    def reference_error(self, inputs):                                                  # [S*B]
+    def reference_error(self, inputs):
         with disabled_adapter(self.lora_layers):
-            return denoising_error(self.model.predict, self.reference, self.process, dtype=self.dtype, **inputs)
+            return self.error(self.reference, inputs)
 
     def loss_values(self, batch, err):
-        """{name: [B, ...]} of the errors of policy and reference, and of what the loss takes from the batch."""
+        """{name: [B, ...]} of what the loss takes, and of what its weights are made from."""
         images = self.images_per_pair
-        values = {name: value for name, value in batch.values.items() if name in self.wants}
-        if self.wants_weights:
-            values |= {name: batch.values[name] for name in ("clip_embeds", "image_ids") if name in batch.values}
-        values["err_w"], values["err_l"] = err.chunk(2) if images == 2 else (err, None)
+        values = batch.values | by_side("err", err, images)
         if self.wants_reference:
             if self.reference_errors:
                 ref_err = self.reference_errors.read(batch, images, self.device)        # [S*B]
             else:
                 ref_err = self.reference_error(batch.inputs)
-            values["ref_err_w"], values["ref_err_l"] = ref_err.chunk(2) if images == 2 else (ref_err, None)
-        return {name: value for name, value in values.items() if value is not None}
+            values |= by_side("ref_err", ref_err, images)
+        return {name: value for name, value in values.items() if name in self.gathered}
 
     def gather_chunk(self, values):
         """The values of this rank's micro-batches -> those of the chunk, in the order of its positions."""
@@ -363,39 +351,35 @@ class Trainer:
 
         returns  dloss_derr of each micro-batch, [micro-batches, S*B]; [metrics of each group]
         """
-        args = self.args
+        batch_size, micro_batch = self.args.batch_size, self.args.micro_batch
         errors = [values[name].requires_grad_() for name in ("err_w", "err_l") if name in values]
         loss, metrics = 0, []
         for i in range(0, len(errors[0]), self.group_size):
             group = {name: value[i:i + self.group_size] for name, value in values.items()}
             if self.wants_weights:
-                group["weights"] = self.group_weights(group)
-            inputs = {name: value for name, value in group.items() if name in self.wants}
-            group_loss, group_metrics = self.loss_fn(**inputs, **self.hyperparameters)
-            loss = loss + group_loss * self.group_size / args.batch_size
+                group["weights"] = self.group_weights(group.get("clip_embeds"), group["image_ids"])
+            group = {name: group[name] for name in group if name in self.wants}
+            group_loss, group_metrics = self.loss_fn(**group, **self.hyperparameters)
+            loss = loss + group_loss * self.group_size / batch_size
             metrics.append({"loss": group_loss.detach(), **group_metrics})
         gradients = torch.autograd.grad(loss, errors, allow_unused=True, materialize_grads=True)
         dloss_derr = torch.stack(gradients)                                             # [S, chunk]
         if self.gathers:
-            dloss_derr = dloss_derr.unflatten(1, (-1, self.world_size, args.micro_batch))
+            dloss_derr = dloss_derr.unflatten(1, (-1, self.world_size, micro_batch))
             dloss_derr = dloss_derr[:, :, self.rank]                                    # [S, micro-batches, B]
         else:
-            dloss_derr = dloss_derr.unflatten(1, (-1, args.micro_batch))
+            dloss_derr = dloss_derr.unflatten(1, (-1, micro_batch))
         return dloss_derr.transpose(0, 1).flatten(1), metrics
 
-    def group_weights(self, group):
-        """[group, group] out of clip_embeds [group, 3, E] and image_ids [group, 2], see `cross_pair_weights`."""
-        text = image_w = image_l = None
-        if "clip_embeds" in group:
-            text, image_w, image_l = group["clip_embeds"].unbind(1)
-        return cross_pair_weights(text, image_w, image_l, self.tau, self.args.similarity, group["image_ids"])
-
-    # Trying and explaining
+    def group_weights(self, clip_embeds, image_ids):
+        """[group, group] out of clip_embeds [group, 3, E], None if tau is inf, and image_ids [group, 2]."""
+        embeds = (None, None, None) if clip_embeds is None else clip_embeds.unbind(1)
+        return cross_pair_weights(*embeds, self.tau, self.args.similarity, image_ids)
 
     def forward_backward(self, micro_batch):
         """A forward and a backward of the first pairs, to see whether memory suffices."""
         self.args.micro_batch = micro_batch
-        batch = self.prepare(next(self.load([0])), self.images_per_pair)
+        batch = self.prepare(next(self.load(self.stream, [0])), self.images_per_pair)
         err = self.policy_error(batch.inputs)
         if self.wants_reference and not self.reference_errors:
             self.reference_error(batch.inputs)
@@ -406,15 +390,17 @@ class Trainer:
 
         A step depends only on its number and the weights, which have not moved, so it can be computed again.
         """
-        for loaded in self.load([step]):
+        for loaded in self.load(self.stream, [step]):
             batch = self.prepare(loaded, self.images_per_pair)
             with torch.no_grad():
                 err = self.policy_error(batch.inputs)
-            values = self.loss_values(batch, err) | {"latents": batch.inputs["x"], "err": err}
-            names = {"latents": "the VAE's latents", "clip_embeds": "the CLIP embeddings",
-                     "ref_err_w": "the reference's errors on winners", "ref_err_l": "the reference's errors on losers",
-                     "err": "the policy's errors"}
-            yield batch.row, {words: values[name] for name, words in names.items() if name in values}
+            yield batch.row, self.loss_values(batch, err) | {"latents": batch.inputs["x"], "err": err}
+
+
+def by_side(name, err, images):
+    """{name_w: [B], name_l: [B]} of errors [S*B]; without the loser if S is 1."""
+    sides = (f"{name}_w", f"{name}_l")
+    return dict(zip(sides[:images], err.chunk(images)))
 
 
 def read_scalars(metrics, grad_norm, flags):
@@ -424,7 +410,10 @@ def read_scalars(metrics, grad_norm, flags):
     grad_norm  [] on the device
     flags      {name: bool} of this rank
     """
-    scalars = {name: torch.stack([group[name] for group in metrics]).mean() for name in metrics[0]}
+    scalars = {}
+    for name in metrics[0]:
+        of_groups = torch.stack([group[name] for group in metrics])
+        scalars[name] = of_groups.mean()
     scalars["grad_norm"] = grad_norm
     for name, flag in flags.items():
         scalars[name] = torch.tensor(float(flag)).to(grad_norm.device, non_blocking=True)
@@ -435,14 +424,9 @@ def read_scalars(metrics, grad_norm, flags):
 
 def learning_rate(step, args):
     """The learning rate of a step: linear warm-up, then constant. Another schedule goes here."""
-    return args.lr * min(1, (step + 1) / max(1, args.warmup))
-
-
-def is_sound(scalars, scaler):
-    """Whether a step's numbers are finite. A gradient that overflows fp16 is fine: the scaler skips that step."""
-    if scaler.is_enabled() and scaler.get_scale() >= 1:
-        return math.isfinite(scalars["loss"])
-    return math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])
+    if step < args.warmup:
+        return args.lr * ((step + 1) / args.warmup)
+    return args.lr
 
 
 def main(argv=None):
@@ -452,11 +436,8 @@ def main(argv=None):
             return print0(json.dumps(vars(args), indent=1))
         distributed.end_with_launcher()
         with run_folder(args.out) as out:
-            state = run.load_checkpoint(out)
-            steps_taken = state.get("step", 0)
-            if steps_taken > args.steps:
-                raise InputError(f"{out} has taken {steps_taken} steps already; --steps {args.steps} is less")
-            if steps_taken == args.steps and (out / "model").exists():
+            state = run.load_checkpoint(out, args.steps)
+            if state.get("step") == args.steps and (out / "model").exists():
                 return print0(f"{out} holds all {args.steps} steps of this run. To go on, pass more --steps. To train "
                               "again, remove the folder or pass another --out")
             try:
