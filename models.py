@@ -109,7 +109,8 @@ class Family:
     # Timesteps
 
     def schedule(self):
-        return {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(self.process).items()}
+        process = vars(self.process).items()
+        return {name: value.tolist() if torch.is_tensor(value) else value for name, value in process}
 
     def set_times(self, args):
         for name in ("timestep_sampling", "timestep_mean", "timestep_scale", "timestep_shift", "train_guidance"):
