@@ -72,31 +72,40 @@ def open_parts(args, out, state, device):
 def check_coupling(args, pairs, process):
     """InputError if a loss couples pairs but names neither `weights` nor `group_size`.
 
-    Such a loss would depend on --micro_batch. It is called on the same random errors of eight pairs, whole and in halves,
-    at several scales, because a saturated sigmoid may hide the difference at one scale.
+    Such a loss would depend on --micro_batch. The loss and its gradient are computed on the same random errors of eight
+    pairs, whole and in halves. Errors of seven scales are tried, because a sigmoid hides a batch's mean where it is
+    saturated or nearly straight. A difference counts if it is larger than the rounding of the largest value.
     """
     loss_fn, generator = LOSSES[args.loss], torch.Generator().manual_seed(0)
     if needs_groups(loss_fn):
         return
     t = torch.stack([process.sample_t(generator) for _ in range(8)])
-    fixed = {"t": t, "snr": process.snr(t)}
+    given = {"t": t, "snr": process.snr(t)}
     for name in sorted(wants(loss_fn).keys() & pairs.columns.keys()):
         known = np.unique(pairs.columns[name][pairs.rows])  # the first rows may be all alike, or have no number
         known = torch.from_numpy(known[~np.isnan(known)])
-        fixed[name] = known[torch.randint(len(known), (8,), generator=generator)]
-    for scale in (1, 1e-2, 1e-4, 1e-6):
-        values = dict(fixed)
-        for name in ("err_w", "err_l", "ref_err_w", "ref_err_l"):
-            values[name] = 0.5 + scale * torch.rand(8, generator=generator, dtype=torch.float64)
-        losses = []
-        for part in (slice(8), slice(4), slice(4, 8)):
-            inputs = {name: value[part] for name, value in values.items() if name in wants(loss_fn)}
-            losses.append(loss_fn(**inputs, **hyperparameters(args))[0])
-        whole, halves = losses[0], (losses[1] + losses[2]) / 2
-        if not torch.isclose(whole, halves, rtol=1e-4, atol=0, equal_nan=True):
-            raise InputError(f"--loss {args.loss} couples pairs: on eight pairs it is {whole:.6g}, but the mean of its "
-                             f"halves is {halves:.6g}. Let it take `group_size` or `weights` as an argument; then it is "
-                             "called on one whole group of --group_size pairs")
+        given[name] = known[torch.randint(len(known), (8,), generator=generator)]
+    found = []
+    for exponent in range(7):
+        for _ in range(4):
+            for name in ("err_w", "err_l", "ref_err_w", "ref_err_l"):
+                given[name] = 0.5 + 10.0 ** -exponent * torch.rand(8, generator=generator, dtype=torch.float64)
+            errors = [given[name].requires_grad_() for name in ("err_w", "err_l")]
+            losses = []
+            for part in (slice(8), slice(4), slice(4, 8)):
+                inputs = {name: value[part] for name, value in given.items() if name in wants(loss_fn)}
+                losses.append(loss_fn(**inputs, **hyperparameters(args))[0])
+            for loss in (losses[0], (losses[1] + losses[2]) / 2):
+                gradients = torch.autograd.grad(loss, errors, allow_unused=True, materialize_grads=True)
+                found.append(torch.cat([loss.detach()[None], *gradients]))
+    whole, halves = torch.stack(found).unflatten(0, (-1, 2)).unbind(1)                  # [28, 1 + 2 * 8]
+    is_finite = (whole + halves).isfinite().all(dim=1)
+    for name, numbers in (("value", slice(1)), ("gradient", slice(1, None))):
+        difference, size = ((x[is_finite, numbers]).abs() for x in (whole - halves, whole))
+        if is_finite.any() and difference.max() > 1e-4 * size.max():
+            raise InputError(f"--loss {args.loss} couples pairs: its {name} on eight pairs is not the mean of those on "
+                             "its halves. Let it take `group_size` or `weights` as an argument; then it is called on "
+                             "one whole group of --group_size pairs")
 
 
 def check_same_run(out, state, now):
