@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -20,14 +21,17 @@ from safetensors.torch import load_file, save_file
 import common
 import data
 import evaluate
+import loading
 import loss as loss_file
 import models
 import options
+import run as run_room
+import sources
 import train
 from common import InputError
 from conftest import fresh, log_of
 from extras import tiny
-from loss import DDPM, denoising_error
+from loss import DDPM, denoising_error, wants
 from options import encode_args, train_args
 from test_resume import left, same_bits
 
@@ -217,11 +221,11 @@ def test_a_resume_after_the_draw_was_changed_is_refused(run, monkeypatch):
     run("sd", "--steps", "2")
     sample_t = DDPM.sample_t
     timesteps = draw(range(8, 16), seed=0)["t"].tolist()
-    place = next(place for place in range(1, 8) if timesteps[place] > max(timesteps[:place]))
-    most = timesteps[place] - 1
+    first = next(k for k in range(1, 8) if timesteps[k] > max(timesteps[:k]))
+    most = timesteps[first] - 1
     monkeypatch.setattr(DDPM, "sample_t", lambda process, generator: sample_t(process, generator).clamp(max=most))
-    complaint = (f"was trained by other code or on other data: step 1, position {place} was drawn with timestep "
-                 f"{most + 1}, not timestep {most}. Give another")
+    complaint = (f"was trained by other code or on other data: at step 1, position {first}, it drew timestep "
+                 f"{most + 1}, not timestep {most}. Use the code")
     with pytest.raises(SystemExit, match=complaint):
         run("sd", "--steps", "3")
 
@@ -233,18 +237,18 @@ def fresh_process():
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind):
     """By the formula of diffusers' EMAModel, whose decay warms up: 0, 2/11, 3/12, ..., at most --ema."""
-    draw, save_checkpoint = train.Output.draw, run_room.save_checkpoint
+    draw, save_checkpoint = run_room.Output.draw, common.save_checkpoint
     of_steps, of_samples = [], []
 
     def observed_draw(output):
-        of_samples.append([param.detach().clone() for param in output.trainer.params.values()])
+        of_samples.append([param.detach().clone() for param in output.params.values()])
         return draw(output)
 
-    def observed_save(folder, state, kept):
+    def observed_save(folder, state):
         of_steps.append([param.detach().clone() for param in state["weights"].values()])
-        save_checkpoint(folder, state, kept)
+        save_checkpoint(folder, state)
 
-    monkeypatch.setattr(train.Output, "draw", observed_draw)
+    monkeypatch.setattr(run_room.Output, "draw", observed_draw)
     monkeypatch.setattr(common, "save_checkpoint", observed_save)
     options = "--ema 0.2 --steps 4 --save_every 1 --sample_every 4 --sample_steps 1 --lr 1e-2"
     lora = "--lora_rank 4" if kind == "adapter" else "--lora_rank 0"
@@ -277,6 +281,103 @@ def test_four_steps_of_an_average_are_two_and_two(run):
     same_bits(out, out.with_name("four"))
     state, _ = left(out)
     assert state["ema"]["optimization_step"] == 4
+
+
+# The contract of a family
+
+
+class PixArt(models.Family):
+    """PixArt-alpha, a family that the program does not know, by what the contract says it must give and no more."""
+
+    denoiser_name = "transformer"
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    text_encoders = ("text_encoder",)
+    lora_targets = ["to_q", "to_k", "to_v"]
+    blocks = ("BasicTransformerBlock",)
+    guidance = 4.5
+
+    def make_process(self):
+        return DDPM(self.pipe.scheduler.alphas_cumprod)
+
+    def encode_prompt(self, prompts, device):
+        embeds, mask, _, _ = self.pipe.encode_prompt(prompts, False, device=device)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def conditioning(self, embeds, time_ids):
+        images = time_ids.shape[1]
+        return {"encoder_hidden_states": embeds["prompt_embeds"].repeat(images, 1, 1),
+                "encoder_attention_mask": embeds["prompt_attention_mask"].repeat(images, 1)}
+
+    def predict(self, network, x_t, t, cond):
+        no_size = {"resolution": None, "aspect_ratio": None}
+        return network(x_t, timestep=t, added_cond_kwargs=no_size, **cond, return_dict=False)[0].chunk(2, 1)[0]
+
+
+@pytest.fixture
+def pixart_model(tmp_path, small_model):
+    """The folder of a small PixArt with random weights, with the VAE and the T5 of the small SD3."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    lender = loading.load_model(small_model("sd3")).pipe
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=96, norm_num_groups=4)
+    scheduler = DPMSolverMultistepScheduler()
+    PixArtAlphaPipeline(lender.tokenizer_3, lender.text_encoder_3, lender.vae, transformer,
+                        scheduler).save_pretrained(tmp_path / "pixart")
+    return str(tmp_path / "pixart")
+
+
+def test_a_family_is_what_its_contract_says_it_must_give(tmp_path, pixart_model, few_pairs, quick_tiny, monkeypatch):
+    """A class with these members and one row of FAMILIES load, train, and save a model that loads again."""
+    must = re.search(r"It must give\n(.*?)It may change", models.Family.__doc__, re.S)[1]
+    given = {name for name in vars(PixArt) if not name.startswith("__")}
+    assert given == set(re.findall(r"^ {8}(\w+)", must, re.M))
+    monkeypatch.setitem(loading.FAMILIES, "PixArtAlphaPipeline", PixArt)
+    argv = "--steps 2 --batch_size 8 --micro_batch 4 --lr 1e-3 --sample_every 0 --clip tiny --device cpu".split()
+    out = tmp_path / "out"
+    train.main([*argv, "--model", pixart_model, "--data", few_pairs, "--out", str(out)])
+    first, second = log_of(out)
+    assert first["reward/margin"] == 0 and first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["grad_norm"] > 0 and second["reward/margin"] != 0
+    before, after = (loading.load_model(str(folder)) for folder in (pixart_model, out / "model"))
+    assert type(after) is PixArt
+    start = before.denoiser.state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in after.denoiser.state_dict().items())
+
+
+# What is saved
+
+
+def test_weights_that_were_cast_are_not_saved(tmp_path, small_model):
+    """A part that a fork froze and cast for autocast has lost bits, so a pipeline of it would be another model."""
+    model = fresh(small_model("sd"))
+    model.denoiser.requires_grad_(True)
+    model.denoiser.mid_block.requires_grad_(False)
+    models.cast_for_autocast(model.denoiser, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"mid_block\..*weight is torch.bfloat16"):
+        loading.save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_that_trains_a_part_saves_the_rest_as_it_was(run, small_model, monkeypatch):
+    """Cross-attention alone, as a fork's place_models may have it, also where autocast is bf16."""
+    from diffusers import UNet2DConditionModel
+
+    def requires_grad_(unet, is_on=True):
+        for name, param in unet.named_parameters():
+            param.requires_grad_(is_on and "attn2" in name)
+        return unet
+
+    monkeypatch.setattr(UNet2DConditionModel, "requires_grad_", requires_grad_)
+    out = run("sd", "--precision", "bf16", "--lr", "1e-3")
+    assert log_of(out)[0]["reward/margin"] == 0
+    start = loading.load_model(small_model("sd")).denoiser.state_dict()
+    saved = DiffusionPipeline.from_pretrained(out / "model").unet.state_dict()
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    moved = {name for name in saved if not torch.equal(saved[name], start[name])}
+    assert moved and all("attn2" in name for name in moved)
 
 
 # The forward pass
@@ -377,7 +478,9 @@ def test_latents_are_the_vaes_posterior(small_model):
 
 def draw(positions, seed=3, batch_size=8, group_size=8, group_noise="own", process=None, shape=(4, 8, 8)):
     """{"t": [n], "noise": [n, C, h, w], "vae_noise": [n, 2, C, h, w]} of some positions."""
-    stream = data.Stream(None, process or fresh_process(), shape, seed, batch_size, group_size, group_noise)
+    settings = dict(seed=seed, batch_size=batch_size, group_size=group_size, group_noise=group_noise)
+    args = SimpleNamespace(**settings, vae_sample="sample")
+    stream = data.Stream(None, process or fresh_process(), shape, args)
     return data.collate([stream.draw(position) | {"unreadable": []} for position in positions])
 
 
@@ -439,7 +542,7 @@ def test_openais_weights_get_their_activation(monkeypatch, spec, quick):
         raise ConnectionError("no hub here")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
-    with pytest.raises(InputError, match=f"--clip {spec} cannot be loaded .no hub here.; give another"):
+    with pytest.raises(InputError, match=f"--clip {spec} cannot be loaded .no hub here.. Pass another"):
         data.Clip(spec)
     assert given["force_quick_gelu"] is quick
 
@@ -449,10 +552,7 @@ def test_openais_weights_get_their_activation(monkeypatch, spec, quick):
 
 def test_the_readmes_own_loss_trains(run, monkeypatch):
     """A new loss is a function and an entry, as in the README; one that asks for weights gets them."""
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    names = vars(loss_file).copy()
-    exec(snippet, names)
-    seen = []
+    names, seen = readme_names(), []
 
     def weighted(err_w, err_l, ref_err_w, ref_err_l, beta, weights):
         seen.append(weights)
@@ -546,13 +646,156 @@ def test_hyperparameters_may_not_change_in_a_run(run, monkeypatch, capsys):
         run("sd", "--loss", "free", "--loss_args", "margin=2")
 
 
+# A loss is the mean of what each pair contributes, or names its group
+
+
+def kto_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
+    """The form of KTO, arXiv:2402.01306: rewards are held against the batch's mean, which takes no gradient."""
+    chosen, rejected = -beta / 2 * (err_w - ref_err_w), -beta / 2 * (err_l - ref_err_l)
+    baseline = torch.cat([chosen, rejected]).mean().clamp(min=0).detach()
+    loss = 2 - torch.sigmoid(chosen - baseline).mean() - torch.sigmoid(baseline - rejected).mean()
+    return loss, {}
+
+
+def snr_normalised_loss(err_w, snr):
+    weights = snr.clamp(max=5)
+    return (weights * err_w).sum() / weights.sum(), {}
+
+
+def score_normalised_loss(err_w, score):
+    return (score * err_w).sum() / score.sum(), {}
+
+
+def snr_weighted_loss(err_w, err_l, ref_err_w, ref_err_l, beta, snr):
+    """Each pair's own weight couples nothing."""
+    d = (err_w - ref_err_w) - (err_l - ref_err_l)
+    return -F.logsigmoid(-beta / 2 * snr.clamp(max=5) * d).mean(), {}
+
+
+def score_weighted_loss(err_w, score):
+    return (score * err_w).mean(), {}
+
+
+def readme_names():
+    """What the README's snippet defines, pasted into loss.py."""
+    names = vars(loss_file).copy()
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], names)
+    return names
+
+
+def check_coupling(monkeypatch, loss_fn, beta=5000.0, **columns):
+    """The check before the first step, on pairs with these columns."""
+    monkeypatch.setitem(loss_file.LOSSES, "tried", loss_fn)
+    monkeypatch.setattr(options, "VECTORS", options.VECTORS | columns.keys())
+    columns = {name: np.array(values, dtype=np.float32) for name, values in columns.items()}
+    rows = np.arange(max(map(len, columns.values()), default=8))
+    run_room.check_coupling(SimpleNamespace(loss="tried", beta=beta, loss_args={}),
+                            SimpleNamespace(rows=rows, columns=columns), fresh_process())
+
+
+@pytest.mark.parametrize("loss_fn", [kto_loss, snr_normalised_loss])
+def test_a_loss_that_couples_pairs_is_refused_at_the_start(run, tmp_path, monkeypatch, loss_fn):
+    """Otherwise its gradient would depend on --micro_batch."""
+    monkeypatch.setitem(loss_file.LOSSES, "coupled", loss_fn)
+    with pytest.raises(SystemExit, match="^train.py: --loss coupled couples pairs: .*`group_size`") as end:
+        run("sd", "--loss", "coupled")
+    assert "\n" not in end.value.code and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("score", [
+    [1, 2, 3, 4, 5, 6, 7, 8],
+    [1] * 8 + [2] * 8,  # the first rows are alike
+    [0, 1] * 8,  # both halves of the first rows have the same sum
+    [math.nan, 1, 2, 3] * 4,  # a pair that cannot be read has no number
+])
+def test_a_sum_over_a_column_is_found_in_any_data(monkeypatch, score):
+    with pytest.raises(InputError, match="couples pairs"):
+        check_coupling(monkeypatch, score_normalised_loss, score=score)
+    check_coupling(monkeypatch, score_weighted_loss, score=score)
+
+
+def test_losses_that_couple_nothing_pass_at_every_beta(monkeypatch):
+    """A saturated sigmoid and a loss near zero must not look like coupled pairs."""
+    hinge_loss = readme_names()["hinge_loss"]
+    for beta in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000):
+        for loss_fn in (loss_file.sft_loss, loss_file.dpo_loss, hinge_loss, snr_weighted_loss, mapo_loss):
+            check_coupling(monkeypatch, loss_fn, float(beta))
+
+
+@pytest.mark.parametrize("beta", [1.0, 30.0, 1000.0, 5000.0])
+def test_kto_is_refused_at_every_beta(monkeypatch, beta):
+    with pytest.raises(InputError, match="couples pairs"):
+        check_coupling(monkeypatch, kto_loss, beta)
+
+
+@pytest.mark.parametrize("loss_fn", [kto_loss, snr_normalised_loss])
+def test_a_loss_that_names_its_group_is_called_on_whole_groups(run, monkeypatch, loss_fn):
+    """So --micro_batch changes neither its value nor its gradient."""
+    sizes, logs = [], []
+
+    def grouped(err_w, err_l, ref_err_w, ref_err_l, beta, snr, group_size):
+        sizes.append((len(err_w), group_size))
+        given = dict(err_w=err_w, err_l=err_l, ref_err_w=ref_err_w, ref_err_l=ref_err_l, beta=beta, snr=snr)
+        return loss_fn(**{name: given[name] for name in wants(loss_fn)})
+
+    monkeypatch.setitem(loss_file.LOSSES, "grouped", grouped)
+    for micro_batch in ("2", "8"):
+        fixed = "--loss grouped --batch_size 16 --group_size 8 --optimizer sgd --lr 1e-3".split()
+        logs.append(log_of(run("sd", *fixed, "--micro_batch", micro_batch, name=micro_batch)))
+    assert sizes == [(8, 8)] * 8  # two groups, two steps, two runs
+    for a, b in zip(*logs, strict=True):
+        assert a["grad_norm"] > 0 and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def first_gradient(monkeypatch, argv):
+    """The gradient of a run's only step, before it is clipped."""
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_grad_norm_(params, *rest):
+        params = list(params)
+        seen.append(torch.cat([param.grad.flatten() for param in params]))
+        return clip(params, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
+        train.main(argv)
+    return seen[-1]
+
+
+def noted_loss(err_w, err_l):
+    return err_w.mean(), {"mse/policy_l": err_l.detach().mean()}
+
+
+def losers_loss(err_l):
+    return -err_l.mean(), {}
+
+
+@pytest.mark.parametrize("loss_fn, is_swapped, sign", [(noted_loss, False, 1), (losers_loss, True, -1)])
+def test_a_loss_of_one_side_has_the_gradient_of_that_side(tmp_path, small_model, quick_models, monkeypatch, loss_fn,
+                                                         is_swapped, sign):
+    """A loss may name err_l for its metrics alone, or take no winner at all: the gradient is SFT's on that side."""
+    import datasets
+
+    rows = tiny.pair_rows(8)
+    swapped = [row | {"label_0": row["label_1"], "label_1": row["label_0"]} for row in rows]
+    monkeypatch.setitem(loss_file.LOSSES, "one", loss_fn)
+    gradients = []
+    for loss, pairs in (("one", rows), ("sft", swapped if is_swapped else rows)):
+        datasets.Dataset.from_list(pairs).to_parquet(tmp_path / loss / "train.parquet")
+        argv = f"--steps 1 --batch_size 8 --micro_batch 4 --vae_sample mean --sample_every 0 --loss {loss}".split()
+        argv += ["--model", small_model("sd"), "--data", str(tmp_path / loss), "--out", str(tmp_path / f"out-{loss}")]
+        gradients.append(first_gradient(monkeypatch, [*argv, "--device", "cpu"]))
+    assert (gradients[0] - sign * gradients[1]).norm() < 1e-5 * gradients[1].norm() and gradients[1].norm() > 0
+
+
 # The command line
 
 
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--model", "sd16"], "sd16 is no preset, so it needs --data"),
+        (["--model", "sd16"], "sd16 is no preset, so pass --data"),
         (["--modle", "tiny"], "unrecognized arguments: --modle"),
         (["--bet", "3"], "unrecognized arguments: --bet"),
         (["--loss", "ppo"], "invalid choice: 'ppo'"),
@@ -582,12 +825,12 @@ def test_hyperparameters_may_not_change_in_a_run(run, monkeypatch, capsys):
          "--clip ViT-B-32 is neither tiny nor ARCH:WEIGHTS"),
         (["--model", "{sd}", "--data", "{pairs}", "--clip", "ViT-B-32:nosuch.pt"],
          "--clip ViT-B-32:nosuch.pt cannot be loaded"),
-        (["--model", "{sd}", "--data", "{pairs}", "--resolution", "36"], "--resolution 36 is no multiple of 8"),
+        (["--model", "{sd}", "--data", "{pairs}", "--resolution", "36"], "--resolution 36: this model needs a multiple of 8"),
         (["--model", "{labels}", "--data", "{pairs}"], "--model .*labels cannot be read as a diffusers pipeline"),
         (["--model", "{sd}", "--data", "{labels}"], "1 rows .* have a label_0 other than 0, 0.5 or 1"),
         (["--model", "{no-unet}", "--data", "{pairs}"], "--model .*no-unet lacks its unet"),
         (["--model", "{no-weights}", "--data", "{pairs}"], "--model .*no-weights cannot be loaded"),
-        (["--model", "{other}", "--data", "{pairs}"], "is a DDPMPipeline, none of StableDiffusionPipeline"),
+        (["--model", "{other}", "--data", "{pairs}"], "is a DDPMPipeline; known are StableDiffusionPipeline"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_anything_is_written(
@@ -659,7 +902,7 @@ def test_a_run_knows_when_it_is_dpo(tmp_path, run, capsys, tau, is_said):
     assert f"a winner's own loser has {log[0]['weights/own']:.3f} of the weight" in text
     own = [record["weights/own"] for record in log]
     assert all((weight > 0.999) == is_said for weight in own), own
-    assert ("these weights are one-hot, this run is Diffusion-DPO; see --tau" in text) == is_said
+    assert ("these weights are one-hot, so this run is Diffusion-DPO. See --tau" in text) == is_said
 
 
 def test_help_fits_two_screens(capsys):
@@ -678,7 +921,7 @@ def test_every_command_of_the_documents_parses():
     assert len(commands) >= 12
     for program, typed in commands:
         parsers[program](shlex.split(typed))
-    commands = re.findall(r"^    (?:python|torchrun \S+) evaluate\.py (.+)", "\n".join(texts), re.M)
+    commands = re.findall(r"^ *(?:python|torchrun \S+) evaluate\.py (.+)", "\n".join(texts), re.M)
     assert len(commands) >= 12
     for typed in commands:
         evaluate.parse_args(shlex.split(typed))
