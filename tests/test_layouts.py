@@ -9,9 +9,9 @@ import datasets
 import pytest
 import torch
 
-import common
 import data
-import models
+import distributed
+import loading
 import options
 import train
 from conftest import QUICK, launch, log_of
@@ -24,14 +24,14 @@ METHODS = [("rpo", 8), ("rpo", 16), ("dpo", 8), ("sft", 8)]
 
 
 def observed(argv, file):
-    """train.main, and what a run does not tell: its first gradient, every draw, what is summed over processes."""
+    """Calls train.main and saves what a run does not tell: its first gradient, every draw, what is summed."""
     clip, draw = torch.nn.utils.clip_grad_norm_, data.Stream.draw
-    records_of, finish = data.Stream.records_of, common.GradientSum.finish
+    draw_ids, sum_gradients = data.Stream.draw_ids, distributed.sum_gradients
     seen = {"gradient": None, "noise": {}, "sums": []}
 
     def clip_grad_norm_(params, *rest):
         params = list(params)
-        if seen["gradient"] is None and seen["noise"]:  # not that of the embedded CLIP, built before
+        if seen["gradient"] is None and seen["noise"]:  # the embedded CLIP was built before
             seen["gradient"] = flat(param.grad for param in params).clone()
         return clip(params, *rest)
 
@@ -41,20 +41,19 @@ def observed(argv, file):
         seen["noise"][position] = numbers
         return drawn
 
-    def records_unobserved(stream, *rest):  # a checkpoint's: drawn once more, not trained on
+    def unobserved_draw_ids(stream, *rest):  # a checkpoint draws once more what was trained on
         data.Stream.draw = draw
-        records = records_of(stream, *rest)
+        ids = draw_ids(stream, *rest)
         data.Stream.draw = observed_draw
-        return records
+        return ids
 
-    def observed_finish(gradient_sum):
-        _, _, world_size = distributed.torchrun_env()
-        sent = gradient_sum.sent if world_size > 1 else gradient_sum.params  # on their way before the step waits for them
-        seen["sums"].append(sum(param.grad.numel() for param in sent))
-        finish(gradient_sum)
+    def observed_sum(params):
+        params = list(params)
+        seen["sums"].append(sum(param.grad.numel() for param in params))
+        sum_gradients(params)
 
-    torch.nn.utils.clip_grad_norm_, common.GradientSum.finish = clip_grad_norm_, observed_finish
-    data.Stream.draw, data.Stream.records_of = observed_draw, records_unobserved
+    torch.nn.utils.clip_grad_norm_, distributed.sum_gradients = clip_grad_norm_, observed_sum
+    data.Stream.draw, data.Stream.draw_ids = observed_draw, unobserved_draw_ids
     train.main(argv)
     rank, _, _ = distributed.torchrun_env()
     torch.save(seen, f"{file}-{rank}")
@@ -103,7 +102,8 @@ def giant(small_model, chained_pairs):
 
     @functools.cache
     def giant(loss, group, kind):
-        args = options.train_args(["--model", small_model(kind), "--data", chained_pairs, "--batch_size", str(BATCH)])
+        argv = ["--model", small_model(kind), "--data", chained_pairs, "--batch_size", str(BATCH)]
+        args = options.train_args([*argv, "--group_size", str(group)])
         model = loading.load_model(small_model(kind))
         model.denoiser.requires_grad_(True)
         pairs = data.ImagePairs(chained_pairs, 32, prompt_dropout=args.prompt_dropout)
@@ -111,7 +111,7 @@ def giant(small_model, chained_pairs):
             patch.setattr(tiny, "STEPS", QUICK)
             clip = data.Clip("tiny")
         pairs.clip_transform = clip.transform
-        stream = data.Stream(pairs, model.process, (4, 8, 8), args.seed, BATCH, group, "own")
+        stream = data.Stream(pairs, model.process, (4, 8, 8), args)
         batch = data.collate([stream[position] for position in range(BATCH)])
         prompt_embeds = model.encode_prompts(batch["prompt"])
         err = {}
@@ -171,7 +171,7 @@ def check(run, giant, world_size, micro, loss, group, small_model, kind="sd", op
                 assert apart(weight, one["weights"][name]) < 1e-4, name
         got_weights, one_weights = flat(got["weights"].values()), flat(one["weights"].values())
         assert (got_weights - one_weights).norm() < 0.01 * (one_weights - flat(start.values())).norm()
-        # Gradients are summed once a step, all of them.
+        # All gradients are summed, once a step.
         assert got["sums"] == [[num_parameters] * STEPS] * world_size
 
 
@@ -184,7 +184,7 @@ def test_two_processes_and_small_micro_batches_change_nothing(run, giant, small_
 
 
 def test_every_group_of_a_chunk_weighs_the_same(run, giant):
-    """Two groups of eight in one forward."""
+    """Two groups of eight are in one forward."""
     assert apart(run(1, 16, "rpo", 8, "adamw", "sd")["gradient"], giant("rpo", 8, "sd")) < 1e-5
 
 
@@ -202,7 +202,7 @@ def test_no_layout_changes_sdxl(run, giant, small_model):
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_the_group_is_seen(run, small_model, optimizer):
-    """What the tests above could not see if the cross pairs did nothing: another group is another run."""
+    """Another group is another run. The tests above would pass, too, if the cross pairs did nothing."""
     start = flat(start_of(small_model("sd")).values())
     eight = flat(run(1, 16, "rpo", 8, optimizer, "sd")["weights"].values())
     one = flat(run(1, 16, "rpo", 1, optimizer, "sd")["weights"].values())
@@ -221,7 +221,7 @@ def test_the_noise_of_a_pair_is_its_own_on_any_process(run):
 
 
 def measured(argv, file):
-    """MiB that the first step of train.main takes at most, over what is loaded: on Linux, of the process."""
+    """Writes how many MiB the first step of train.main takes at most, over what is loaded. It needs Linux."""
 
     def memory(name):
         used = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]
@@ -247,7 +247,7 @@ def measured(argv, file):
 
 @pytest.mark.slow
 def test_a_larger_group_takes_no_more_memory(tmp_path, small_model, chained_pairs):
-    """Two passes keep the graph of one micro-batch: 64 pairs against each other for the memory of 8."""
+    """Two passes keep the graph of one micro-batch, so 64 pairs take the memory of 8."""
     peaks = []
     for group in ("8", "64"):
         argv = ["--model", small_model("sd"), "--data", chained_pairs, "--clip", "tiny", "--device", "cpu"]
