@@ -22,13 +22,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import distributed
 import encode
+import loading
 import loss as loss_file
-import models
+import reference
+import run as run_room
 import train
 from common import InputError
 from conftest import QUICK, fresh, launch, loaded, log_of
-from extras import tiny
+from extras import random_models, tiny
 from loss import denoising_error
 from models import cast_for_autocast, disabled_adapter
 from test_resume import left
@@ -41,7 +44,7 @@ LORA = "--lora_rank 4 --lr 1e-2"  # at this rate two steps are to be seen
 
 
 def observed(argv, file=None):
-    """train.main's model, and its gradients of every step before they are clipped; these to a file, too."""
+    """Calls train.main; gives its model, and its gradients of every step before they are clipped, to a file, too."""
     clip, seen = torch.nn.utils.clip_grad_norm_, SimpleNamespace(gradients=[])
 
     def clip_grad_norm_(params, *rest):
@@ -55,7 +58,7 @@ def observed(argv, file=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
-        patch.setattr(train, "load_model", load_model)
+        patch.setattr(run_room, "load_model", load_model)
         patch.setattr(tiny, "STEPS", QUICK)
         train.main(argv)
     seen.gradients = seen.gradients[-STEPS:]  # the embedded CLIP is built before, and clips, too
@@ -103,8 +106,8 @@ RUNS = [("sd", "rpo", "fp32"), ("sdxl", "dpo", "bf16")]
 
 @pytest.mark.parametrize("model, loss, precision", RUNS)
 def test_an_adapter_starts_from_the_base_model_and_is_held_against_it(run, model, loss, precision):
-    """Its step 0 is that of a run that trains everything, to rounding: weights may lie in another order in
-    memory. So is the reference at step 1, when the adapter has moved."""
+    """Its step 0 is that of a run that trains everything, and so is the reference at step 1, when the adapter has
+    moved. Both are so to rounding, because weights may lie in another order in memory."""
     adapter = run(model, f"{LORA} --loss {loss} --precision {precision}").log
     whole = run(model, f"--lr 1e-3 --loss {loss} --precision {precision}").log
     assert adapter[0]["reward/margin"] == adapter[0]["reward/chosen"] == 0
@@ -118,7 +121,7 @@ def test_an_adapter_starts_from_the_base_model_and_is_held_against_it(run, model
 
 
 def test_four_steps_of_an_adapter_are_two_and_two(tmp_path, command):
-    """In two passes: the adapter's first values are drawn anew between, and thrown away."""
+    """Both runs take two passes. The one that goes on draws the adapter's first values again, and drops them."""
     options = f"{LORA} --micro_batch 2 --steps"
     for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
         observed(command("sd", f"{options} {steps}", tmp_path / name))
@@ -143,7 +146,7 @@ def test_sft_of_an_adapter_needs_no_reference(run, monkeypatch):
 
 @pytest.mark.parametrize("model, loss, precision", RUNS)
 def test_stock_diffusers_draws_with_the_adapter_what_the_run_drew(run, small_model, model, loss, precision):
-    """To rounding, in whatever order the run's weights lie in memory."""
+    """They agree to rounding, because the run's weights may lie in another order in memory."""
     trained = run(model, f"{LORA} --loss {loss} --precision {precision}")
     files = sorted(file.name for file in (trained.out / "model").iterdir())
     assert files == ["README.md", ADAPTER.name]
@@ -163,27 +166,27 @@ def test_stock_diffusers_draws_with_the_adapter_what_the_run_drew(run, small_mod
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_its_adapter_a_network_is_the_base_model(small_model, dtype):
-    """Bit for bit; and whatever happens inside, the adapter is on afterwards and can be trained."""
+    """It is so bit for bit. Whatever happens inside, the adapter is on afterwards and can be trained."""
     model = fresh(small_model("sdxl"))
     unet, inputs = model.denoiser, pair_inputs(model) | {"dtype": dtype}
     base = denoising_error(network=unet, **inputs)
-    model.add_lora(4, seed=0)
+    lora_layers = loading.add_lora(model, 4, seed=0)
     adapter = [param for param in unet.parameters() if param.requires_grad]
     for param in adapter:
         torch.nn.init.normal_(param)
     cast_for_autocast(unet, dtype)
     on = denoising_error(network=unet, **inputs)
-    with disabled_adapter(model.lora_layers):
+    with disabled_adapter(lora_layers):
         off = denoising_error(network=unet, **inputs)
     assert torch.equal(off, base) and not torch.equal(on, base)
-    with pytest.raises(KeyboardInterrupt), disabled_adapter(model.lora_layers):
+    with pytest.raises(KeyboardInterrupt), disabled_adapter(lora_layers):
         raise KeyboardInterrupt
     assert all(param.requires_grad for param in adapter)
     assert torch.equal(denoising_error(network=unet, **inputs), on)
 
 
 def test_what_is_trained_is_float32_and_the_rest_is_the_base_model(run, small_model):
-    """In bf16 the frozen weights that autocast would cast are held so; a learning rate could not move them."""
+    """In bf16, frozen weights are held as autocast casts them. What trains is not: no learning rate could move it."""
     trained = run("sdxl", f"{LORA} --loss dpo --precision bf16")
     base, pipe = loaded(small_model("sdxl")).pipe, trained.model.pipe
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
@@ -207,24 +210,24 @@ def test_what_is_trained_is_float32_and_the_rest_is_the_base_model(run, small_mo
     assert len(written) == len(kept) and {value.dtype for value in written.values()} == {torch.float32}
 
 
-# Linear: rounding stays rounding at the second step.
+# SGD is linear, so rounding stays rounding at the second step.
 SGD = "--lora_rank 4 --optimizer sgd --lr 1 --weight_decay 0 --beta 100"
 
 
 def check_gradients(got, expected, rounding):
-    """The second step's is of both factors: at the first the one that starts at zero hides the other."""
+    """Only the second step's has both factors: at the first, the one that starts at zero hides the other."""
     assert not expected[0].all() and expected[1].count_nonzero() > 0.9 * len(expected[1])
     assert apart(got[0], expected[0]) < rounding and apart(got[1], expected[1]) < 10 * rounding
 
 
 def test_an_adapters_gradient_is_that_of_any_micro_batch(run):
-    """Of a group of 8 in two passes."""
+    """A group of 8 takes two passes."""
     check_gradients(run("sd", f"{SGD} --micro_batch 2").gradients, run("sd", SGD).gradients, 1e-5)
 
 
 @pytest.mark.parametrize("micro", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_an_adapters_gradient_is_that_of_any_number_of_processes(tmp_path, run, command, micro):
-    """Of a group of 8 over two processes, in two passes or one."""
+    """A group of 8 spans two processes, in two passes or one."""
     argv = command("sd", f"{SGD} --micro_batch {micro}", tmp_path / "out")
     for status, text in launch(tmp_path, 2, observed, argv, str(tmp_path / "gradients")):
         assert status == 0, text
@@ -239,7 +242,7 @@ def test_gradient_checkpointing_changes_nothing_for_an_adapter(run):
 
 
 def test_an_adapter_in_bf16_draws_its_samples(run):
-    """As `train.py --lora_rank 4` has it on CUDA: they are of a network held in half."""
+    """Its network is held in half precision, as `train.py --lora_rank 4` has it on CUDA."""
     out = run("sd", f"{LORA} --precision bf16 --sample_every 1 --sample_steps 2").out
     before, after = ((out / "samples" / f"{step:06d}.png").read_bytes() for step in (1, 2))
     assert before != after
@@ -249,7 +252,7 @@ def test_an_adapter_in_bf16_draws_its_samples(run):
 
 
 def test_the_first_stages_model_is_policy_and_reference_of_the_second(run, command, tmp_path):
-    """SFT, then RPO from out/sft/model: the pull is to the SFT model, no longer to the base."""
+    """After SFT, RPO from out/sft/model is pulled to the SFT model, no longer to the base."""
     first = run("sd", "--loss sft --lr 1e-3")
     argv = command("sd", "--lr 1e-3", tmp_path / "out")
     observed([*argv, "--model", str(first.out / "model")])
@@ -257,7 +260,7 @@ def test_the_first_stages_model_is_policy_and_reference_of_the_second(run, comma
 
 
 def check_second_stage(log, log_from_base):
-    """At step 0 no margin, at step 1 one; and not against the errors of the base model."""
+    """There is no margin at step 0 and one at step 1, and the reference is not the base model."""
     assert log[0]["reward/margin"] == log[0]["reward/chosen"] == 0 and log[1]["reward/margin"] != 0
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("mse/ref_w", "mse/ref_l"):
@@ -266,13 +269,13 @@ def check_second_stage(log, log_from_base):
 
 @pytest.mark.parametrize("model, rank", [("sd", 4), ("sdxl", 0)])
 def test_the_first_stages_adapter_is_policy_and_reference(run, command, tmp_path, small_model, model, rank):
-    """Whatever the second stage trains: it is the run from a pipeline into which the adapter was fused."""
+    """Whatever the second stage trains, it is the run from a pipeline into which the adapter was fused."""
     adapter = run(model, f"{LORA} --loss sft").out / "model"
     second = run(model, f"--lora_rank {rank} --lr 1e-2 --init_lora {adapter}")
     check_second_stage(second.log, run(model, LORA).log)
     merged = fresh(small_model(model))
     loading.fuse_lora(merged, adapter)
-    merged.save(tmp_path / "merged")
+    loading.save_model(merged, tmp_path / "merged")
     argv = command(model, f"--lora_rank {rank} --lr 1e-2", tmp_path / "out")
     observed([*argv, "--model", str(tmp_path / "merged")])
     for record, expected in zip(second.log, log_of(tmp_path / "out"), strict=True):
@@ -281,7 +284,7 @@ def test_the_first_stages_adapter_is_policy_and_reference(run, command, tmp_path
 
 
 def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
-    """Drawn with alone, it would be another model's; fuse_lora, and with it evaluate's --lora and the task's judge, adds both."""
+    """Alone it would be another model's, so fuse_lora adds both, and with it evaluate's --lora and the task's judge."""
     first = run("sd", f"{LORA} --loss sft").out / "model"
     second = run("sd", f"{LORA} --init_lora {first}")
     both = fresh(small_model("sd"))
@@ -291,18 +294,18 @@ def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
     assert apart(denoising_error(network=both.denoiser, **inputs), trained) < 1e-5
     judged = tiny.load(second.out / "model")
     assert apart(denoising_error(network=judged.unet, **inputs), trained) < 1e-5
-    lone = shutil.copytree(second.out / "model", tmp_path / "lone", ignore=lambda *_: [models.BELOW])
+    lone = shutil.copytree(second.out / "model", tmp_path / "lone", ignore=lambda *_: [loading.LOWER_LORA])
     alone = fresh(small_model("sd"))
     loading.fuse_lora(alone, lone)
     assert apart(denoising_error(network=alone.denoiser, **inputs), trained) > 1e-3
-    (tmp_path / "lone" / models.BELOW).write_text(json.dumps({"init_lora": str(tmp_path / "gone")}))
+    (tmp_path / "lone" / loading.LOWER_LORA).write_text(json.dumps({"init_lora": str(tmp_path / "gone")}))
     with pytest.raises(InputError, match=f"LoRA weights {tmp_path}/gone cannot be loaded"):
         loading.fuse_lora(fresh(small_model("sd")), lone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_lora_weights_of_which_some_fit_nowhere_are_refused(run, small_model, tmp_path, dtype):
-    """diffusers would draw with the rest. In whole, of either type, they are taken."""
+    """diffusers would draw with the rest. Whole weights of either type are taken."""
     weights = load_file(run("sd", f"{LORA} --loss sft").out / ADAPTER)
     weights = {name: value.to(dtype) for name, value in weights.items()}
     first = min(weights)
@@ -331,7 +334,7 @@ def names_of(out):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatch, kind):
-    """In plain SGD, where weights move by the gradients: what is fused otherwise rounds otherwise, by 1e-7."""
+    """With plain SGD weights move by the gradients. Kernels that are fused otherwise round otherwise, by 1e-7."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -361,7 +364,7 @@ def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatc
 
 
 def starved(argv):
-    """train.main whose first forward, of a batch for a GiB, may take a quarter of one."""
+    """Calls train.main; its first forward has a batch for a GiB and may take a quarter of one."""
     error = train.denoising_error
 
     def starved_error(*networks, x, eps, t, **more):
@@ -385,7 +388,7 @@ def test_memory_that_is_short_ends_the_run_in_one_line(tmp_path, command):
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
 def test_any_error_of_memory_is_explained(allocate):
-    """Python's own comes without a message."""
+    """Python's own error comes without a message."""
     with pytest.raises(SystemExit, match=r"^train.py: out of memory \(.+\)\. The same command goes on"):
         with common.one_line_errors("train.py", train.ADVICE):
             allocate()
@@ -407,7 +410,7 @@ class Waits:
     def __init__(self, patch):
         self.going, self.stepping, self.reading, self.found, self.watched = False, False, False, [], 0
         error, clip = train.denoising_error, torch.nn.utils.clip_grad_norm_
-        begin, load = train.Output.begin, train.Trainer.load
+        begin, load = run_room.Output.begin, train.Trainer.load
         read = reference.ReferenceErrors.read
 
         def denoising_error(*inputs, **more):
@@ -433,7 +436,7 @@ class Waits:
                     return
                 yield batch
 
-        def reading_errors(*inputs):  # by positions and records, which stay on the host
+        def reading_errors(*inputs):  # by positions and draw_ids, which stay on the host
             self.reading = True
             errors = read(*inputs)
             self.reading = False
@@ -441,7 +444,7 @@ class Waits:
 
         patch.setattr(train, "denoising_error", denoising_error)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
-        patch.setattr(train.Output, "begin", before_the_first_step)
+        patch.setattr(run_room.Output, "begin", before_the_first_step)
         patch.setattr(train.Trainer, "load", reading_load)
         patch.setattr(reference.ReferenceErrors, "read", reading_errors)
 
@@ -510,7 +513,7 @@ def encoded(tmp_path_factory, small_model, few_pairs):
     ],
 )
 def test_a_step_waits_for_the_device_once(tmp_path, command, encoded, monkeypatch, model, options):
-    """With one or several micro-batches, in one pass or two."""
+    """There are one or several micro-batches, in one pass or two."""
     options = options.replace("CACHE", encoded).replace("FILE", str(tmp_path / "errors"))
     with Waits(monkeypatch) as waits:
         observed(command(model, f"{options} --workers 0", tmp_path / "out"))
@@ -518,7 +521,7 @@ def test_a_step_waits_for_the_device_once(tmp_path, command, encoded, monkeypatc
 
 
 def test_a_wait_would_be_seen(tmp_path, command, monkeypatch):
-    """In every place where a step could hide one: the forward, the loss, the optimizer."""
+    """The forward, the loss and the optimizer are the places where a step could hide one."""
     error, rpo, adamw = train.denoising_error, loss_file.rpo_loss, torch.optim.AdamW.step
 
     def waiting_error(*networks, x, **more):
@@ -562,7 +565,7 @@ def test_the_architectures_have_their_published_sizes(name):
 
 
 def test_random_weights_are_always_the_same():
-    """Of seed 0, whatever was drawn before, and without a step of the generator that others draw from."""
+    """Their seed is 0, whatever was drawn before, and the generator that others draw from takes no step."""
     text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     small = dict(
         unet=dict(block_out_channels=(32, 32, 32, 32), cross_attention_dim=8, layers_per_block=1),
@@ -596,7 +599,7 @@ def available():
 @pytest.mark.slow
 @pytest.mark.parametrize("model, need", [("sd15", 8), ("sdxl", 18)])
 def test_the_ordinary_command_at_full_size(tmp_path, few_pairs, model, need):
-    """On a machine that has the memory: an adapter of the whole model takes a step."""
+    """An adapter of the whole model takes a step, on a machine that has the memory."""
     if available() < need:
         pytest.skip(f"needs {need} GB of memory")
     options = "--resolution 64 --lora_rank 4 --steps 1 --batch_size 1 --group_size 1 --micro_batch 1"
