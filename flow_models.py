@@ -8,7 +8,7 @@ from common import InputError
 from loss import Flow
 from models import Family
 
-T5_TOKENS = 256  # of a prompt, by the default of SD3's pipelines
+T5_TOKENS = 256  # tokens per prompt, the default of SD3's pipelines
 
 
 class StableDiffusion3(Family):

@@ -138,7 +138,7 @@ class Family:
     def encode_images(self, pixels):
         """Mean and std [B, S, C, h, w] float32 of the VAE's posterior of pixels [B, S, 3, H, W] uint8, not yet scaled.
 
-        The VAE runs in `vae_dtype`. That is never fp16, in which SDXL's VAE overflows. A few pairs are encoded at a
+        The VAE runs in `vae_dtype`, which is never fp16: SDXL's VAE overflows there. A few pairs are encoded at a
         time: at 1024 px one activation of 16 pairs would have 2^32 elements.
         """
         vae, outputs = self.encoding_vae, []
@@ -272,9 +272,9 @@ class StableDiffusionXL(StableDiffusion):
 def cast_for_autocast(network, dtype, device=None):
     """Casts a network's frozen Linear and Conv weights in place, as autocast would in every forward.
 
-    All other parameters stay float32, as autocast leaves them, so under autocast to `dtype` the numbers are the very
-    same. (A reference held whole in bf16 would move logits at step 0 by 1.) Trainable weights stay float32, too: in
-    bf16 a learning rate of 1e-5 would not move them. Layers move to the device one by one, so neither the host nor
+    All other parameters stay float32, as autocast leaves them. So under autocast to `dtype` the numbers are the same.
+    A reference held whole in bf16 would move logits at step 0 by 1. Trainable weights stay float32, too: in bf16 a
+    learning rate of 1e-5 would not move them. Layers move to the device one by one, so neither the host nor
     the device holds a second copy of the network in float32.
     """
     for module in network.modules():

@@ -275,7 +275,7 @@ class HeldOut:
         _, first = np.unique(self.draw_ids[:, 0], return_index=True)
         self.is_first = torch.zeros(self.count, dtype=torch.bool)
         self.is_first[first] = True
-        self.quarter = torch.arange(self.count) % 4                                     # of the schedule
+        self.quarter = torch.arange(self.count) % 4                                     # quarters of the schedule
         self.prompts = np.array([words_of(pairs.caption(int(row))) for row in self.draw_ids[:, 0]])
 
         self.reference = self.starting_errors()

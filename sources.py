@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     left_out: dict   # {name in the source: why}
 
 
-# Which files
+# The files of a source
 
 
 def find_source(source):
@@ -78,8 +78,7 @@ def read_manifest(source):
 def split_of(name):
     """The split that a relative path names, or None. The innermost part with a split's word decides.
 
-    `datasets` has the same words, but it counts train/x_test.parquet as both splits, so held-out rows would be
-    trained on.
+    `datasets` has the same words, but it reads train/x_test.parquet as training data.
     """
     for part in reversed(Path(name).parts):
         words = re.split("[-._ 0-9]+", part.lower())  # the separators of datasets.data_files
