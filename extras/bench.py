@@ -1,20 +1,21 @@
-"""What a training step costs, side by side in one run: ours, and the step as the peers' scripts take it.
+"""What a training step costs: ours and the step of the peers' scripts, side by side in one run.
 
     python -m extras.bench                                              the embedded model, here
     python -m extras.bench --model sd15 --random_init --resolution 64 --lora_rank 16    full size, no download
     python -m extras.bench --model sdxl --random_init --data my_pairs   train.py's options, all rows
     python -m extras.bench --count                                      FLOP and bytes of the full-size models
 
-Every row is a process of its own, on the same pairs, model, batch, precision and adapter:
+Every row is a process of its own. All rows share pairs, model, batch, precision and adapter:
 
-    Diffusion-DPO's way   images are decoded and encoded by the VAE in every step, prompts by text encoders;
-                          one pair a forward; the reference after the policy; each loss is read as it comes
-    diffusers' way        the same with --micro_batch pairs a forward, as train_diffusion_dpo.py takes it
-    ours                  train.py by DPO: from the pairs, from a cache, with the reference's errors cached as
-                          well; by RPO from the cache: groups that one forward holds, one of the whole batch
+    Diffusion-DPO's way   Every step encodes the images by the VAE and the prompts by the text encoders. One pair per
+                          forward; the reference runs after the policy; each loss is read at once.
+    diffusers' way        The same with --micro_batch pairs per forward, as train_diffusion_dpo.py does it.
+    ours                  train.py by DPO: from the pairs; from a cache; with the reference's errors cached, too. By RPO
+                          from the cache: groups that fit one forward, and one group of the whole batch.
 
-Share of peak: the denoiser's useful arithmetic (forward and backward of the policy, forward of the reference
-if it runs; counted by torch, nothing twice) over what a large matmul reaches here in the same precision.
+Share of peak: the denoiser's useful FLOP per second, divided by what a large matmul reaches here in the same precision.
+Useful are the forward and backward of the policy, and the forward of the reference if it runs. torch counts them;
+recomputation is not counted.
 """
 
 import concurrent.futures
@@ -46,9 +47,9 @@ from loss import denoising_error, dpo_loss
 from models import StableDiffusionXL, disabled_adapter, load_model, random_model
 from options import train_args
 
-STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
-PAIRS = 64  # of the data, that are used
-VAE_BATCH = 8  # images that diffusers' scripts encode at once
+STEPS = 30 if torch.cuda.is_available() else 6  # per row; the first two do not count
+PAIRS = 64  # pairs of the data to use
+VAE_BATCH = 8  # images per call of the VAE in diffusers' scripts
 DEFAULTS = ["--batch_size", "16", "--micro_batch", "8", "--group_size", "1", "--data", "tiny"]
 ENCODE_OPTIONS = ("model", "config", "init_lora", "clip", "device", "precision", "resolution", "vae_sample",
                   "vae_precision", "seed")
@@ -57,19 +58,19 @@ ENCODE_FLAGS = ("random_init", "random_flip", "random_crop")
 
 class Row(NamedTuple):
     pairs_per_second: float
-    gib: float                            # at most, of the process
-    reference_per_second: float = None    # pairs, while the reference's errors were made
+    gib: float                            # peak memory of the process
+    reference_per_second: float = None    # pairs per second while the reference's errors are computed
 
 
 class Arithmetic(NamedTuple):
     resolution: int           # pixels
-    policy: int               # FLOPs of a pair: forward and backward of the policy
-    reference: int            # FLOPs of a pair: forward of the reference
+    policy: int               # FLOP per pair: forward and backward of the policy
+    reference: int            # FLOP per pair: forward of the reference
     matmul_per_second: float  # FLOP/s that a large matmul reaches
 
 
 def peak_gib(device):
-    """GiB that this process has held at most: of its GPU, else in all (Linux counts in KiB)."""
+    """Peak memory of this process in GiB: on its GPU, else in RAM. Linux reports KiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
@@ -79,7 +80,7 @@ def peak_gib(device):
 
 
 class TimedReferenceErrors(encode.ReferenceErrors):
-    """Notes when the errors of each step came."""
+    """Notes the time at which the errors of each step arrive."""
 
     times = []
 
@@ -107,7 +108,7 @@ def ours(argv):
 
 
 class PeersPairs(data.ImagePairs):
-    """Pairs as diffusers' scripts bring them to size: bilinearly; for SDXL as floats, the second at the first's size."""
+    """Pairs resized as by diffusers' scripts: bilinear; for SDXL as floats, the second image at the first's size."""
 
     for_sdxl = False
 
@@ -126,13 +127,13 @@ class PeersPairs(data.ImagePairs):
 
 
 def peers(argv, micro_batch):
-    """The Row of the peers' step, `micro_batch` pairs a forward."""
+    """The Row of the peers' step with `micro_batch` pairs per forward."""
     args = train_args(argv)
     trainer = train.set_up(args, None, {})
     model, params = trainer.model, trainer.params.values()
     for network in model.networks().values():
         if network is not model.denoiser:
-            network.to(trainer.dtype)  # as they do
+            network.to(trainer.dtype)  # as their scripts do
     optimizer = train.make_optimizer(args, params)
     micro_batches = args.batch_size // micro_batch
     positions = [range(k * micro_batch, (k + 1) * micro_batch) for k in range(STEPS * micro_batches)]
@@ -158,7 +159,7 @@ def peers(argv, micro_batch):
 
 
 def peers_loss(trainer, batch):
-    """Diffusion-DPO's loss of a batch of B pairs of images, all of it computed in the step."""
+    """Diffusion-DPO's loss of B pairs of images. Everything is computed in the step."""
     model, pipe, device, dtype = trainer.model, trainer.model.pipe, trainer.device, trainer.dtype
     pixels = batch["pixels"].transpose(0, 1).flatten(0, 1).to(device, dtype)            # [2 B, 3, H, W]
     with torch.no_grad():
@@ -184,11 +185,11 @@ def peers_loss(trainer, batch):
     return loss
 
 
-# What is done once, and what is counted
+# Encoding, FLOP and bytes
 
 
 def encoding(argv):
-    """Pairs per second of encode.py, with the loading of its models."""
+    """Pairs per second of encode.py. The time to load its models counts."""
     t0 = time.time()
     encode.main(argv)
     manifest = data.read_manifest(argv[argv.index("--out") + 1])
@@ -196,7 +197,7 @@ def encoding(argv):
 
 
 def encode_options(args):
-    """The words by which encode.py takes what a run's pairs are to be."""
+    """The command line that makes encode.py encode pairs as a run of `args` wants them."""
     words = []
     for name in ENCODE_OPTIONS:
         value = getattr(args, name)
@@ -208,7 +209,7 @@ def encode_options(args):
 
 
 def arithmetic(argv):
-    """The Arithmetic of a pair, and of this machine."""
+    """The Arithmetic of a pair and of this machine."""
     args = train_args(argv)
     model = load_model(args.model, args.random_init, args.config)
     resolution = model.resolution(args.resolution)
@@ -222,7 +223,7 @@ def arithmetic(argv):
 
 
 def denoiser_flops(model, resolution):
-    """FLOPs of a pair, counted on the meta device, which computes nothing: (forward and backward, forward)."""
+    """FLOP per pair: (forward and backward, forward). They are counted on the meta device, which computes nothing."""
     with torch.device("meta"):
         denoiser = model.denoiser.to("meta")
         inputs = example_inputs(model, resolution, 1)
@@ -234,7 +235,7 @@ def denoiser_flops(model, resolution):
 
 
 def example_inputs(model, resolution, pairs):
-    """What `predict` takes beside the network for some pairs: x_t, t, cond, of no values."""
+    """(x_t, t, cond): the inputs of `predict` for some pairs, without values."""
     embeds = {"prompt_embeds": torch.empty(pairs, *model.prompt_shape())}
     if model.pooled_width():
         embeds["pooled_prompt_embeds"] = torch.empty(pairs, model.pooled_width())
@@ -244,7 +245,7 @@ def example_inputs(model, resolution, pairs):
 
 @contextlib.contextmanager
 def autocast_of_a_gpu():
-    """A CPU's autocast to bf16, but for norms, which it would leave in bf16 and a GPU's takes to float32."""
+    """bf16 autocast on a CPU with the norms in float32, as on a GPU; a CPU's own autocast runs them in bf16."""
     def in_float32(norm):
         return lambda x, *more, **options: norm(x.float(), *more, **options)
 
@@ -255,9 +256,9 @@ def autocast_of_a_gpu():
 
 
 def saved_bytes(model, resolution, pairs):
-    """Bytes that a forward of the policy keeps for its backward, in bf16, beside the weights and their copies.
+    """Bytes that a bf16 forward of the policy keeps for its backward, without the weights and their copies.
 
-    On fake tensors, which have a size and no memory.
+    They are measured on fake tensors, which have a size but no memory.
     """
     denoiser, storages = copy.deepcopy(model.denoiser), {}
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
@@ -267,7 +268,7 @@ def saved_bytes(model, resolution, pairs):
         def keep(tensor):
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
-                storages[storage._cdata] = tensor  # kept, so that no other one takes its place
+                storages[storage._cdata] = tensor  # kept, so that no other storage takes its address
             return tensor
 
         inputs = example_inputs(model, resolution, pairs)
@@ -279,7 +280,7 @@ def saved_bytes(model, resolution, pairs):
 
 
 def optimizer_numbers(param, optimizer):
-    """What AdamW (two means) or Adafactor (means of rows and columns) keeps of a parameter."""
+    """How many numbers AdamW (two means) or Adafactor (means of rows and columns) keeps for a parameter."""
     if optimizer == "adamw":
         return 2 * param.numel()
     if param.dim() < 2:
@@ -288,7 +289,7 @@ def optimizer_numbers(param, optimizer):
 
 
 def count(name, lora_rank, optimizer):
-    """A row of the table of FLOP and bytes: of a published model, trained whole or by an adapter."""
+    """A row of the table of FLOP and bytes: a published model, trained whole or by an adapter."""
     with torch.device("meta"):
         model = random_model(name)
         if lora_rank:
@@ -346,13 +347,13 @@ def measure_matmul(device, dtype):
 
 
 def alone(function, *args):
-    """What a function gives in a new process: its memory is its own."""
+    """The result of a function that runs in a new process, so that its peak memory is its own."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
 def measure(argv, args, folder):
-    """({name: Row} of all ways, pairs per second of encoding); what they write goes to `folder`."""
+    """({name: Row} of all ways, pairs per second of encoding). The runs write to `folder`."""
     pairs, cache, errors = str(folder / "pairs.parquet"), str(folder / "cache"), str(folder / "errors")
     rows = data.read_rows(data.find_source(args.data))
     columns = rows.columns.slice(0, PAIRS).to_pylist()
@@ -384,7 +385,7 @@ def format_table(table, counted):
     diffusers = table["diffusers' way"].pairs_per_second
     for name, row in table.items():
         flops = counted.policy
-        if row.reference_per_second is None:  # else it does not run in the step
+        if row.reference_per_second is None:  # otherwise the reference does not run in the step
             flops += counted.reference
         speed = row.pairs_per_second
         share = speed * flops / counted.matmul_per_second
