@@ -1,51 +1,83 @@
-"""Prompt files."""
+"""Prompts for `evaluate.py generate`: from a file, from a dataset on the hub, or those of the embedded task."""
+
 import csv
 import importlib
 import io
 import json
+import re
 from pathlib import Path
 
 from common import InputError, brief, hub_id
 from sources import as_text
 
-PROMPT_COLUMNS = ("prompt", "caption", "text")  # where a prompt may stand
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PROMPT_COLUMNS = ("prompt", "caption", "text")  # the first of these that a row has holds its prompt
+
+
+def prompt_sets(sources, out):
+    """{folder: source} of --prompts: one SOURCE belongs to --out itself, each of several NAME=SOURCE to OUT/NAME."""
+    out, first = Path(out), sources[0]
+    if len(sources) == 1 and (Path(first).expanduser().exists() or not re.match(r"[\w.-]+=", first)):
+        return {out: first}
+    if (out / "manifest.json").exists():
+        raise InputError(f"--out {out} holds images of one set of prompts; give another --out for several")
+    sets, names = {}, set()
+    for text in sources:
+        name, _, source = text.partition("=")
+        if not source or not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in names:
+            raise InputError(f"--prompts {text}: of several sets each is NAME=SOURCE, with a name of its own")
+        sets[out / name] = source
+        names.add(name.lower())
+    return sets
 
 
 def read_prompts(source):
-    """The prompts of what `read_prompt_rows` takes."""
-    return read_prompt_rows(source)[0]
+    """The prompts of a source, a list of strings; see `read_prompt_rows`."""
+    prompts, _ = read_prompt_rows(source)
+    return prompts
 
 
 def read_prompt_rows(source):
-    """(prompts, what else their rows hold) of a txt, tsv, csv, json or jsonl file, a hub id or ID:SPLIT, or "tiny".
+    """Read prompts, and what else the rows of their table say.
 
-    Of a row with columns the prompt is prompt, caption or text, the first that is there; the others that are text or
-    numbers are kept, as a dict {name: text}. InputError where a file or a prompt is missing.
+    source   a txt, tsv, csv, json or jsonl file, a dataset of the hub as ID or ID:SPLIT, or "tiny"
+    returns  N prompts, and N dicts {column: text} of the other columns with text or numbers
+    raises   InputError if the source cannot be read or a row has no prompt
     """
     path = Path(source).expanduser()
     if source == "tiny":
         path = importlib.import_module("extras.tiny").part("pairs") / "prompts.txt"
     try:
         rows = read_prompt_file(path) if path.exists() else read_hub_prompts(source)
-    except Exception as error:
+    except Exception as error:  # many libraries read here, each with its own errors
         raise InputError(f"--prompts {source} cannot be read: {brief(error)}")
-    prompts = [prompt_of(row) for row in rows]
+    prompts, columns = [], []
+    for number, row in enumerate(rows, 1):
+        prompt, others = split_row(row)
+        if not prompt:
+            raise InputError(f"--prompts {source}: row {number} has no prompt. A prompt is a text that is not empty, "
+                             f"alone or in the column {', '.join(PROMPT_COLUMNS)}; it is not {str(row)[:80]!a}")
+        prompts.append(prompt)
+        columns.append(others)
     if not prompts:
         raise InputError(f"--prompts {source} holds no prompt")
-    if "" in prompts:
-        number = prompts.index("")
-        raise InputError(f"--prompts {source}: row {number + 1} has no prompt: a string, or "
-                         f"{' or '.join(PROMPT_COLUMNS)}, that is text and not empty, not "
-                         f"{str(rows[number])[:80]!a}")
-    return prompts, [other_columns(row) for row in rows]
+    return prompts, columns
+
+
+def split_row(row):
+    """(prompt, {column: text} of the other columns) of a row: a string or a dict. The prompt is "" if it has none."""
+    columns = dict(row) if isinstance(row, dict) else {"prompt": row}
+    names = {str(name).lower(): name for name in columns}
+    name_of_prompt = next((names[name] for name in PROMPT_COLUMNS if name in names), None)
+    prompt = as_text(columns.pop(name_of_prompt, None)) or ""
+    others = {}
+    for name, value in columns.items():
+        if isinstance(value, (str, int, float)) and as_text(str(value)) is not None:
+            others[str(name)] = " ".join(str(value).split())
+    return prompt.strip(), others
 
 
 def read_prompt_file(path):
-    """The rows of a file, strings or dicts; of a txt file the lines that are not empty.
-
-    raises  ValueError by the row, where a line has more fields than the header, or a quote that is not closed
-    """
+    """The rows of a file, strings or dicts. ValueError if the format is unknown or a row was cut."""
     text = path.read_text(encoding="utf-8-sig")
     suffix = path.suffix.lower()
     lines = [line for line in text.split("\n") if line.strip()]
@@ -53,39 +85,38 @@ def read_prompt_file(path):
         return lines
     if suffix == ".jsonl":
         return [json.loads(line) for line in lines]
+    if suffix == ".json":
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise ValueError("the JSON is not a list")
+        return rows
     stream = io.StringIO(text, newline="")
-    if suffix in (".csv", ".tsv"):
-        dialect = {"strict": True}
-        if suffix == ".tsv":  # as PartiPrompts wants it: there quotes belong to the prompt
-            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        return read_table(csv.DictReader(stream, **dialect), is_quoted=suffix == ".csv")
-    if suffix != ".json":
-        raise ValueError("it is none of txt, tsv, csv, json, jsonl")
-    rows = json.loads(text)
-    if not isinstance(rows, list):
-        raise ValueError("it is no list")
-    return rows
+    if suffix == ".csv":
+        return read_table(csv.DictReader(stream, strict=True), is_quoted=True)
+    if suffix == ".tsv":  # PartiPrompts' format, in which quotes belong to the prompt
+        return read_table(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), is_quoted=False)
+    raise ValueError("the suffix must be txt, tsv, csv, json or jsonl")
 
 
 def read_table(reader, is_quoted):
-    """The rows of a csv.DictReader. ValueError by the row, where a field or a line may have been cut."""
+    """The rows of a csv.DictReader. ValueError if the header or the number of fields suggests that a prompt was cut."""
     reader.fieldnames = [str(name).strip() for name in reader.fieldnames or []]
     names = [name.lower() for name in reader.fieldnames]
     if "" in names or len(set(names)) < len(names):
-        raise ValueError(f"its header {names} has an empty name, or one twice")
+        raise ValueError(f"the header {names} has an empty name, or one twice")
     rows = list(reader)
     for number, row in enumerate(rows, 1):
-        if None in row:  # a comma in the prompt, perhaps, which would be cut there
+        if None in row:  # there may be a comma in the prompt
             raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
         last = [cell for cell in row.values() if cell is not None][-1]
-        is_cut = is_quoted or last.startswith('"')  # a line break in the prompt; PartiPrompts may lack its notes
-        if None in row.values() and is_cut:
-            raise ValueError(f"row {number} has less fields than the header: it ends with {last!r}")
+        may_be_cut = is_quoted or last.startswith('"')  # PartiPrompts leaves out empty notes, so a tsv may lack fields
+        if None in row.values() and may_be_cut:  # there may be a line break in the prompt
+            raise ValueError(f"row {number} has fewer fields than the header: it ends with {last!r}")
     return rows
 
 
 def read_hub_prompts(source):
-    """The rows of ID or ID:SPLIT, with their columns of text and numbers: images would take minutes."""
+    """The rows of a dataset, ID or ID:SPLIT. Only text, numbers and class names are read: images would take minutes."""
     import datasets
 
     name, _, split = source.partition(":")
@@ -95,39 +126,12 @@ def read_hub_prompts(source):
     if split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits)}; give {name}:SPLIT")
     rows = datasets.load_dataset(name, split=split)
-    columns = []
-    for name, feature in rows.features.items():
+    columns, class_names = [], {}
+    for column, feature in rows.features.items():
         is_value = isinstance(feature, (datasets.Value, datasets.ClassLabel)) and "binary" not in feature.dtype
-        if name.lower() in PROMPT_COLUMNS or is_value:
-            columns.append(name)
-    rows = rows.select_columns(columns)
-    for name, feature in rows.features.items():
+        if is_value or column.lower() in PROMPT_COLUMNS:
+            columns.append(column)
         if isinstance(feature, datasets.ClassLabel):
-            names = [feature.names[number] for number in rows[name][:]]
-            rows = rows.remove_columns(name).add_column(name, names)
-    return list(rows)
-
-
-def prompt_of(row):
-    """The prompt of a row, a string or a dict by column; "" where there is none that is text."""
-    if isinstance(row, dict):
-        row = row.get(prompt_column(row), "")
-    return (as_text(row) or "").strip()
-
-
-def prompt_column(row):
-    """The name of the column of a row that holds the prompt, or None."""
-    names = {str(name).lower(): name for name in row}
-    return next((names[name] for name in PROMPT_COLUMNS if name in names), None)
-
-
-def other_columns(row):
-    """{name: text} of what a row holds beside its prompt; {} of a string."""
-    if not isinstance(row, dict):
-        return {}
-    prompt_name, others = prompt_column(row), {}
-    for name, value in row.items():
-        is_kept = isinstance(value, (str, int, float)) and as_text(str(value)) is not None
-        if is_kept and name != prompt_name:
-            others[str(name)] = " ".join(str(value).split())
-    return others
+            class_names[column] = dict(enumerate(feature.names))
+    return [row | {column: names.get(row[column], "") for column, names in class_names.items()}
+            for row in rows.select_columns(columns)]
