@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from common import IN_WORKER, InputError, brief
 
@@ -152,6 +153,27 @@ def mean_over_processes(values):
             dist.all_reduce(values)
         values = values / dist.get_world_size()
     return values
+
+
+def wait_for_all():
+    """Under torchrun, wait here for all processes, for a day at most."""
+    _, _, world_size = torchrun_env()
+    if world_size > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        dist.barrier()
+
+
+def pending_batches(n, size, files, title):
+    """This process's share of the batches, each a range of prompt numbers, that lack one of the files files(i).
+
+    All batches of n prompts are cut alike on any number of processes: the rounding of an image depends on its batch.
+    """
+    rank, _, world_size = torchrun_env()
+    batches = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    pending = [batch for batch in batches if not all(file.exists() for i in batch for file in files(i))]
+    wait_for_all()  # all processes look before the first draws
+    return tqdm(pending[rank::world_size], title, unit="batch", disable=rank > 0)
 
 
 def check_alike(values):

@@ -18,49 +18,29 @@ same command goes on. `score` keeps earlier scores.
 import distributed  # first: it notes the launcher, before the imports that take seconds
 
 import argparse
-import collections
+import csv
 import functools
+import importlib
+import io
 import itertools
 import json
-import math
+import re
 import time
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from common import DTYPES, InputError, Parser, atomic_write, digest, is_hidden, keyed_generator
-from data import Clip
-from loading import EMBEDDED, fuse_lora, load_model
+from common import (DTYPES, InputError, Parser, atomic_write, brief, hub_id, is_hidden, keyed_generator,
+                    one_line_errors)
+from loading import EMBEDDED, fuse_lora, load_model, weights_digest
 from models import cast_for_autocast
-from prompts import prompt_sets, read_prompt_rows
-from report import (ImageFolder, cells_of, comparable_folders, comparable_scores, comparable_sets,
-                    first_difference, image_sets, open_batches, read_json, refuse_twice, save_png, settings_of, table,
-                    to_pil, writable_file, write_report)
-from stats import (cmmd, diversity, frechet, inception, mean_squared_distance, published_cmmd, ranked_pairs,
-                   style_statistics)
+from report import (comparable_sets, first_difference, image_files, open_batches, open_folders, read_json, save_png,
+                    settings_of, table, to_pil, writable_file, write_report)
+from sources import as_text
 
-STYLE = {  # {heading: how the cell is written from the numbers of a row}
-    "images": "{images}{base}", "CMMD": "{cmmd:.3f}", "95%": "{cmmd_95[0]:.3f} to {cmmd_95[1]:.3f}",
-    "as published": "{cmmd_published:.3f}", "FID": "{fid:.2f}", "Gram": "{gram:.4g}", "CLIP score": "{clip:.2f}",
-    "diversity": "{diversity:.4f}", "N": "{n}"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-def image_files(folder):
-    """The pictures in a folder, sorted by name, without hidden files."""
-    return sorted(file for file in Path(folder).glob("*")
-                  if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name))
-
-
-def open_folders(paths):
-    """The `ImageFolder` of each path, or of each set of prompts in it."""
-    return [ImageFolder(folder) for path in paths for folder in image_sets(path).values()]
+PROMPT_COLUMNS = ("prompt", "caption", "text")  # the first of these that a row has holds its prompt
 
 
 # Generate
@@ -84,7 +64,7 @@ def generate(args):
     args.resolution, args.guidance = resolution_and_guidance(args, model)
     if distributed.torchrun_env()[0] == 0:
         write_manifests(args, model, sets, images, device, dtype)
-    barrier()
+    distributed.wait_for_all()
 
     cast_for_autocast(model.denoiser, dtype)
     model.pipe.to(device)
@@ -117,11 +97,6 @@ def resolution_and_guidance(args, model):
     own_guidance = 3.0 if model.is_toy else model.guidance
     resolution = model.resolution(args.resolution, for_training=False)
     return resolution, own_guidance if args.guidance is None else args.guidance
-
-
-def weights_digest(model):
-    """A digest of all weights of a pipeline. It tells a model from one that was trained on under the same name."""
-    return digest({name: digest(network) for name, network in model.networks().items()})
 
 
 def write_manifests(args, model, sets, images, device, dtype):
@@ -172,30 +147,9 @@ def checked_manifest(out, manifest):
     return manifest
 
 
-def barrier():
-    """Under torchrun, wait here for all processes, for a day at most."""
-    _, _, world_size = distributed.torchrun_env()
-    if world_size > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
-        dist.barrier()
-
-
-def pending_batches(n, size, files, title):
-    """This process's share of the batches, each a range of prompt numbers, that lack one of the files files(i).
-
-    All batches of n prompts are cut alike on any number of processes: the rounding of an image depends on its batch.
-    """
-    rank, _, world_size = distributed.torchrun_env()
-    batches = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    pending = [batch for batch in batches if not all(file.exists() for i in batch for file in files(i))]
-    barrier()  # all processes look before the first draws
-    return tqdm(pending[rank::world_size], title, unit="batch", disable=rank > 0)
-
-
 def draw_images(args, model, out, entries, dtype):
     """Draw this process's share of the images that a folder lacks."""
-    for indices in pending_batches(len(entries), args.batch_size, lambda i: [out / entries[i]["file"]], out.name):
+    for indices in distributed.pending_batches(len(entries), args.batch_size, lambda i: [out / entries[i]["file"]], out.name):
         batch = [entries[i] for i in indices]
         generators = [torch.Generator().manual_seed(entry["seed"]) for entry in batch]
         prompts = [entry["prompt"] for entry in batch]
@@ -267,164 +221,144 @@ def compare(args):
     write_report(out, comparable_sets(paths), paths, pairs, args.category, args.votes, args.rows)
 
 
-# Pairs from scores
-
-
 def pairs(args):
     """Make preference pairs, in Pick-a-Pic's schema, of the best and the worst image of each prompt."""
-    scorers = args.by.split("+")
-    min_gaps = parse_gaps(args.min_gap, scorers)
-    out = new_pairs_file(args.out)
-    folders = open_folders(args.folders)
-    refuse_twice(folders)
-    _, scores = comparable_scores(folders, scorers)
-    scores = np.stack([np.concatenate([*scores[name].values()]) for name in scorers], 1)    # [all images, S]
-    files = [file for folder in folders for file in folder.files]
-    images_of_prompt = collections.defaultdict(list)
-    for i, prompt in enumerate(prompt for folder in folders for prompt in folder.prompts):
-        images_of_prompt[prompt].append(i)
-
-    chosen, faults = [], collections.Counter()
-    for prompt, images in images_of_prompt.items():
-        if len(images) < 2:
-            faults["prompts with one image"] += 1
-        for better, worse, fault in ranked_pairs(scores[images], min_gaps, args.all):
-            if fault:
-                faults[fault] += 1
-            else:
-                chosen.append((prompt, images[better], images[worse]))
-    dropped = "".join(f", {count} {fault}" for fault, count in faults.items())
-    if not chosen:
-        raise InputError(f"pairs: none is left of {len(images_of_prompt)} prompts{dropped}")
-    write_pairs(out, chosen, files, scores, scorers)
-    used = len({prompt for prompt, _, _ in chosen})
-    print(f"{out}: {len(chosen)} pairs of {used} of {len(images_of_prompt)} prompts{dropped}")
-
-
-def new_pairs_file(out):
-    """The path of the parquet file to write. InputError if it exists, or the folder --out holds anything."""
-    is_file = str(out).endswith(".parquet")
-    file = writable_file(out if is_file else Path(out) / "train.parquet")
-    found = [file] if is_file else sorted(file.parent.glob("[!.]*"))
-    if any(path.exists() for path in found):
-        raise InputError(f"pairs: --out {out} holds {found[0].name} already; remove it, or give another --out")
-    return file
-
-
-def parse_gaps(text, scorers):
-    """The minimum gaps of S scorers, [S] or [1], from G1+G2+... or one number for all."""
-    try:
-        gaps = np.array(text.split("+"), dtype=float)
-    except ValueError:
-        gaps = np.array([math.nan])
-    if len(gaps) not in (1, len(scorers)) or not np.all((gaps >= 0) & (gaps < math.inf)):
-        raise InputError(f"pairs: --min_gap {text} must be a number, or one for each of {'+'.join(scorers)}")
-    return gaps
-
-
-def write_pairs(file, chosen, files, scores, scorers):
-    """Write [(prompt, number of the better image, of the worse)] as a parquet file, whole or not at all.
-
-    Beside Pick-a-Pic's columns it has the images' files, their scores, and the winner's lead by each scorer.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    part, writer = file.with_suffix(".part"), None
-    for start in tqdm(range(0, len(chosen), 64), "pairs", unit="64 pairs"):  # 64 pairs are in memory
-        rows = []
-        for number, (prompt, better, worse) in enumerate(chosen[start:start + 64], start):
-            # The winner's side is random, so that training cannot learn it.
-            winner_side = int(torch.randint(2, (), generator=keyed_generator("side", number)))
-            sides = (worse, better) if winner_side else (better, worse)
-            row = {"caption": prompt, "label_0": 1.0 - winner_side, "label_1": float(winner_side), "has_label": True}
-            for side, image in enumerate(sides):
-                row |= {f"jpg_{side}": files[image].read_bytes(), f"file_{side}": str(files[image])}
-                row |= {f"{name}_{side}": score for name, score in zip(scorers, scores[image])}
-            row |= {f"{name}_gap": gap for name, gap in zip(scorers, scores[better] - scores[worse])}
-            rows.append(row)
-        stored = pyarrow.Table.from_pylist(rows)
-        writer = writer or pyarrow.parquet.ParquetWriter(part, stored.schema)
-        writer.write_table(stored)
-    writer.close()
-    part.replace(file)
-
-
-# Style
+    importlib.import_module("extras.scored_pairs").make_pairs(args)
 
 
 def style(args):
-    """Measure how close images are to a style: CMMD, FID and Gram distance to a reference.
+    """Measure how close images are to a style: CMMD, FID and Gram distance to a reference."""
+    importlib.import_module("extras.style").measure_style(args)
 
-    The reference is split at random. Every set of images is compared with the first half; comparing the second half
-    with it gives the floor, which a perfect model would reach. All sets have the same size N, the largest possible.
+
+# Prompts
+
+
+def prompt_sets(sources, out):
+    """{folder: source} of --prompts: one SOURCE belongs to --out itself, each of several NAME=SOURCE to OUT/NAME."""
+    out, first = Path(out), sources[0]
+    if len(sources) == 1 and (Path(first).expanduser().exists() or not re.match(r"[\w.-]+=", first)):
+        return {out: first}
+    if (out / "manifest.json").exists():
+        raise InputError(f"--out {out} holds images of one set of prompts; give another --out for several")
+    sets, names = {}, set()
+    for text in sources:
+        name, _, source = text.partition("=")
+        if not source or not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in names:
+            raise InputError(f"--prompts {text}: of several sets each is NAME=SOURCE, with a name of its own")
+        sets[out / name] = source
+        names.add(name.lower())
+    return sets
+
+
+def read_prompts(source):
+    """The prompts of a source, a list of strings; see `read_prompt_rows`."""
+    prompts, _ = read_prompt_rows(source)
+    return prompts
+
+
+def read_prompt_rows(source):
+    """Read prompts, and what else the rows of their table say.
+
+    source   a txt, tsv, csv, json or jsonl file, a dataset of the hub as ID or ID:SPLIT, or "tiny"
+    returns  N prompts, and N dicts {column: text} of the other columns with text or numbers
+    raises   InputError if the source cannot be read or a row has no prompt
     """
-    device = distributed.get_device(args.device)
-    paths = args.folders + ([args.base] if args.base else [])
-    folders = comparable_folders(paths)
-    first = folders[0]
-    is_toy = first.manifest.get("toy")
-    reference = image_files(args.reference)
-    n = min(len(reference) // 2, len(first.files))
-    if n < 2:
-        raise InputError(f"--reference {args.reference} holds {len(reference)} images, {first.path} "
-                         f"{len(first.files)}; at least 4 and 2 are needed")
-    out = writable_file(args.out) if args.out else None
-
-    # The choice is random because lists of prompts are sorted by kind.
-    rng = np.random.default_rng(args.seed)
-    reference = [reference[i] for i in rng.permutation(len(reference))]
-    chosen = sorted(rng.permutation(len(first.files))[:n])
-    sets = [(path, [folder.files[i] for i in chosen]) for path, folder in zip(paths, folders)]
-    sets.append(("floor", reference[n:2 * n]))
-
-    spec = args.clip or ("tiny" if is_toy else "ViT-L-14-336-quickgelu:openai")
-    clip = Clip(spec, device)
-    fid = inception(device) if args.fid else None
-    gram = style_statistics(device) if args.gram or (args.gram is None and not is_toy) else None
-    measure = functools.partial(embed, clip=clip, fid=fid, gram=gram, batch_size=args.batch_size)
-    prompts = [first.prompts[i] for i in chosen]
-    text = torch.cat([clip.embed_texts(prompts[i:i + args.batch_size]).cpu() for i in range(0, n, args.batch_size)])
-    target, target_features, target_moments = measure("reference", reference[:n])
-    rows = []
-    for name, files in sets:
-        x, features, moments = measure(name, files)
-        value, interval = cmmd(x, target, draws=1000, seed=args.seed)
-        rows.append({
-            "images": name, "base": name == args.base, "n": n, "cmmd": value, "cmmd_95": interval,
-            "cmmd_published": published_cmmd(x, target),
-            "fid": frechet(features, target_features) if fid else None, "diversity": diversity(x),
-            "gram": mean_squared_distance(moments, target_moments) if gram else None,
-            "clip": None if name == "floor" else 100 * F.cosine_similarity(x, text).mean().item()})
-
-    print(table([cells_of(row | {"base": " (base)" * row["base"]}, STYLE) for row in rows]))
-    fid_by = "FID by torch-fidelity" if fid else "no FID: --no-fid, or torch-fidelity is not installed"
-    gram_by = "Gram by torchvision's VGG-19, all images against all" if gram else "no Gram: --gram"
-    print(f"Lower CMMD, FID and Gram mean closer to {args.reference}; the floor compares its two halves. CMMD is "
-          "unbiased: compare with papers only as published, at their number of images. CLIP score (with the prompt) "
-          f"and diversity fall if a model collapses. CLIP is {spec}; {fid_by}; {gram_by}.")
-    if out:
-        numbers = {"clip": spec, "reference": args.reference, "rows": rows}
-        atomic_write(out, json.dumps(numbers, indent=1))
+    path = Path(source).expanduser()
+    if source == "tiny":
+        path = importlib.import_module("extras.tiny").part("pairs") / "prompts.txt"
+    try:
+        rows = read_prompt_file(path) if path.exists() else read_hub_prompts(source)
+    except Exception as error:  # many libraries read here, each with its own errors
+        raise InputError(f"--prompts {source} cannot be read: {brief(error)}")
+    prompts, columns = [], []
+    for number, row in enumerate(rows, 1):
+        prompt, others = split_row(row)
+        if not prompt:
+            raise InputError(f"--prompts {source}: row {number} has no prompt. A prompt is a text that is not empty, "
+                             f"alone or in the column {', '.join(PROMPT_COLUMNS)}; it is not {str(row)[:80]!a}")
+        prompts.append(prompt)
+        columns.append(others)
+    if not prompts:
+        raise InputError(f"--prompts {source} holds no prompt")
+    return prompts, columns
 
 
-def embed(title, files, clip, fid, gram, batch_size):
-    """(CLIP embeddings [N, E], FID's features [N, 2048], moments of the Gram vectors) of N images.
+def split_row(row):
+    """(prompt, {column: text} of the other columns) of a row: a string or a dict. The prompt is "" if it has none."""
+    columns = dict(row) if isinstance(row, dict) else {"prompt": row}
+    names = {str(name).lower(): name for name in columns}
+    name_of_prompt = next((names[name] for name in PROMPT_COLUMNS if name in names), None)
+    prompt = as_text(columns.pop(name_of_prompt, None)) or ""
+    others = {}
+    for name, value in columns.items():
+        if isinstance(value, (str, int, float)) and as_text(str(value)) is not None:
+            others[str(name)] = " ".join(str(value).split())
+    return prompt.strip(), others
 
-    The moments are the vectors' mean [D] and mean squared norm. Features and moments are None without `fid`, `gram`.
-    """
-    embeddings, features, total, squares = [], [], 0, 0
-    for images in open_batches(files, batch_size, f"embedding {title}"):
-        pixels = torch.stack([clip.transform(image) for image in images])               # [B, 3, h, w]
-        embeddings.append(clip.embed_images(pixels).cpu())
-        if fid:
-            features.append(fid(images))
-        if gram:  # only moments are kept: an image has D = 610,000 values
-            vectors = gram(images).double()                                             # [B, D]
-            total = total + vectors.sum(0)
-            squares = squares + vectors.square().sum()
-    moments = (total / len(files), squares / len(files)) if gram else None
-    return torch.cat(embeddings), torch.cat(features) if fid else None, moments
+
+def read_prompt_file(path):
+    """The rows of a file, strings or dicts. ValueError if the format is unknown or a row was cut."""
+    text = path.read_text(encoding="utf-8-sig")
+    suffix = path.suffix.lower()
+    lines = [line for line in text.split("\n") if line.strip()]
+    if suffix == ".txt":
+        return lines
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in lines]
+    if suffix == ".json":
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise ValueError("the JSON is not a list")
+        return rows
+    stream = io.StringIO(text, newline="")
+    if suffix == ".csv":
+        return read_table(csv.DictReader(stream, strict=True), is_quoted=True)
+    if suffix == ".tsv":  # PartiPrompts' format, in which quotes belong to the prompt
+        return read_table(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), is_quoted=False)
+    raise ValueError("the suffix must be txt, tsv, csv, json or jsonl")
+
+
+def read_table(reader, is_quoted):
+    """The rows of a csv.DictReader. ValueError if the header or the number of fields suggests that a prompt was cut."""
+    reader.fieldnames = [str(name).strip() for name in reader.fieldnames or []]
+    names = [name.lower() for name in reader.fieldnames]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"the header {names} has an empty name, or one twice")
+    rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row:  # there may be a comma in the prompt
+            raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
+        last = [cell for cell in row.values() if cell is not None][-1]
+        may_be_cut = is_quoted or last.startswith('"')  # PartiPrompts leaves out empty notes, so a tsv may lack fields
+        if None in row.values() and may_be_cut:  # there may be a line break in the prompt
+            raise ValueError(f"row {number} has fewer fields than the header: it ends with {last!r}")
+    return rows
+
+
+def read_hub_prompts(source):
+    """The rows of a dataset, ID or ID:SPLIT. Only text, numbers and class names are read: images would take minutes."""
+    import datasets
+
+    name, _, split = source.partition(":")
+    splits = datasets.get_dataset_split_names(hub_id(name))
+    if not split and len(splits) == 1:
+        split = splits[0]
+    if split not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}; give {name}:SPLIT")
+    rows = datasets.load_dataset(name, split=split)
+    columns, class_names = [], {}
+    for column, feature in rows.features.items():
+        is_value = isinstance(feature, (datasets.Value, datasets.ClassLabel)) and "binary" not in feature.dtype
+        if is_value or column.lower() in PROMPT_COLUMNS:
+            columns.append(column)
+        if isinstance(feature, datasets.ClassLabel):
+            class_names[column] = dict(enumerate(feature.names))
+    return [row | {column: names.get(row[column], "") for column, names in class_names.items()}
+            for row in rows.select_columns(columns)]
+
+
+# Options
 
 
 def parse_args(argv=None):
@@ -470,19 +404,8 @@ def parse_args(argv=None):
     add("--rows", type=int, nargs="+", default=[], metavar="N", help="draw these rows of the page as PAGE.png, too")
     add("--votes", metavar="CSV", help="count the votes that the page's blind vote exported")
     add("--category", metavar="COLUMN", help="also compare each category, a value of this column of the prompts' file")
-    add = command(pairs)
-    add("--by", required=True, metavar="A[+B...]", help="scorers; with several the majority decides")
-    add("--min_gap", default="0", metavar="G[+H...]", help="drop near-ties, whose scores differ by less [%(default)s]")
-    add("--all", action="store_true", help="pair every two images of a prompt, not only the best and the worst")
-    add("--out", required=True, metavar="PAIRS", help="a .parquet file, or a new folder for one")
-    add = command(style)
-    add("--reference", metavar="DIR", required=True, help="images in the style that training did not see")
-    add("--base", metavar="DIR", help="images of the model before training")
-    add("--clip", metavar="ARCH:WEIGHTS", help="CLIP for CMMD [ViT-L-14-336-quickgelu:openai; for a toy model tiny]")
-    add("--fid", action=argparse.BooleanOptionalAction, default=True, help="FID, if torch-fidelity is installed [yes]")
-    add("--gram", action=argparse.BooleanOptionalAction, help="distance of VGG-19's Gram matrices [yes; toy model no]")
-    add("--seed", type=int, default=0, help="seed of the reference's split and of the bootstrap [%(default)s]")
-    add("--out", metavar="FILE.json", help="write the table's numbers to this file")
+    for function, module in ((pairs, "scored_pairs"), (style, "style")):
+        importlib.import_module(f"extras.{module}").add_options(command(function))
 
     args = parser.parse_args(argv)
     for name in ("steps", "limit", "per_prompt", "resolution", "batch_size"):
@@ -497,7 +420,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    with distributed.one_line_errors("evaluate.py", "A smaller --batch_size may go on"):
+    with one_line_errors("evaluate.py", "A smaller --batch_size may go on"):
         args = parse_args(argv)
         _, _, world_size = distributed.torchrun_env()
         if world_size > 1 and args.command != "generate":

@@ -1,7 +1,6 @@
 """Folders of images and their scores, and the tables and the page that `evaluate.py compare` makes from them."""
 
 import base64
-import csv
 import functools
 import io
 import json
@@ -18,10 +17,11 @@ from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest, is_hidden, write_csv
 from sources import as_text, read_image
-from stats import FEW, adjust, compare_scores, rate_interval
+from stats import FEW, adjust, categories_of, compare_scores, count_votes
 
 NOTE = "diffusion-rpo"  # the PNG text field in which an image carries its index, prompt and seed
 LARGE = 30e6  # bytes; a page whose images would take more links to their files
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SMALL = 128  # pixels; smaller images are shown exactly and enlarged
 
 # Images
@@ -174,6 +174,17 @@ def image_sets(path):
     return sets
 
 
+def image_files(folder):
+    """The pictures in a folder, sorted by name, without hidden files."""
+    return sorted(file for file in Path(folder).glob("*")
+                  if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name))
+
+
+def open_folders(paths):
+    """The `ImageFolder` of each path, or of each set of prompts in it."""
+    return [ImageFolder(folder) for path in paths for folder in image_sets(path).values()]
+
+
 def settings_of(manifest):
     """{name: value} of all that must be equal in two manifests before their images may be compared."""
     settings = dict(manifest.get("settings", {}))
@@ -313,17 +324,6 @@ def write_tables(file, results, summary, caption):
 # The comparison
 
 
-def categories_of(folders, column):
-    """N texts: the value of a column beside each prompt, "" if it has none. InputError if the folders differ."""
-    categories = []
-    for i, of_folders in enumerate(zip(*(folder.columns for folder in folders))):
-        values = {columns.get(column) for columns in of_folders} - {None, ""}
-        if len(values) > 1:
-            raise InputError(f"the {column} of image {i} is {' and '.join(sorted(values))} in different folders")
-        categories.append(min(values, default=""))
-    return categories
-
-
 def compare_sets(sets, names, pairs, column=None):
     """Compare F folders of images on each set of prompts, and on each category of a set.
 
@@ -352,28 +352,6 @@ def compare_sets(sets, names, pairs, column=None):
         columns = {name for folders in sets.values() for beside in folders[0].columns for name in beside}
         raise InputError(f"no prompt has a {column}; they have {', '.join(sorted(columns)) or 'no columns'}")
     return results, identities, page_rows
-
-
-def count_votes(file, names, page_rows):
-    """Count the votes of a csv that this page exported: a dict of numbers for each two folders that met."""
-    outcomes = {}
-    try:
-        for vote in csv.DictReader(io.StringIO(Path(file).read_text(encoding="utf-8"), newline="")):
-            first, other, winner = vote["first"], vote["other"], vote["winner"]
-            if {first, other} - {*names} or winner not in (first, other, ""):
-                raise ValueError(f"a vote is on {first} and {other}, not on {', '.join(names)}")
-            outcome = 0.5 if winner == "" else float(winner == other)
-            outcomes.setdefault((other, first), []).append((outcome, page_rows[int(vote["index"])]["prompt"]))
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise InputError(f"--votes {file} cannot be read, or is of another page: {brief(error)}")
-    counted = []
-    for (other, first), of_pair in outcomes.items():
-        values, prompts = zip(*of_pair)
-        rate, low, high = rate_interval(values, prompts)
-        counted.append({"images": other, "against": first, "n": len(values), "win_rate": rate,
-                        "win_rate_95": (low, high), "wins": values.count(1), "ties": values.count(0.5),
-                        "losses": values.count(0)})
-    return counted
 
 
 def write_report(file, sets, names, pairs, category=None, votes=None, chosen=()):

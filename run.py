@@ -23,7 +23,6 @@ from encode import EncodedPairs, check_cache
 from loading import EMBEDDED, find_model, fuse_lora, load_model, save_model
 from loss import LOSSES, wants
 from options import H14, hyperparameters, needs_groups, recorded_run
-from prompts import read_prompts
 from sources import is_cache
 
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
@@ -193,6 +192,7 @@ class Output:
     def draw_base_grid(self, pairs):
         """Samples from the starting model for eight prompts: those of --sample_prompts, else captions of the data."""
         try:
+            read_prompts = importlib.import_module("evaluate").read_prompts
             prompts = read_prompts(self.args.sample_prompts) if self.args.sample_prompts else []
         except InputError as error:
             raise InputError(str(error).replace("--prompts", "--sample_prompts"))

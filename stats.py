@@ -1,13 +1,12 @@
-"""The statistics of evaluate.py: win rates with intervals and tests, preferences by votes, distances of image sets."""
+"""The statistics of evaluate.py and of held-out pairs: win rates with intervals, paired tests, votes."""
 
-import itertools
+import csv
+import io
 import math
+from pathlib import Path
 
 import numpy as np
 import scipy.stats
-import torch
-import torch.nn.functional as F
-import torchvision
 
 from common import InputError, brief
 
@@ -127,154 +126,34 @@ def adjust(results):
     return len(compared)
 
 
-def ranked_pairs(scores, min_gaps, every_pair=False):
-    """[(better, worse, fault)] of a prompt's images: the best against the worst by mean rank, or every two images.
-
-    A scorer votes for the image with the higher score if the gap is at least its min_gap. The better image has the
-    votes of more than half of the scorers. The fault says why there is none; else it is None.
-
-    scores  [n, S] of n images by S scorers; min_gaps [S] or [1]
-    """
-    if len(scores) < 2:
-        return []
-    ranks = scipy.stats.rankdata(scores, axis=0).mean(axis=1)                           # [n], the best is highest
-    order = np.argsort(-ranks, kind="stable")
-    found = []
-    for i, j in itertools.combinations(order, 2) if every_pair else [order[[0, -1]]]:
-        gaps = scores[i] - scores[j]                                                    # [S]
-        wins, losses = (gaps > 0) & (gaps >= min_gaps), (gaps < 0) & (-gaps >= min_gaps)
-        if max(wins.sum(), losses.sum()) > len(gaps) / 2:
-            found.append((i, j, None) if wins.sum() > losses.sum() else (j, i, None))
-        elif not gaps.any():
-            found.append((i, j, "ties"))
-        else:
-            found.append((i, j, "without a majority" if wins.any() and losses.any() else "near-ties"))
-    return found
-
-
-def cmmd(x, y, draws=0, seed=0):
-    """CMMD between two sets of images, unbiased, and its 95% interval over `draws` bootstrap samples of both sets.
-
-    CMMD is 1000 times the squared MMD of unit vectors under the kernel exp(-|x - y|^2 / (2 * 10^2)); see
-    arXiv:2401.09603. The paper has the biased estimate, we the U-statistic (Gretton et al. 2012, lemma 6). At this
-    bandwidth it is close to 10 times the squared distance of the means: it misses a collapse that keeps the mean.
-    A bootstrap sample never pairs an image with its own copy, and one of a single image is left out.
-
-    x, y     embeddings [N, E] and [M, E], normalised here in float64
-    returns  value, (low, high); the value may be negative. Without draws or four images the interval is None
-    """
-    x = F.normalize(x.double(), dim=-1)
-    y = F.normalize(y.double(), dim=-1)
-    rng = np.random.default_rng(seed)
-    u = draw_counts(len(x), draws, rng)                                                 # [1 + draws, N]
-    v = draw_counts(len(y), draws, rng)                                                 # [1 + draws, M]
-    between = (u @ gaussian_kernel(x, y) * v).sum(1) / (u.sum(1) * v.sum(1))
-    values = 1000 * (mean_within(u, x) + mean_within(v, y) - 2 * between)               # [1 + draws]
-    if draws == 0 or min(len(x), len(y)) < 4:
-        return values[0].item(), None
-    low, high = np.nanquantile(values[1:], TAILS)
-    return values[0].item(), (float(low), float(high))
-
-
-def published_cmmd(x, y):
-    """CMMD by the V-statistic of arXiv:2401.09603 and its code, to stand beside published numbers.
-
-    It pairs an image with itself, too, and so is biased upward: by about 0.2 at 30 images and 0.005 at 1,000.
-    """
-    x = F.normalize(x.double(), dim=-1)
-    y = F.normalize(y.double(), dim=-1)
-    within = gaussian_kernel(x, x).mean() + gaussian_kernel(y, y).mean()
-    return (1000 * (within - 2 * gaussian_kernel(x, y).mean())).item()
-
-
-def draw_counts(n, draws, rng):
-    """[1 + draws, n]: how often a sample holds each of n images. Row 0 is the set itself, the others are drawn."""
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws)
-    return torch.from_numpy(np.concatenate([np.ones((1, n)), drawn])).double()
-
-
-def gaussian_kernel(x, y, bandwidth=10):
-    """[N, M]: the kernel of unit vectors [N, E] and [M, E]. For these |x - y|^2 = 2 - 2 x.y."""
-    return torch.exp((x @ y.T - 1) / bandwidth ** 2)
-
-
-def mean_within(counts, x):
-    """The kernel's mean over pairs of different images, for samples that hold image i of x counts[:, i] times."""
-    same = (counts * counts).sum(1)  # pairs of an image with itself or its copy; their kernel is 1
-    total = (counts @ gaussian_kernel(x, x) * counts).sum(1)
-    return (total - same) / (counts.sum(1) ** 2 - same)
-
-
-def frechet(x, y):
-    """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of features [N, E] and [M, E], in float64.
-
-    See arXiv:1706.08500. It is strongly biased at small N: compare only values of the same N.
-    """
-    x, y = x.double(), y.double()
-    c_x, c_y = x.T.cov(), y.T.cov()                                                     # [E, E]
-    # C_x C_y has the eigenvalues of the symmetric matrix C_x^(1/2) C_y C_x^(1/2).
-    eigenvalues, vectors = torch.linalg.eigh(c_x)
-    root = vectors * eigenvalues.clamp_min(0).sqrt() @ vectors.T                        # C_x^(1/2)
-    cross = torch.linalg.eigvalsh(root @ c_y @ root).clamp_min(0).sqrt().sum()
-    means = (x.mean(0) - y.mean(0)).square().sum()
-    return (means + c_x.trace() + c_y.trace() - 2 * cross).item()
-
-
-def inception(device):
-    """A function from PIL pictures to FID's features [N, 2048]; None if torch-fidelity is not installed."""
+def count_votes(file, names, page_rows):
+    """Count the votes of a csv that this page exported: a dict of numbers for each two folders that met."""
+    outcomes = {}
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        return None
-    try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
-    except Exception as error:
-        raise InputError(f"style: the network of FID cannot be loaded ({brief(error)}); give --no-fid")
-
-    def features(images):
-        pixels = [torch.tensor(np.array(image)).permute(2, 0, 1)[None] for image in images]     # [1, 3, H, W]
-        return torch.cat([network(x.to(device))[0].cpu() for x in pixels])  # one at a time: they may differ in size
-
-    return features
-
-
-def style_statistics(device):
-    """A function from PIL pictures to [N, D]. Squared distances of its rows are the style loss of arXiv:1508.06576.
-
-    A Gram matrix is G = F F^T / (c h w), F [c, h w] being VGG-19's features after relu1_1, 2_1, 3_1, 4_1 or 5_1.
-    The loss is the sum over these layers of 1/5 * 1/4 * |G - G'|^2. Weights and preprocessing are torchvision's.
-    """
-    try:
-        weights = torchvision.models.VGG19_Weights.DEFAULT
-        layers = torchvision.models.vgg19(weights=weights).features.to(device).eval()
-    except Exception as error:
-        raise InputError(f"style: VGG-19 cannot be loaded ({brief(error)}); give --no-gram")
-    preprocess = weights.transforms()
-    style_layers = (1, 6, 11, 20, 29)  # relu1_1, 2_1, 3_1, 4_1, 5_1
-
-    @torch.inference_mode()
-    def statistics(images):
-        x, grams = torch.stack([preprocess(image) for image in images]).to(device), []
-        for i, layer in enumerate(layers):
-            x = layer(x)
-            if i in style_layers:
-                features = x.flatten(2)                                                 # [N, c, h w]
-                gram = features @ features.mT / features[0].numel()                     # [N, c, c]
-                grams.append(gram.flatten(1).cpu())
-        return torch.cat(grams, dim=1) / (4 * len(style_layers)) ** 0.5                 # [N, D]
-
-    return statistics
+        for vote in csv.DictReader(io.StringIO(Path(file).read_text(encoding="utf-8"), newline="")):
+            first, other, winner = vote["first"], vote["other"], vote["winner"]
+            if {first, other} - {*names} or winner not in (first, other, ""):
+                raise ValueError(f"a vote is on {first} and {other}, not on {', '.join(names)}")
+            outcome = 0.5 if winner == "" else float(winner == other)
+            outcomes.setdefault((other, first), []).append((outcome, page_rows[int(vote["index"])]["prompt"]))
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise InputError(f"--votes {file} cannot be read, or is of another page: {brief(error)}")
+    counted = []
+    for (other, first), of_pair in outcomes.items():
+        values, prompts = zip(*of_pair)
+        rate, low, high = rate_interval(values, prompts)
+        counted.append({"images": other, "against": first, "n": len(values), "win_rate": rate,
+                        "win_rate_95": (low, high), "wins": values.count(1), "ties": values.count(0.5),
+                        "losses": values.count(0)})
+    return counted
 
 
-def mean_squared_distance(x, y):
-    """Mean of |a - b|^2 over all pairs of two sets of vectors, each given by its mean [D] and mean squared norm."""
-    (mean_x, square_x), (mean_y, square_y) = x, y
-    return (square_x + square_y - 2 * mean_x @ mean_y).item()
-
-
-def diversity(x):
-    """Mean cosine distance of two different images of [N, E]. It is 0 for a model that always draws the same image."""
-    n = len(x)
-    x = F.normalize(x.double(), dim=-1)
-    total = x.sum(0).square().sum()  # the sum of all N^2 cosines; N of them are 1, an image with itself
-    return (1 - (total - n) / (n * (n - 1))).item()
+def categories_of(folders, column):
+    """N texts: the value of a column beside each prompt, "" if it has none. InputError if the folders differ."""
+    categories = []
+    for i, of_folders in enumerate(zip(*(folder.columns for folder in folders))):
+        values = {columns.get(column) for columns in of_folders} - {None, ""}
+        if len(values) > 1:
+            raise InputError(f"the {column} of image {i} is {' and '.join(sorted(values))} in different folders")
+        categories.append(min(values, default=""))
+    return categories

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 
 import common
 import encode
-import stats
 import train
 from extras import tiny
+from extras.style import frechet
 from extras.tiny import share
 from loading import load_model
 
@@ -187,7 +187,7 @@ def measure(pixels, half):
     is_outline, content, features = judge(pixels)
     has_content = (content == contents(scenes_of_samples(half))).all(dim=1)
     return {"right": share(has_content & (is_outline == 1)), "style": share(is_outline), "content": share(has_content),
-            "distance": stats.frechet(features, wished_features(half))}
+            "distance": frechet(features, wished_features(half))}
 
 
 def prepare(out):

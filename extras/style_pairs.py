@@ -39,11 +39,12 @@ from tqdm import tqdm
 
 import common
 import evaluate
+import report
 from common import InputError, keyed_generator
+from evaluate import read_prompts
 from flow_models import Flux
-from loading import load_model, load_pipeline, model_index
+from loading import load_model, load_pipeline, model_index, weights_digest
 from models import StableDiffusion, StableDiffusionXL, cast_for_autocast
-from prompts import read_prompts
 from sources import read_image
 
 STYLES = {  # the paper's styles, in our words; --style takes any other text with a {} for the prompt
@@ -109,7 +110,7 @@ def split_prompts(args):
     listed = read_prompts(args.prompts)
     prompts, images = list(dict.fromkeys(listed)), None
     if args.images:
-        found = evaluate.image_files(args.images)
+        found = report.image_files(args.images)
         if len(found) != len(listed):
             raise InputError(f"--images {args.images} holds {len(found)} images, but {args.prompts} has "
                              f"{len(listed)} prompts")
@@ -149,11 +150,11 @@ def claim_folder(out, args, models, prompts, images, dtype):
     else:
         manifest["strength"] = args.strength
     for name, model in models.items():
-        manifest[f"{name}: weights"] = evaluate.weights_digest(model)
+        manifest[f"{name}: weights"] = weights_digest(model)
         manifest[f"{name}: scheduler"] = str(sorted(model.pipe.scheduler.config.items()))
     file = out / "manifest.json"
     if file.exists():
-        before = evaluate.read_json(file)
+        before = report.read_json(file)
         for key, value in manifest.items():
             if before.get(key) != value:
                 raise InputError(f"{out} was begun with {key} {before.get(key)!r}, not {value!r}; give another --out")
@@ -177,7 +178,7 @@ def make_images(out, args, models, prompts, images, dtype):
     if not editor:
         restyle = AutoPipelineForImage2Image.from_pipe(model.pipe)
         restyle.set_progress_bar_config(disable=True)
-    for batch in evaluate.pending_batches(len(prompts), args.batch_size, lambda i: files(out, i), "pairs"):
+    for batch in distributed.pending_batches(len(prompts), args.batch_size, lambda i: files(out, i), "pairs"):
         plain_prompts = [prompts[i] for i in batch]
         styled_prompts = [args.style.replace("{}", prompt) for prompt in plain_prompts]
         plain_noise = [keyed_generator(args.seed, "sample", i) for i in batch]  # the noise of evaluate.py generate
@@ -188,19 +189,19 @@ def make_images(out, args, models, prompts, images, dtype):
         else:
             plain = model.sample(plain_prompts, plain_noise, args.steps, args.guidance, dtype,
                                  height=args.resolution, width=args.resolution)
-            plain_images = evaluate.to_pil(model.decode(plain))
+            plain_images = report.to_pil(model.decode(plain))
         if editor:
             styled = editor.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
                                    image=plain_images, image_guidance_scale=args.image_guidance)
-            styled_images = evaluate.to_pil(editor.decode(styled))
+            styled_images = report.to_pil(editor.decode(styled))
         else:
             styled = model.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
                                   pipe=restyle, image=plain, strength=args.strength)
-            styled_images = evaluate.to_pil(model.decode(styled))
+            styled_images = report.to_pil(model.decode(styled))
         for i, plain_image, styled_image in zip(batch, plain_images, styled_images):
             plain_file, styled_file = files(out, i)
-            evaluate.save_png(plain_image, plain_file)
-            evaluate.save_png(styled_image, styled_file)
+            report.save_png(plain_image, plain_file)
+            report.save_png(styled_image, styled_file)
 
 
 def pack(out, args, prompts, held_out):
@@ -250,13 +251,13 @@ def main(argv=None):
         rank, _, _ = distributed.torchrun_env()
         if rank == 0:
             claim_folder(out, args, models, prompts, images, dtype)
-        evaluate.barrier()
+        distributed.wait_for_all()
 
         for model in models.values():
             cast_for_autocast(model.denoiser, dtype)
             model.pipe.to(device)
         make_images(out, args, models, prompts, images, dtype)
-        evaluate.barrier()
+        distributed.wait_for_all()
         if rank == 0:
             pack(out, args, prompts, held_out)
             paired = len(prompts) - len(held_out)

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-import stats
 from common import atomic_write
 from data import cross_pair_weights
+from extras.style import frechet
 from loss import DDPM, LOSSES, wants
 
 CONTENT, NUISANCE = 6, 5
@@ -304,7 +304,7 @@ def measure(samples, half):
     wished = draw(HALVES[half].repeat(1000), 1.0, torch.Generator().manual_seed(8))
     rows = []
     for vectors, style, content in zip(samples, has_style, has_content):
-        distance = stats.frechet(vectors, wished) if vectors.isfinite().all() else math.inf
+        distance = frechet(vectors, wished) if vectors.isfinite().all() else math.inf
         rows.append({"right": share(style & content), "style": share(style), "content": share(content),
                      "distance": distance})
     return rows

@@ -25,9 +25,10 @@ from conftest import BROWSER, launch
 from extras import tiny
 from loading import load_model
 from models import StableDiffusion, cast_for_autocast
-from prompts import read_prompt_rows, read_prompts
+from evaluate import read_prompt_rows, read_prompts
 from sources import read_image
-from stats import frechet, ranked_pairs
+from extras.scored_pairs import ranked_pairs
+from extras.style import frechet
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]

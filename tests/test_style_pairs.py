@@ -14,7 +14,7 @@ import evaluate
 from conftest import launch
 from extras import style_pairs
 from loading import load_model
-from prompts import read_prompts
+from evaluate import read_prompts
 
 PROMPTS = ["a red fox", "a blue bird", "snow\nand ice", "a red fox", "two dogs", "a cat"]
 
