@@ -92,10 +92,8 @@ class Pairs(torch.utils.data.Dataset):
             line += f" ({', '.join(reasons)})"
         if self.held_out:
             line += f", {self.held_out} held out"
-        for name, reason in [*self.left_out.items()][:8]:
+        for name, reason in self.left_out.items():
             line += f"; {name} left out ({reason})"
-        if len(self.left_out) > 8:
-            line += f"; and {len(self.left_out) - 8} more files"
         return line
 
     def row_at(self, position):

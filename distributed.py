@@ -155,6 +155,25 @@ def mean_over_processes(values):
     return values
 
 
+def mean_scalars(metrics, grad_norm, flags):
+    """({name: float}, {flag: bool}): means over groups and ranks; whether a flag is set on any rank.
+
+    metrics    the dicts of this rank's groups, all with the same keys
+    grad_norm  [] on the device
+    flags      {name: bool} of this rank
+    """
+    scalars = {}
+    for name in metrics[0]:
+        of_groups = torch.stack([group[name] for group in metrics])
+        scalars[name] = of_groups.mean()
+    scalars["grad_norm"] = grad_norm
+    for name, flag in flags.items():
+        scalars[name] = torch.tensor(float(flag)).to(grad_norm.device, non_blocking=True)
+    means = mean_over_processes(torch.stack([*scalars.values()]))
+    scalars = dict(zip(scalars, means.tolist()))
+    return scalars, {name: scalars.pop(name) > 0 for name in flags}
+
+
 def wait_for_all():
     """Under torchrun, wait here for all processes, for a day at most."""
     _, _, world_size = torchrun_env()

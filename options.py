@@ -91,12 +91,12 @@ class Options:
         self.defaults[name] = default
         if "[" not in text:
             text += f" [{'off' if default is False else default}]"
+        settings = {"type": kind, "metavar": metavar}
         if kind is bool:
-            self.section.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+            settings = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kind, (list, dict)):
-            self.section.add_argument(f"--{name}", choices=[*kind], help=text)
-        else:
-            self.section.add_argument(f"--{name}", type=kind, help=text, metavar=metavar)
+            settings = {"choices": [*kind]}
+        self.section.add_argument(f"--{name}", help=text, **settings)
 
 
 def add_model_and_data(options):

@@ -122,16 +122,15 @@ def make_optimizer(args, params):
     return Adafactor(params, **settings, scale_parameter=False, relative_step=False)
 
 
-def describe(args, model, params, passes, clip, steps_taken):
+def describe(args, model, params, clip, steps_taken):
     """One line on what runs."""
-    trained, loss_fn = sum(param.numel() for param in params) / 1e6, LOSSES[args.loss]
+    trained = sum(param.numel() for param in params) / 1e6
     line = (f"{args.loss} on {args.model}: trains {trained:.1f} of {model.num_parameters / 1e6:.1f} M parameters; "
             f"{args.resolution} px, {args.device}, {args.precision}; {args.batch_size} pairs per step, "
             f"{args.micro_batch} per forward, processes: {distributed.torchrun_env()[2]}")
-    if needs_groups(loss_fn):
-        line += f"; groups of {args.group_size} in {'one pass' if passes == 1 else 'two passes'}"
-    if "weights" in wants(loss_fn):
-        line += f"; weights {args.weight_position}, tau {args.tau:g}, clip {args.clip if clip else 'not loaded'}"
+    if "weights" in wants(LOSSES[args.loss]):
+        line += (f"; groups of {args.group_size}, weights {args.weight_position}, tau {args.tau:g}, clip "
+                 f"{args.clip if clip else 'not loaded'}")
     return line + (f"; going on after {steps_taken} steps" if steps_taken else "")
 
 

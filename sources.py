@@ -44,20 +44,11 @@ class Rows(NamedTuple):
 # The files of a source
 
 
-def find_source(source):
-    """The path or hub id that --data means. "tiny" is built on first use."""
+def find_source(source, part="pairs"):
+    """The path or hub id that --data means. "tiny" is a part of the embedded task, built on first use."""
     if source == "tiny":
-        return str(importlib.import_module("extras.tiny").part("pairs"))
+        return str(importlib.import_module("extras.tiny").part(part))
     return HUB_IDS.get(source, source)
-
-
-def find_held_out(source):
-    """The path that --validate means. "tiny" is built on first use."""
-    if source == "tiny":
-        return str(importlib.import_module("extras.tiny").part("held_out"))
-    if not Path(source).expanduser().exists():
-        raise InputError(f"--validate {source}: there is no such file or folder. A share is a number, such as 0.02")
-    return source
 
 
 def is_cache(source):

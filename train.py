@@ -51,7 +51,8 @@ def train(args, out, state):
     trainer.set_up(out, state)
     params = [*trainer.params.values()]
     optimizer = run.make_optimizer(args, params)
-    scaler = torch.amp.GradScaler(trainer.device.type, enabled=args.precision == "fp16")
+    is_fp16 = args.precision == "fp16"
+    scaler = torch.amp.GradScaler(trainer.device.type, enabled=is_fp16)
     output = run.Output(out, args, trainer.model, trainer.params, optimizer, scaler)
     stop = distributed.StopSignal()
 
@@ -61,13 +62,15 @@ def train(args, out, state):
         output.draw_base_grid(trainer.pairs)
     steps = range(start, args.steps)
     if trainer.reference_errors:
-        trainer.reference_errors.complete(trainer.stream, steps, trainer.load, trainer.prepare,
-                                          trainer.reference_error, stop)
+        trainer.reference_errors.complete(
+            trainer.stream, steps,
+            trainer.load, trainer.prepare, trainer.reference_error, stop)
         trainer.reference = None
     held_out = None
     if trainer.held_out:
-        held_out = reference.HeldOut(args, out, trainer.held_out, trainer.process, trainer.latent_shape,
-                                     trainer.model_digests)
+        held_out = reference.HeldOut(
+            args, out, trainer.held_out,
+            trainer.process, trainer.latent_shape, trainer.model_digests)
         held_out.begin(trainer.load, trainer.encode, trainer.policy_error)
         print0(held_out.summary(trainer.pairs))
     if trainer.is_encoded:
@@ -75,7 +78,8 @@ def train(args, out, state):
     output.restore(state)
     output.begin(start, trainer.pairs, trainer.held_out)
     batches = trainer.load(trainer.stream, steps)
-    progress = tqdm(steps, args.loss, args.steps, initial=start, disable=trainer.rank > 0)
+    is_quiet = trainer.rank > 0
+    progress = tqdm(steps, args.loss, args.steps, initial=start, disable=is_quiet)
 
     for step in progress:
         metrics = []
@@ -111,7 +115,7 @@ def train(args, out, state):
 
         # `scalars` goes into the log: the loss's metrics, and what is added here. Add a scalar of your own here, too.
         flags = {"stop": stop.requested, "save": output.is_save_due()}
-        scalars, flags = read_scalars(metrics, grad_norm, flags)                        # the step's only sync
+        scalars, flags = distributed.mean_scalars(metrics, grad_norm, flags)            # the step's only sync
         scalars["lr"] = learning_rate(step, args)
         run.check_finite(output, step, scalars, trainer.terms)
         for group in optimizer.param_groups:
@@ -152,8 +156,8 @@ class Trainer:
         self.args, self.dtype = args, DTYPES[args.precision]
         self.device = distributed.get_device(args.device)
         self.rank, _, self.world_size = distributed.torchrun_env()
-        self.pairs, self.held_out, self.model = run.open_parts(args, out, state, self.device)
-        pairs, model = self.pairs, self.model
+        pairs, held_out, model = run.open_parts(args, out, state, self.device)
+        self.pairs, self.held_out, self.model = pairs, held_out, model
         self.process = model.process.to(self.device)
         self.latent_shape = model.latent_shape(args.resolution)
         self.stream = Stream(pairs, model.process, self.latent_shape, args)
@@ -214,15 +218,20 @@ class Trainer:
         self.micro_batches_per_chunk = self.chunk // pairs_per_forward
         self.gathers = self.world_size > 1 and args.micro_batch % self.group_size > 0
         print0(f"data: {pairs.summary()}")
-        print0(run.describe(args, self.model, params, self.micro_batches_per_chunk, self.clip, steps_taken))
+        print0(run.describe(args, self.model, params, self.clip, steps_taken))
 
     def identity(self, done):
         """What a checkpoint after `done` steps is known by, see `run.check_same_run`."""
         pairs = self.pairs
-        pairs.unreadable = dict(distributed.all_gather_list([*pairs.unreadable.items()]))
-        rates = [learning_rate(step, self.args) for step in range(done)]
-        return {"pairs": len(pairs), "digests": self.digests, "unreadable": pairs.unreadable,
-                "draw_ids": self.stream.draw_ids(done - 1), "learning_rates": rates}
+        unreadable = distributed.all_gather_list([*pairs.unreadable.items()])
+        pairs.unreadable = dict(unreadable)
+        return {
+            "pairs": len(pairs),
+            "digests": self.digests,
+            "unreadable": pairs.unreadable,
+            "draw_ids": self.stream.draw_ids(done - 1),
+            "learning_rates": [learning_rate(step, self.args) for step in range(done)],
+        }
 
     def place_models(self):
         """Puts the networks on the device and decides what trains."""
@@ -257,9 +266,13 @@ class Trainer:
         """This rank's micro-batches of some steps of a stream, as torch's loader gives them."""
         workers = self.args.workers
         loader = torch.utils.data.DataLoader(
-            stream, batch_sampler=self.micro_batch_ranges(stream.batch_size, steps), collate_fn=collate,
-            num_workers=workers, worker_init_fn=distributed.ignore_signals,
-            timeout=self.args.data_timeout if workers else 0, pin_memory=self.device.type == "cuda")
+            stream,
+            batch_sampler=self.micro_batch_ranges(stream.batch_size, steps),
+            collate_fn=collate,
+            num_workers=workers,
+            worker_init_fn=distributed.ignore_signals,
+            timeout=self.args.data_timeout if workers else 0,
+            pin_memory=self.device.type == "cuda")
         return distributed.guarded(iter(loader), has_workers=workers > 0)
 
     def micro_batch_ranges(self, batch_size, steps):
@@ -277,7 +290,8 @@ class Trainer:
             tqdm.write(crop_summary(batch["time_ids"][:, :images]))
             self.has_said_crop = True
         if self.clip:
-            batch["clip_embeds"] = self.clip.embed(batch["caption"], batch.get("clip_pixels"))
+            pictures = batch.get("clip_pixels")
+            batch["clip_embeds"] = self.clip.embed(batch["caption"], pictures)
         return self.encode(batch, images)
 
     @torch.no_grad()
@@ -316,7 +330,8 @@ class Trainer:
     # Errors and the loss
 
     def error(self, network, inputs):                                                   # [S*B]
-        return denoising_error(self.model.predict, network, self.process, dtype=self.dtype, **inputs)
+        predict = self.model.predict
+        return denoising_error(predict, network, self.process, dtype=self.dtype, **inputs)
 
     def policy_error(self, inputs):
         return self.error(self.policy, inputs)
@@ -357,7 +372,8 @@ class Trainer:
         for i in range(0, len(errors[0]), self.group_size):
             group = {name: value[i:i + self.group_size] for name, value in values.items()}
             if self.wants_weights:
-                group["weights"] = self.group_weights(group.get("clip_embeds"), group["image_ids"])
+                clip_embeds = group.get("clip_embeds")
+                group["weights"] = self.group_weights(clip_embeds, group["image_ids"])
             group = {name: group[name] for name in group if name in self.wants}
             group_loss, group_metrics = self.loss_fn(**group, **self.hyperparameters)
             loss = loss + group_loss * self.group_size / batch_size
@@ -379,7 +395,8 @@ class Trainer:
     def forward_backward(self, micro_batch):
         """A forward and a backward of the first pairs, to see whether memory suffices."""
         self.args.micro_batch = micro_batch
-        batch = self.prepare(next(self.load(self.stream, [0])), self.images_per_pair)
+        first = next(self.load(self.stream, [0]))
+        batch = self.prepare(first, self.images_per_pair)
         err = self.policy_error(batch.inputs)
         if self.wants_reference and not self.reference_errors:
             self.reference_error(batch.inputs)
@@ -394,32 +411,14 @@ class Trainer:
             batch = self.prepare(loaded, self.images_per_pair)
             with torch.no_grad():
                 err = self.policy_error(batch.inputs)
-            yield batch.row, self.loss_values(batch, err) | {"latents": batch.inputs["x"], "err": err}
+            values = self.loss_values(batch, err)
+            yield batch.row, values | {"latents": batch.inputs["x"], "err": err}
 
 
 def by_side(name, err, images):
     """{name_w: [B], name_l: [B]} of errors [S*B]; without the loser if S is 1."""
     sides = (f"{name}_w", f"{name}_l")
     return dict(zip(sides[:images], err.chunk(images)))
-
-
-def read_scalars(metrics, grad_norm, flags):
-    """({name: float}, {flag: bool}): means over groups and ranks; whether a flag is set on any rank.
-
-    metrics    the dicts of this rank's groups, all with the same keys
-    grad_norm  [] on the device
-    flags      {name: bool} of this rank
-    """
-    scalars = {}
-    for name in metrics[0]:
-        of_groups = torch.stack([group[name] for group in metrics])
-        scalars[name] = of_groups.mean()
-    scalars["grad_norm"] = grad_norm
-    for name, flag in flags.items():
-        scalars[name] = torch.tensor(float(flag)).to(grad_norm.device, non_blocking=True)
-    means = distributed.mean_over_processes(torch.stack([*scalars.values()]))
-    scalars = dict(zip(scalars, means.tolist()))
-    return scalars, {name: scalars.pop(name) > 0 for name in flags}
 
 
 def learning_rate(step, args):
