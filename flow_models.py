@@ -31,9 +31,6 @@ class StableDiffusion3(Family):
     def shift(self, config):
         return config.shift
 
-    def schedule(self):
-        return vars(self.process)
-
     def set_times(self, args):
         if args.train_guidance is not None and not self.denoiser.config.get("guidance_embeds"):
             raise InputError("--train_guidance: this model takes no guidance as input")
@@ -73,9 +70,6 @@ class StableDiffusion3(Family):
     def predict(self, network, x_t, t, cond):
         """The network takes thousandths of t in (0, 1)."""
         return network(x_t, timestep=1000 * t, **cond, return_dict=False)[0]
-
-    def check_scheduler(self):
-        """Every flow-matching scheduler samples along the same paths."""
 
 
 class Flux(StableDiffusion3):

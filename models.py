@@ -103,6 +103,23 @@ class Family:
         side = resolution // self.pipe.vae_scale_factor
         return self.pipe.vae.config.latent_channels, side, side
 
+    def latent_multiple(self):
+        return 1
+
+    # Timesteps
+
+    def schedule(self):
+        process = vars(self.process).items()
+        return {name: value.tolist() if torch.is_tensor(value) else value for name, value in process}
+
+    def set_times(self, args):
+        for name in ("timestep_sampling", "timestep_mean", "timestep_scale", "timestep_shift", "train_guidance"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for flow-matching models; this model draws its timesteps uniformly")
+
+    def check_scheduler(self):
+        """A family whose pipeline takes many schedulers refuses the wrong ones here."""
+
     # Prompts
 
     def longest_tokenizer(self):
@@ -210,14 +227,6 @@ class StableDiffusion(Family):
             raise ValueError("its text encoder needs an attention mask, as AltDiffusion's does")
         scheduler = DDPMScheduler.from_config(config)
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-
-    def schedule(self):
-        return [self.process.prediction_type, self.process.alphas_cumprod.tolist()]
-
-    def set_times(self, args):
-        for name in ("timestep_sampling", "timestep_mean", "timestep_scale", "timestep_shift", "train_guidance"):
-            if getattr(args, name) is not None:
-                raise InputError(f"--{name} is for flow-matching models; this model draws its timesteps uniformly")
 
     def latent_multiple(self):
         return 2 ** (len(self.denoiser.config.block_out_channels) - 1)

@@ -178,7 +178,7 @@ def train_options():
     add_hardware(options)
     add("gradient_checkpointing", False, bool, "less memory for a third more time [sdxl: on, but off for an adapter on "
         "a GPU of 80 GB]")
-    add("compile", False, bool, "torch.compile the network: takes minutes at first, then steps are faster")
+    add("compile", False, bool, "torch.compile the network: takes minutes first, then steps are faster")
     add("reference_errors", None, str, "compute the reference's errors before the first step and keep them in FILE, for "
         "all runs that differ in loss, beta, tau or lr only [none]", "FILE")
     add("data_timeout", 600, COUNT, "seconds that --workers may take for a batch")
@@ -186,7 +186,7 @@ def train_options():
     options.group("what it leaves")
     add("out", None, str, "the run's folder; the same command goes on from there [out/MODEL-LOSS]", "DIR")
     add("save_minutes", 15.0, number(float, 0), "minutes between two checkpoints; 0 means only --save_every counts")
-    add("save_every", 0, NATURAL, "steps between two checkpoints as well; 0 means only --save_minutes counts")
+    add("save_every", 0, NATURAL, "steps between two checkpoints, too; 0 means only --save_minutes counts")
     add("sample_every", 100, NATURAL, "steps between two grids of samples; 0 draws none")
     add("sample_prompts", None, str, "a file of prompts for the grids; the first eight are drawn [captions of the data]",
         "FILE")
@@ -246,6 +246,7 @@ def resolve(options, typed, recorded={}):
     model = chosen["model"]
     preset = PRESETS.get(model, {}) | PRESETS.get(f"{model} {chosen.get('loss')}", {})
     preset = {name: value for name, value in preset.items() if name in options.defaults}
+    preset = vars(options.parser.parse_args(as_typed(preset)))
     args = argparse.Namespace(**options.defaults | preset | recorded | typed)
     if not args.data:
         raise InputError(f"--model {model} is no preset, so pass --data")
@@ -269,6 +270,17 @@ def resolve(options, typed, recorded={}):
     if args.precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs CUDA or MPS; on a CPU pass bf16 or fp32")
     return args
+
+
+def as_typed(values):
+    """The command line that sets some values, so that a preset passes the checks of what is typed."""
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            argv += [f"--{name}", str(value)]
+    return argv
 
 
 def recorded_run(out):
