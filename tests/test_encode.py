@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import begin
 import data
 import encode
 import loss
 import models
 import options
+import run as run_room
 import sources
 import train
 from common import InputError
@@ -120,11 +120,16 @@ RUNS += [slow("sd", "dpo"), slow("sdxl", "dpo"), slow("sdxl", "sft")]
 
 @pytest.mark.parametrize("model, loss", RUNS)
 def test_a_cache_trains_as_the_pairs_themselves(run, encoded, few_pairs, model, loss):
-    """The VAE's mean, no flip, no crop: the batches of the encoders differ, so to rounding."""
+    """With the VAE's mean, no flip and no crop they agree to rounding, because the batches of the encoders differ.
+
+    Rounding moves an image's gradient by 1e-6. A preference gradient is the difference of two that are ten times as
+    large, so it moves by more.
+    """
     options = ["--loss", loss, "--vae_sample", "mean"]
     plain = run(model, few_pairs, *options, name="plain")
     cached = run(model, encoded(model), *options, name="cached")
-    assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
+    tolerance = 1e-5 if loss == "sft" else 5e-5
+    assert (plain[1] - cached[1]).norm() <= tolerance * plain[1].norm() > 0
     assert json.loads((cached[0] / "config.json").read_text())["resolution"] == 32
     names = ["rows", "used", "ties", "unlabelled", "unreadable", "left_out"]
     reports = [json.loads((out / "data.json").read_text()) for out in (plain[0], cached[0])]
@@ -203,7 +208,7 @@ def weighted(tmp_path, monkeypatch):
 
     An image of pair 5 cannot be read.
     """
-    for module in (data, options, begin, train):
+    for module in (data, options, run_room, train):
         monkeypatch.setattr(module, "COLUMNS", ("pair_weight",))
     monkeypatch.setattr(options, "VECTORS", options.VECTORS | {"pair_weight"})
     monkeypatch.setitem(loss.LOSSES, "weighted", weighted_loss)
@@ -867,7 +872,7 @@ def test_a_signal_keeps_the_reference_errors_so_far(run, encoded, tmp_path, monk
 
 
 def test_a_resumed_run_may_take_reference_errors(run, encoded, tmp_path):
-    """They are the starting model's, not the half-trained one's."""
+    """They are the starting model's, not the half-trained one's. A shorter run computes what this one left out."""
     plain = run("sd", encoded("sd"), "--steps", "4", name="plain")
     run("sd", encoded("sd"), "--steps", "2", name="resumed")
     file = ["--reference_errors", str(tmp_path / "errors")]
@@ -875,6 +880,9 @@ def test_a_resumed_run_may_take_reference_errors(run, encoded, tmp_path):
     assert torch.equal(plain[2], resumed[2]) and lines(plain[0]) == lines(resumed[0])
     errors = load_file(tmp_path / "errors")["errors"]
     assert errors.isnan().all(dim=(1, 2)).tolist() == [True, True, False, False]
+    run("sd", encoded("sd"), "--steps", "1", *file, name="shorter")
+    errors = load_file(tmp_path / "errors")["errors"]
+    assert errors.isnan().all(dim=(1, 2)).tolist() == [False, True, False, False]
 
 
 def test_a_reference_that_is_not_finite_ends_the_run(run, encoded, tmp_path, monkeypatch):
