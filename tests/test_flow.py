@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-import begin
 import common
 import encode
 import evaluate
@@ -21,8 +21,8 @@ import run as run_room
 import train
 from common import InputError
 from conftest import fresh, launch, log_of
-from extras import random_models
 from data import ImagePairs, Stream
+from extras import random_models
 from loss import DDPM, Flow, denoising_error
 from test_resume import faulty, killed
 
@@ -287,7 +287,7 @@ def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, com
     options = "--lora_rank 4 --micro_batch 4 --reference_errors ERRORS".replace("ERRORS", str(tmp_path / "errors"))
     for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
         train.main(command(kind, f"{options} --steps {steps}", tmp_path / name))
-    state, expected = (run_room.load_checkpoint(tmp_path / name) for name in ("two", "four"))
+    state, expected = (run_room.load_checkpoint(tmp_path / name, 4) for name in ("two", "four"))
     for part in ("weights", "optimizer"):
         a, b = (torch.utils._pytree.tree_leaves(kept[part]) for kept in (state, expected))
         for x, y in zip(a, b, strict=True):
@@ -349,7 +349,7 @@ def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command,
     """A run from a cache draws samples and measures held-out images, and no step encodes a prompt."""
     encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
                  "--resolution", "32", "--out", str(tmp_path / "cache")])
-    release, released = begin.release_encoders, []
+    release, released = train.release_encoders, []
 
     def release_and_forbid(model, keeps_vae):
         for name, network in model.networks().items():
@@ -357,7 +357,7 @@ def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command,
         release(model, keeps_vae)
         forbid(model)
 
-    monkeypatch.setattr(begin, "release_encoders", release_and_forbid)
+    monkeypatch.setattr(train, "release_encoders", release_and_forbid)
     options = f"--data {tmp_path / 'cache'} --lora_rank 2 --sample_steps 1 --validate_every 1 --validate {few_pairs}"
     encoders = {(name, "cpu") for name in fresh(small_model(kind)).text_encoders}
     for every, expected in (("1", encoders), ("0", encoders | {("vae", "cpu")})):
@@ -375,7 +375,7 @@ def test_how_times_are_drawn_is_part_of_the_run(tmp_path, command, small_model, 
     times = "--timestep_sampling uniform --timestep_shift 2"
     train.main(command(kind, f"{times} {errors} --lora_rank 2", tmp_path / "out"))
     kept = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert [kept[f"timestep_{name}"] for name in ("sampling", "mean", "scale", "shift")] == ["uniform", 0, 1, 2]
+    assert [kept[f"timestep_{name}"] for name in ("sampling", "mean", "scale", "shift")] == ["uniform", None, None, 2]
     train.main(command(kind, f"{times} {errors} --lora_rank 2 --steps 3", tmp_path / "out"))
     with pytest.raises(SystemExit, match="holds a run with --timestep_shift 2.0, not 3.0"):
         train.main(command(kind, f"{errors} --lora_rank 2 --steps 4 --timestep_shift 3", tmp_path / "out"))
@@ -471,6 +471,8 @@ def test_a_resolution_without_positions_is_refused(small_model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_are_functions_of_seed_and_position(small_model, few_pairs, kind):
     process = fresh(small_model(kind)).process
-    streams = [Stream(ImagePairs(few_pairs, 32), process, (4, 8, 8), seed, 8, 8, "own") for seed in (0, 0, 1)]
+    settings = dict(batch_size=8, group_size=8, group_noise="own", vae_sample="sample")
+    streams = [Stream(ImagePairs(few_pairs, 32), process, (4, 8, 8), SimpleNamespace(seed=seed, **settings))
+               for seed in (0, 0, 1)]
     times = [torch.stack([stream[p]["t"] for p in range(16)]) for stream in streams]
     assert torch.equal(times[0], times[1]) and not torch.equal(times[0], times[2]) and len(times[0].unique()) == 16
