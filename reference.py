@@ -131,7 +131,7 @@ class ReferenceErrors:
                 break
         if rank == 0 and missing:
             self.save()
-        if self.errors[steps.start:].isnan().any():
+        if self.errors[steps.start:steps.stop].isnan().any():
             distributed.end_early("saved the reference's errors so far; the same command goes on")
 
     def put(self, step, errors, draw_ids):

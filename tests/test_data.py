@@ -12,8 +12,9 @@ from PIL import Image
 
 import data
 from common import InputError, keyed_generator
-from data import ImagePairs, collate, cross_pair_weights, crop_and_resize, read_image, stored_bytes
+from data import ImagePairs, collate, cross_pair_weights, crop_and_resize
 from loss import dpo_loss, rpo_loss
+from sources import read_image, stored_bytes
 
 WINNER, LOSER = (0, 200, 0), (200, 0, 0)  # green wins over red
 
@@ -138,7 +139,7 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(InputError, match="there is no such file or folder"):
         ImagePairs(str(tmp_path / "nosuch"), 16)
-    with pytest.raises(InputError, match="holds no parquet and no .jsonl file"):
+    with pytest.raises(InputError, match="holds no parquet file and no .jsonl file"):
         ImagePairs(str(tmp_path), 16)  # an empty folder
     with pytest.raises(InputError, match="holds no usable pair.*'ties': 2"):
         ImagePairs(parquet(tmp_path, rows_of(0.5, 0.5)), 16)
@@ -150,7 +151,7 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "list" / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a.png"}\n')
     with pytest.raises(InputError, match="lacks 'rejected'"):
         ImagePairs(str(tmp_path / "list"), 16)
-    with pytest.raises(InputError, match="lacks jpg_1, label_0"):
+    with pytest.raises(InputError, match="lacks Pick-a-Pic's columns jpg_1, label_0"):
         ImagePairs(parquet(tmp_path / "table", [{"caption": "c", "jpg_0": b""}]), 16)
 
 
@@ -176,18 +177,18 @@ def test_of_own_lists_too_those_named_train_alone_are_read(tmp_path):
 
 
 def test_captions_that_are_no_strings_are_refused(tmp_path):
-    with pytest.raises(InputError, match="the caption of .* are of type int64, not strings"):
+    with pytest.raises(InputError, match="caption in .* has the type int64; strings are needed"):
         ImagePairs(parquet(tmp_path, [row | {"caption": 5} for row in rows_of(1.0)]), 16)
 
 
 def test_labels_that_are_no_numbers_are_refused(tmp_path):
     rows = [row | {"label_0": "first"} for row in rows_of(1.0)]
-    with pytest.raises(InputError, match="the label_0 of .* are of type string, not numbers"):
+    with pytest.raises(InputError, match="label_0 in .* has the type string; numbers are needed"):
         ImagePairs(parquet(tmp_path, rows), 16)
 
 
 def test_further_columns_are_read_of_parquet_and_of_ones_own_lists(tmp_path, monkeypatch):
-    """Those that COLUMNS names: a float32 for each pair, and a line that lacks one is named."""
+    """COLUMNS names them, and each pair has its own number in float32."""
     monkeypatch.setattr(data, "COLUMNS", ("pair_weight",))
     rows = rows_of(1.0, 0.5, 0.0, changes={k: {"pair_weight": k + 1} for k in range(3)})
     (tmp_path / "a.png").write_bytes(encoded())
@@ -201,12 +202,37 @@ def test_further_columns_are_read_of_parquet_and_of_ones_own_lists(tmp_path, mon
         batch = collate([pairs[position] for position in range(len(pairs))])
         assert batch["pair_weight"].dtype == torch.float32
         assert dict(zip(batch["row"].tolist(), batch["pair_weight"].tolist())) == weights
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
-    with pytest.raises(InputError, match="lacks 'pair_weight'"):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"pair_weight": "heavy"}))
+    with pytest.raises(InputError, match="line 1 of .*pairs.jsonl cannot be read: could not convert .*heavy"):
         ImagePairs(str(tmp_path / "pairs.jsonl"), 16)
     rows[0]["pair_weight"] = rows[1]["pair_weight"] = rows[2]["pair_weight"] = "heavy"
-    with pytest.raises(InputError, match="the pair_weight of .* are of type string, not numbers"):
+    with pytest.raises(InputError, match="pair_weight in .* has the type string; numbers are needed"):
         ImagePairs(parquet(tmp_path / "table", rows), 16)
+
+
+@pytest.mark.parametrize("lacking, named", [(range(4), "row 0 .*4 of 4 pairs"), ([2], "row 2 .*1 of 4 pairs")])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_column_is_wanted_only_if_a_loss_names_it(tmp_path, monkeypatch, kind, lacking, named):
+    """Then the first row without a number is named, whether all rows lack the column or one does."""
+    monkeypatch.setattr(data, "COLUMNS", ("pair_weight",))
+    weights = {k: {"pair_weight": float(k)} for k in range(4) if k not in lacking}
+    if kind == "parquet":
+        source = parquet(tmp_path, [rows_of(1.0)[0] | weights.get(k, {}) for k in range(4)])
+    else:
+        (tmp_path / "a.png").write_bytes(encoded())
+        line = {"prompt": "p", "chosen": "a.png", "rejected": "a.png"}
+        source = tmp_path / "pairs.jsonl"
+        source.write_text("\n".join(json.dumps(line | weights.get(k, {})) for k in range(4)))
+    pairs = ImagePairs(str(source), 16)
+    pairs.check_columns([])
+    with pytest.raises(InputError, match=f"the loss takes pair_weight, but {named}"):
+        pairs.check_columns(["pair_weight"])
+
+
+def test_a_pair_that_is_dropped_needs_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "COLUMNS", ("pair_weight",))
+    rows = rows_of(1.0, 0.5, 0.0, None, changes={k: {"pair_weight": 1.0} for k in (0, 2)})
+    ImagePairs(parquet(tmp_path, rows), 16).check_columns(["pair_weight"])
 
 
 # Images

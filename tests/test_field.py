@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import data
 import encode
 import evaluate
-import models
+import loading
+import sources
 import train
 from common import InputError
 from conftest import log_of
@@ -100,7 +101,7 @@ def test_held_out_pairs_are_not_trained_on(tmp_path, layout):
     assert [*pairs.report()["left_out"]] == [theirs] and f"{theirs} left out" in pairs.summary()
     assert captions(read_by_both(tmp_path / theirs)) == ["pair 3", "pair 4"]  # a file that is named is read
     (tmp_path / ours).unlink()
-    with pytest.raises(InputError, match=f"no training split, but {theirs}.* --data {tmp_path}/{theirs}"):
+    with pytest.raises(InputError, match=f"no training split, only .*name the file: --data {tmp_path}/{theirs}"):
         read_by_both(tmp_path)
 
 
@@ -143,7 +144,7 @@ def test_a_file_by_two_names_counts_once(tmp_path):
     pairs = read_by_both(tmp_path / "pairs")
     assert captions(pairs) == ["pair 0", "pair 1", "pair 2", "pair 3"]
     assert pairs.left_out == {
-        "a.parquet": "not of the train split",
+        "a.parquet": "not in the train split",
         "z-train.parquet": "another name of a file that is read",
     }
 
@@ -225,7 +226,7 @@ def test_a_shard_of_a_type_that_cannot_be_meant_is_named(tmp_path):
     parquet(tmp_path / "a.parquet", 0, 1)
     parquet(tmp_path / "b.parquet", 2, label_0=pyarrow.array(["good"]))
     for read in (sources.read_rows, encode.stream_rows):
-        with pytest.raises(InputError, match="the label_0 of .*b.parquet are of type string, not numbers"):
+        with pytest.raises(InputError, match="label_0 in .*b.parquet has the type string; numbers are needed"):
             read(str(tmp_path))
 
 
@@ -340,7 +341,7 @@ def test_encoded_pairs_of_another_encoder_are_not_trained_on(tmp_path, small_run
     )
     small_run(1, "--data", str(tmp_path / "cache"))
     CHANGES[what](tmp_path)
-    with pytest.raises(SystemExit, match=f"whose {what} is not that of"):
+    with pytest.raises(SystemExit, match=f"was encoded with the {what} of .*, but --model is .* another one"):
         small_run(1, "--data", str(tmp_path / "cache"), out="other")
 
 
@@ -594,7 +595,7 @@ def test_a_model_that_does_not_say_its_size_takes_one(tmp_path, small_model, how
     file.write_text(json.dumps(config))
     model = loading.load_model(str(folder))
     assert model.resolution(64) == 64
-    with pytest.raises(InputError, match="give --resolution"):
+    with pytest.raises(InputError, match="pass --resolution"):
         model.resolution()
 
 
@@ -626,7 +627,7 @@ def test_a_model_that_wants_the_guidance_is_refused(tmp_path, small_model):
     pipe = loading.load_model(small_model("sd")).pipe
     pipe.unet = type(pipe.unet).from_config(pipe.unet.config, time_cond_proj_dim=8)
     pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="wants an embedding of the guidance"):
+    with pytest.raises(InputError, match="takes an embedding of the guidance"):
         loading.load_model(str(tmp_path / "model"))
 
 
@@ -763,7 +764,7 @@ def test_a_checkpoint_in_one_file_is_a_model(tmp_path, checkpoint, small_model, 
 
 def test_a_checkpoint_that_cannot_be_described_or_lacks_a_tensor_is_refused(tmp_path, checkpoint, small_model):
     file, _ = checkpoint
-    with pytest.raises(InputError, match=r"give its configuration by --config DIR"):
+    with pytest.raises(InputError, match=r"Pass its configuration: --config DIR"):
         loading.load_model(str(file))  # the hub is out of reach
     with pytest.raises(InputError, match="--config is for a --model in one file"):
         loading.load_model(small_model("sd"), config=small_model("sd"))
@@ -790,7 +791,7 @@ def test_a_crop_that_cuts_much_away_is_told(tmp_path, small_model, capsys):
     parquet(tmp_path / "a.parquet", 0, 1, jpg_0=wide)
     pairs = data.ImagePairs(str(tmp_path), 32)
     words = data.crop_summary(data.collate([pairs[k] for k in range(2)])["time_ids"])
-    told = "the square crop keeps 83% of the first pictures; in 1 of 2 pairs one loses more than a third"
+    told = "the square crop keeps 83% of the first pictures; in 1 of 2 pairs it cuts more than a third off one"
     assert words == told
     argv = ["--model", small_model("sd"), "--data", str(tmp_path), "--device", "cpu", "--clip", "tiny"]
     encode.main([*argv, "--out", str(tmp_path / "cache")])
