@@ -82,7 +82,7 @@ def check_coupling(args, pairs, process):
                              "called on one whole group of --group_size pairs")
 
 
-def check_same_run(out, state, stream, now):
+def check_same_run(out, state, now):
     """InputError if a checkpoint belongs to another run than this code and this command.
 
     now  what `Trainer.identity` gives for the steps that the checkpoint has taken
