@@ -8,6 +8,8 @@ import distributed  # first: it notes the launcher
 import argparse
 import gc
 import io
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -479,6 +481,145 @@ def test_a_checkpoint_without_what_identifies_a_run_is_refused_and_kept(tmp_path
         train.main([*options, "--out", str(tmp_path)])
     assert str(refused.value).startswith(f"train.py: {file} cannot be read (") and "no draw_ids" in str(refused.value)
     assert torch.load(file, weights_only=True) == foreign
+
+
+# Every option of a run that goes on
+
+
+OTHERS = {  # two values of each option; neither is its default or the preset's
+    "model": ("sdxl", "tiny-flow"), "config": ("folder", "other"), "random_init": (True, False),
+    "init_lora": ("lora", "other"), "data": ("pairs", "other"), "clip": ("ViT-B-32:laion2b", "ViT-B-32:openai"),
+    "resolution": (64, 96), "random_flip": (True, False), "random_crop": (True, False), "vae_sample": ("mean", "sample"),
+    "vae_precision": ("bf16", "fp32"), "loss": ("dpo", "sft"), "beta": (10.0, 20.0), "group_size": (4, 2),
+    "tau": (0.1, 0.2), "similarity": ("text", "image"), "weight_position": ("inside", "outside"),
+    "group_noise": ("both", "timestep"), "loss_args": ("gamma=2", "gamma=3"), "prompt_dropout": (0.3, 0.4),
+    "timestep_sampling": ("uniform", "logit_normal"), "timestep_mean": (1.0, 2.0), "timestep_scale": (2.0, 3.0),
+    "timestep_shift": (2.0, 3.0), "train_guidance": (2.0, 3.0), "steps": (7, 9), "batch_size": (32, 64),
+    "micro_batch": (4, 2), "optimizer": ("sgd", "adafactor"), "lr": (1e-3, 2e-3), "warmup": (5, 6),
+    "weight_decay": (0.1, 0.2), "max_grad_norm": (2.0, 3.0), "lora_rank": (4, 8), "ema": (0.5, 0.6), "seed": (1, 2),
+    "validate": ("held_out", "other"), "validate_every": (3, 4), "validate_pairs": (5, 6), "device": ("mps", "cpu"),
+    "precision": ("bf16", "fp32"), "workers": (3, 4), "gradient_checkpointing": (True, False), "compile": (True, False),
+    "reference_errors": ("file", "other"), "data_timeout": (5, 6), "save_minutes": (1.0, 2.0), "save_every": (3, 4),
+    "sample_every": (3, 4), "sample_prompts": ("file", "other"), "sample_steps": (3, 4), "guidance": (1.5, 2.5)}
+SAME_AS_A_DEFAULT = [("tiny", "steps", 1000), ("tiny", "prompt_dropout", 0.2), ("sdxl", "gradient_checkpointing", False),
+                     ("sd15", "random_flip", False), ("sdxl", "optimizer", "adamw")]  # (model, option, value)
+
+
+def gamma_loss(err_w, gamma=1.0):
+    return gamma * err_w.mean(), {}
+
+
+def words(name, value):
+    return [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+
+
+def begin_run(out, argv):
+    """Leaves what a run leaves of its arguments, and returns them."""
+    args = vars(train.train_args([*argv, "--out", str(out)]))
+    out.mkdir(exist_ok=True)
+    (out / "config.json").write_text(json.dumps(args))
+    return args
+
+
+@pytest.fixture
+def any_option(monkeypatch):
+    """Every option can be resolved here: there is a second device, and a loss with a hyperparameter of its own."""
+    monkeypatch.setattr(options_file, "get_device", lambda name=None: torch.device(name or "cpu"))
+    monkeypatch.setitem(train.LOSSES, "gamma", gamma_loss)
+
+
+def test_every_option_is_among_those_that_are_tested():
+    assert OTHERS.keys() == options_file.train_options().defaults.keys() - {"out", "dry_run"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_option_that_is_left_out_is_the_recorded_one(tmp_path, any_option, name):
+    """Typed again with another value, it is taken if it may change, and refused by name if not."""
+    first, second = OTHERS[name]
+    model = {"random_init": ["--model", "sd15"], "loss_args": ["--loss", "gamma"]}.get(name, [])
+    before = begin_run(tmp_path, [*model, *words(name, first)])
+    plain = train.train_args([*model, "--out", str(tmp_path / "plain")])
+    assert before[name] != getattr(plain, name)
+
+    assert vars(train.train_args(["--out", str(tmp_path)])) == before
+    assert vars(train.train_args([*words(name, first), "--out", str(tmp_path)])) == before
+    changed = [*words(name, second), "--out", str(tmp_path)]
+    if name in options_file.MAY_CHANGE:
+        assert vars(train.train_args(changed)) == before | {name: second}
+        return
+    with pytest.raises(InputError, match=f"holds a run with --{name} .*, not .*. Pass another --out"):
+        train.train_args(changed)
+    (tmp_path / "checkpoint-000001.pt").touch()
+    if name in options_file.MAY_MOVE:  # a checkpoint knows the content, so the name may change
+        assert getattr(train.train_args(changed), name) == second
+        return
+    with pytest.raises(InputError, match=f"holds a run with --{name} .*, not .*. Pass another --out"):
+        train.train_args(changed)
+
+
+@pytest.mark.parametrize("model, name, value", SAME_AS_A_DEFAULT)
+def test_a_recorded_option_counts_before_a_preset(tmp_path, any_option, model, name, value):
+    """It does so even if its value is the option's default, and the preset's is another."""
+    before = begin_run(tmp_path, ["--model", model, *words(name, value)])
+    assert before[name] == value != options_file.PRESETS[model][name]
+    assert vars(train.train_args(["--model", model, "--out", str(tmp_path)])) == before
+
+
+@pytest.mark.parametrize("before, now", [("0.5", "0.25"), ("0.5", "held_out"), ("held_out", "0.5")])
+def test_a_share_of_held_out_prompts_stays(tmp_path, before, now):
+    """Another share would train on other pairs. Pairs of their own may change."""
+    begin_run(tmp_path, ["--validate", before])
+    with pytest.raises(InputError, match="held out a share of .* of the prompts .--validate., not "):
+        train.train_args(["--validate", now, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("steps_taken", [0, 1])
+def test_sgd_that_is_left_out_stays_sgd(tmp_path, options, monkeypatch, steps_taken):
+    """It does so before the first checkpoint, too, when config.json alone knows it."""
+    out, sgd = tmp_path / "out", ["--optimizer", "sgd"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="saved after 1|the storage is gone"):
+        if steps_taken:
+            patch.setattr(train.Trainer, "prepare", struck_in_step(train.Trainer.prepare, "SIGTERM", 0))
+        else:
+            patch.setattr(train.Trainer, "prepare", without_storage)
+        train.main([*options, *sgd, "--steps", "2", "--out", str(out)])
+    assert len([*out.glob("checkpoint-*.pt")]) == steps_taken
+    train.main([*options, "--steps", "2", "--out", str(out)])
+    train.main([*options, *sgd, "--steps", "2", "--out", str(tmp_path / "unbroken")])
+    same_bits(out, tmp_path / "unbroken")
+
+
+def without_storage(*inputs):
+    raise InputError("the storage is gone")
+
+
+# The learning rate
+
+
+def cosine(step, args):
+    return args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
+
+
+def test_a_schedule_that_depends_on_steps_goes_on_with_the_same_steps_alone(tmp_path, options, monkeypatch):
+    """With more of them, the steps that were taken would have had other learning rates."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(train, "learning_rate", cosine)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="saved after 2 steps"):
+        patch.setattr(train.Trainer, "prepare", struck_in_step(train.Trainer.prepare, "SIGTERM", 1))
+        train.main([*options, "--steps", "4", "--out", str(out)])
+    with pytest.raises(SystemExit, match="^train.py: with this --steps the learning rates of the 2 steps .* Pass the"):
+        train.main([*options, "--steps", "5", "--out", str(out)])
+    train.main([*options, "--steps", "4", "--out", str(out)])
+    train.main([*options, "--steps", "4", "--out", str(tmp_path / "unbroken")])
+    same_bits(out, tmp_path / "unbroken")
+
+
+def test_the_schedule_goes_on_with_more_steps(tmp_path, options):
+    """Its warm-up does not depend on --steps."""
+    options = [*options, "--warmup", "3"]
+    for steps, name in (("2", "out"), ("4", "out"), ("4", "unbroken")):
+        train.main([*options, "--steps", steps, "--out", str(tmp_path / name)])
+    same_bits(tmp_path / "out", tmp_path / "unbroken")
 
 
 # No room
