@@ -61,14 +61,15 @@ def one_line_errors(program, advice=""):
 def one_line(error, advice):
     """The line for an error with a known meaning; None for any other error."""
     text = str(error).strip()
+    # torch's DataLoader puts the traceback of its process before the message.
+    line = text.splitlines()[-1] if IN_WORKER in text else brief(error)
     if isinstance(error, InputError):
-        # torch's DataLoader puts the traceback of its process before the message.
-        return text.splitlines()[-1].removeprefix("common.InputError: ") if IN_WORKER in text else text
-    first_line = brief(error)[:200]
+        return line.removeprefix("common.InputError: ") if IN_WORKER in text else text
+    line = line[:200]
     if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", text):
-        return f"out of memory ({first_line}). {advice}"
+        return f"out of memory ({line}). {advice}"
     if re.search("No space left|os error 28|File too large|uota exceeded", text):
-        return f"there is no room to write ({first_line}). Free some space, then the same command goes on"
+        return f"there is no room to write ({line}). Free some space, then the same command goes on"
 
 
 def hub_id(source):
