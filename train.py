@@ -209,7 +209,7 @@ class Trainer:
         if args.micro_batch == "auto":
             args.micro_batch = distributed.largest_micro_batch(args, self.device, params, self.forward_backward)
         if self.is_encoded and (self.draws_samples or isinstance(self.held_out, ImagePairs)):
-            self.place_encoders()  # the steps do not need them, so after --micro_batch auto
+            place_encoders(self.model, self.device, self.dtype, args.lora_rank > 0)  # after --micro_batch auto
 
         # If the forwards of all ranks hold whole groups, a chunk is one forward of each rank, and one pass is enough.
         self.group_size = args.group_size if needs_groups(self.loss_fn) else args.micro_batch
@@ -245,7 +245,7 @@ class Trainer:
         self.params = {name: param for name, param in denoiser.named_parameters() if param.requires_grad}
         denoiser.to(self.device)
         if not self.is_encoded:
-            self.place_encoders()
+            place_encoders(self.model, self.device, self.dtype, args.lora_rank > 0)
         faster_on = ("cuda",) if args.lora_rank else ("cuda", "cpu")
         if self.device.type in faster_on:
             denoiser.to(memory_format=torch.channels_last)
@@ -259,9 +259,6 @@ class Trainer:
         if args.compile:
             for network in {self.policy, self.reference} - {None}:
                 compile_blocks(network, self.model.blocks)
-
-    def place_encoders(self):
-        place_encoders(self.model, self.device, self.dtype, only_adapter=self.args.lora_rank > 0)
 
     # Batches
 
