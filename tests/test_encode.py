@@ -37,7 +37,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def write_cache(model, pairs, out, *options):
-    """encode.py, with a few pairs to a file, so that there are many files."""
+    """Runs encode.py with a few pairs per file, so that there are many files."""
     encode.SHARD, encode.BATCH = 5, 2
     argv = ["--model", model, "--data", str(pairs), "--out", str(out), "--clip", "tiny", "--device", "cpu"]
     try:
@@ -65,9 +65,9 @@ def encoded(tmp_path_factory, small_model, few_pairs):
 
 @pytest.fixture
 def run(tmp_path, small_model, monkeypatch):
-    """run(model, data, *options) -> its folder, all gradients of its first step, all weights of its end."""
+    """run(model, data, *options) -> its folder, all gradients of its first step, all its final weights."""
 
-    tiny.part("clip")  # whose training clips gradients, too
+    tiny.part("clip")  # before the patch below: its training clips gradients, too
 
     def run(model, pairs, *options, name="run"):
         first, clip = [], torch.nn.utils.clip_grad_norm_
@@ -93,7 +93,7 @@ def run(tmp_path, small_model, monkeypatch):
 
 @pytest.fixture
 def argv(tmp_path):
-    """argv(model, data): a command of train.py, of one step should it not be refused."""
+    """argv(model, data): a command of train.py that takes one step, if it is not refused."""
     fixed = "--steps 1 --batch_size 8 --micro_batch 4 --sample_every 0 --device cpu --out".split()
     return lambda model, pairs: ["--model", model, "--data", str(pairs), *fixed, str(tmp_path / "out")]
 
@@ -111,7 +111,7 @@ def parquet(file, rows, **options):
     return file
 
 
-# Training from it
+# Training from a cache
 
 
 RUNS = [("sd", "rpo"), ("sdxl", "rpo"), ("sd", "sft")]
@@ -145,7 +145,7 @@ def test_the_posteriors_draw_comes_from_the_cache_too(run, encoded, few_pairs):
 
 
 def test_a_cache_streams_the_same_pairs_in_the_same_order(encoded, few_pairs):
-    """Epochs, replacement of unreadable rows, dropped prompts, size and crop; from processes as well."""
+    """Epochs, replaced rows, dropped prompts, sizes and crops agree; a process of the loader reads the same."""
     plain = ImagePairs(few_pairs, 32, seed=3, prompt_dropout=0.5)
     cached = EncodedPairs(encoded("sdxl"), seed=3, prompt_dropout=0.5)
     for position in range(2 * len(plain) + 3):
@@ -197,7 +197,7 @@ def test_every_prompt_is_encoded_once(encoded, few_pairs):
 
 
 def weighted_loss(err_w, err_l, ref_err_w, ref_err_l, beta, pair_weight):
-    """Diffusion-DPO with a weight for each pair. It logs weights of which no two sums of eight are alike."""
+    """Diffusion-DPO with a weight for each pair. It logs their sum, which no other eight pairs have."""
     logits = -beta / 2 * ((err_w - ref_err_w) - (err_l - ref_err_l))
     return -(pair_weight * torch.nn.functional.logsigmoid(logits)).mean(), {"sum": pair_weight.sum()}
 
@@ -250,7 +250,7 @@ def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize("numbers", [[], [0, 1, 2, *range(4, 12)]])
 def test_a_column_is_wanted_only_by_the_loss_that_names_it(run, tmp_path, small_model, weighted, kind, numbers):
-    """Pairs of which all or one lack it train with any other loss, and so does a cache of them."""
+    """Data in which all pairs or one pair lack it train with any other loss, and so does their cache."""
     source, cache = weighted(kind, numbers), tmp_path / "c"
     write_cache(small_model("sd"), source, cache)
     for name, pairs in (("plain", source), ("cached", cache)):
@@ -269,11 +269,11 @@ def test_a_cache_that_was_begun_with_other_columns_is_refused(tmp_path, small_mo
         write_cache(small_model("sd"), source, tmp_path / "c")
 
 
-# Building it
+# Building a cache
 
 
 def faulty(fault, number, *arguments):
-    """encode.py, killed in the midst of writing its number-th file, or its disk full from there on."""
+    """Runs encode.py and kills it in the midst of its number-th file, or fills the disk from there on."""
     written, atomic_write = 0, encode.atomic_write
 
     def faulty_write(file, content, suffix=""):
@@ -299,7 +299,7 @@ def test_two_processes_write_the_same_files(tmp_path, small_model, few_pairs, en
 
 
 def test_killed_and_continued_gives_the_same_files(tmp_path, small_model, few_pairs, encoded, argv):
-    """In the midst of a file; the files that were whole are not written again."""
+    """The kill comes in the midst of a file. Whole files are not written again."""
     cache, before = tmp_path / "c", {}
     arguments = small_model("sd"), few_pairs, cache
     for number in (1, 3, 2):
@@ -328,7 +328,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, small_model, f
 
 
 def hub_of(files, monkeypatch):
-    """Lets every hub id name `files`; to download them is an error."""
+    """Lets every hub id name `files`. A download is an error."""
     class Builder:
         class config:
             data_files = {"train": files}
@@ -338,7 +338,7 @@ def hub_of(files, monkeypatch):
 
 
 def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encoded, monkeypatch, few_pairs):
-    """From a hub's filesystem as from a folder: each row group is read once, one is held, no copy is made."""
+    """A hub's filesystem gives what a folder gives. Each row group is read once, and one is held at a time."""
     plain = contents(encoded("sd"))
     memory, rows = fsspec.filesystem("memory"), datasets.load_dataset(few_pairs, split="train")
     names = [f"/hub/data/train-{k}.parquet" for k in (0, 1)]
@@ -356,7 +356,7 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
             self.number = number
 
         def to_table(self, columns):
-            assert images.number is None and images.table is None  # the one before was let go
+            assert images.number is None and images.table is None  # the group before was freed
             read.append(self.number)
             return groups[self.number].to_table(columns=columns)
 
@@ -390,7 +390,7 @@ def own_pairs(folder, n=3):
 
 
 def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
-    """Swapped, or with other pictures, they are other pairs; drawn ones are read as well."""
+    """Swapped pairs, or pairs with other pictures, are other pairs. The embedded task's pairs are read as well."""
     lines = own_pairs(tmp_path)
     arguments = small_model("sd"), tmp_path, tmp_path / "c"
     write_cache(*arguments)
@@ -408,7 +408,7 @@ def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
 
 
 def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
-    """A whole file of unreadable pairs is an empty one; a null caption is no prompt, and the pair not used."""
+    """A file whose pairs are all unreadable is empty. A pair whose caption is null is not used."""
     rows = tiny.pair_rows(12)
     for k in range(5, 10):
         rows[k] |= {"jpg_0": b"no image"}
@@ -448,7 +448,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeyp
 
 
 def test_the_defaults_are_the_presets_and_what_was_taken_is_printed(tmp_path, small_model, few_pairs, capsys):
-    """So that a cache of sd15's pairs is mirrored as the run of sd15 would be."""
+    """A cache of sd15's pairs is mirrored as a run of sd15 would mirror them."""
     command = ["--model", "sd15", "--out", str(tmp_path / "x"), "--device", "cpu"]
     args, trained = encode_args(command), train_args(["--model", "sd15", "--device", "cpu"])
     assert args.random_flip is True and args.resolution == 512
@@ -488,7 +488,7 @@ def test_a_draw_from_means_alone_is_refused(encoded):
 
 
 def test_settings_come_from_the_cache_not_from_the_preset(encoded):
-    """sd15's preset has 512 pixels and flips; what the command line does not say is the cache's."""
+    """sd15's preset has 512 pixels and flips, but the cache decides what the command line does not say."""
     args = train_args(["--model", "sd15", "--data", str(encoded("sd"))])
     assert (args.resolution, args.random_flip, args.clip, args.vae_sample) == (32, False, "tiny", "sample")
 
@@ -537,7 +537,7 @@ def test_a_manifest_of_something_else_makes_no_cache(tmp_path):
 def test_the_same_weights_in_another_configuration_are_another_model(
     tmp_path, small_model, encoded, run, few_pairs, argv
 ):
-    """Of an activation or a scale no tensor tells."""
+    """No tensor tells an activation or a scale."""
     for part, key, value in (("text_encoder", "hidden_act", "gelu"), ("vae", "scaling_factor", 1.0)):
         shutil.copytree(small_model("sd"), tmp_path / part)
         file = tmp_path / part / part / "config.json"
@@ -609,7 +609,7 @@ def test_a_wrong_label_is_refused_before_anything_is_encoded(tmp_path, small_mod
 
 
 def test_a_vae_in_bf16_is_the_same_to_its_precision(small_model, few_pairs):
-    """bf16 has 8 bits; what decodes samples stays as it was, and so does the default on a CPU."""
+    """bf16 has 8 bits. The decoder stays in float32, and so does the default on a CPU."""
     assert train_args(["--model", "sd15"]).vae_precision == "fp32" or torch.cuda.is_available()
     pixels = torch.stack([ImagePairs(few_pairs, 32)[k]["pixels"] for k in range(4)])
     exact, half = fresh(small_model("sdxl")), fresh(small_model("sdxl"))
@@ -694,7 +694,7 @@ def test_reference_errors_at_another_micro_batch_agree_to_rounding(run, encoded,
 
 
 def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch):
-    """Loss, beta, tau, group, learning rate and rank are nothing that it sees; more steps are added to it."""
+    """The reference sees no loss, beta, tau, group, learning rate or rank. A longer run adds its steps to the file."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     run("sd", encoded("sd"), *file, name="first")
     puts = Puts(monkeypatch)
@@ -706,13 +706,13 @@ def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch
 
 
 def one_image_loss(err_w, ref_err_w, beta):
-    """A loss of one image, as Diffusion-KTO's term for a winner: -log sigmoid( -beta/2 * D^w )."""
+    """A loss that takes the winner alone: mean_i -log sigmoid( -beta/2 * D_i^w )."""
     d_w = err_w - ref_err_w
     return -torch.nn.functional.logsigmoid(-beta / 2 * d_w).mean(), {"reward/chosen": (-beta / 2 * d_w).detach().mean()}
 
 
 def test_errors_that_a_loss_of_one_image_computed_serve_dpo(run, few_pairs, tmp_path, monkeypatch):
-    """A file holds both images' errors whatever loss came first, so DPO's run is the one that it is without the file."""
+    """A file holds both images' errors, whatever loss came first, so DPO's run is the same with and without it."""
     monkeypatch.setitem(loss.LOSSES, "one_image", one_image_loss)
     file = ["--reference_errors", str(tmp_path / "errors")]
     plain = run("sd", few_pairs, "--loss", "dpo", name="plain")
@@ -792,7 +792,7 @@ def test_a_file_that_holds_something_else_is_refused_and_kept(run, encoded, tmp_
 
 
 def logit_normal(process, generator):
-    """Another DDPM.sample_t."""
+    """It takes the place of DDPM.sample_t."""
     share = torch.randn((), generator=generator).sigmoid()
     return (share * len(process.alphas_cumprod)).long()
 
@@ -800,7 +800,7 @@ def logit_normal(process, generator):
 def test_reference_errors_that_other_code_drew_are_refused_by_step_and_position(
     run, encoded, tmp_path, monkeypatch
 ):
-    """Before a network is placed, where the first step of the run differs; nothing is written."""
+    """The run's first step differs, so this is found before a network is placed. Nothing is written."""
     file = tmp_path / "errors"
     run("sd", encoded("sd"), "--reference_errors", str(file))
     before, draw_ids = file.read_bytes(), load_file(file)["draw_ids"]
@@ -817,7 +817,7 @@ def test_reference_errors_that_other_code_drew_are_refused_by_step_and_position(
 
 @pytest.mark.parametrize("name", ["noise", "row"])
 def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tmp_path, monkeypatch, name):
-    """The noise or the pair of one position alone: the 5th of step 1, in its second micro-batch."""
+    """Only one position has another noise or another pair: position 5 of step 1, in its second micro-batch."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     run("sd", encoded("sd"), *file)
     get_item = data.Stream.__getitem__
@@ -841,7 +841,7 @@ def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tm
 
 
 def test_reference_errors_go_on_where_they_were(run, encoded, tmp_path, monkeypatch):
-    """A run that ends while they are computed leaves those it saved; the next computes the rest alone."""
+    """A run that ends while they are computed leaves those that it saved, and the next one computes only the rest."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     whole = run("sd", encoded("sd"), "--reference_errors", str(tmp_path / "all"), name="whole")
 
@@ -858,7 +858,7 @@ def test_reference_errors_go_on_where_they_were(run, encoded, tmp_path, monkeypa
 
 
 def test_a_signal_keeps_the_reference_errors_so_far(run, encoded, tmp_path, monkeypatch):
-    """Also of a FILE in the run's own folder."""
+    """The file may lie in the run's own folder."""
     def signal_once():
         if puts.steps == [0, 1]:
             os.kill(os.getpid(), signal.SIGTERM)
