@@ -18,7 +18,6 @@ import data
 import encode
 import evaluate
 import loading
-import prompts
 import sources
 import train
 from common import InputError
@@ -450,7 +449,7 @@ def test_prompts_are_not_cut_swallowed_or_made_up(tmp_path, what):
     name, text, complaint = PROMPT_FILES[what]
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=complaint):
-        prompts.read_prompts(str(tmp_path / name))
+        evaluate.read_prompts(str(tmp_path / name))
 
 
 GOOD_FILES = {
@@ -470,7 +469,7 @@ def test_good_prompts_are_read_as_they_are(tmp_path):
     }
     for name, text in GOOD_FILES.items():
         (tmp_path / name).write_bytes(text.encode())
-        assert prompts.read_prompts(str(tmp_path / name)) == expected[name]
+        assert evaluate.read_prompts(str(tmp_path / name)) == expected[name]
 
 
 @pytest.mark.parametrize("prompt", [None, 7, "a \ud83d", ["a"]])
