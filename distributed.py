@@ -355,13 +355,36 @@ def ignore_signals(worker):
 
 def guarded(batches, has_workers):
     """The batches of torch's DataLoader. A process of it that died or hangs becomes an InputError."""
+    if has_workers:
+        name_dead_readers()
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
         if not has_workers or IN_WORKER in str(error):  # an exception of the data code itself
             raise
-        raise InputError(f"reading the data broke off: {brief(error)[:200]}. The same command goes on from the last "
-                         "checkpoint. Fewer --workers take less memory, a larger --data_timeout waits longer")
+        raise broke_off(error)
+
+
+def name_dead_readers():
+    """When a process of the loader dies, torch's signal handler raises a RuntimeError wherever this process is then.
+
+    Here it becomes an InputError, too.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+
+    def handle(number, frame):
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            raise broke_off(error)
+
+    if callable(handler):
+        signal.signal(signal.SIGCHLD, handle)
+
+
+def broke_off(error):
+    return InputError(f"reading the data broke off: {brief(error)[:200]}. The same command goes on from the last "
+                      "checkpoint. Fewer --workers take less memory, a larger --data_timeout waits longer")
 
 
 def release_signals():
