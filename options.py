@@ -216,7 +216,7 @@ def train_args(argv=None):
     if args.micro_batch == "auto" and fits(recorded.get("micro_batch"), args):
         args.micro_batch = recorded["micro_batch"]  # what was found at the start
     args.micro_batch = fit_micro_batch(args, args.group_size if needs_groups(loss_fn) else 1)
-    check_same_run(args, typed, recorded)
+    check_same_options(args, typed, recorded)
     return args
 
 
@@ -293,7 +293,7 @@ def recorded_run(out):
     return recorded if isinstance(recorded, dict) and "loss" in recorded else {}
 
 
-def check_same_run(args, typed, recorded):
+def check_same_options(args, typed, recorded):
     """InputError if a folder holds a run with other arguments than those that may change."""
     if not recorded:
         return

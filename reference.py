@@ -188,7 +188,7 @@ def hold_out(pairs, share):
                          "share, or a file of held-out pairs")
     held = pairs.rows[is_held]
     pairs.use(pairs.rows[~is_held])
-    pairs.held_out = len(held)
+    pairs.num_held_out = len(held)
     return held
 
 

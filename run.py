@@ -98,7 +98,7 @@ def check_coupling(args, pairs, process):
                              "called on one whole group of --group_size pairs")
 
 
-def check_same_run(out, state, now):
+def check_same_content(out, state, now):
     """InputError if a checkpoint belongs to another run than this code and this command.
 
     now  what `Trainer.identity` gives for the steps that the checkpoint has taken
@@ -109,7 +109,7 @@ def check_same_run(out, state, now):
                              "what it was begun with, or pass another --out")
     reference.check_draws(f"{out} was trained", state["draw_ids"], now["draw_ids"], state["step"] - 1)
     if now["learning_rates"] != state["learning_rates"]:
-        raise InputError(f"with this --steps the learning rates of the {state['step']} steps that {out} has taken would "
+        raise InputError(f"with this --steps or this code the learning rates of the {state['step']} steps that {out} has taken would "
                          "be others. Pass the --steps that it was begun with, or another --out")
 
 
