@@ -4,11 +4,11 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import importlib
 import io
 import json
 import os
 import re
-import secrets
 import sys
 import threading
 from pathlib import Path
@@ -61,14 +61,15 @@ def one_line_errors(program, advice=""):
 def one_line(error, advice):
     """The line for an error with a known meaning; None for any other error."""
     text = str(error).strip()
+    # torch's DataLoader puts the traceback of its process before the message.
+    line = text.splitlines()[-1] if IN_WORKER in text else brief(error)
     if isinstance(error, InputError):
-        # torch's DataLoader puts the traceback of its process before the message.
-        return text.splitlines()[-1].removeprefix("common.InputError: ") if IN_WORKER in text else text
-    first_line = brief(error)[:200]
+        return line.removeprefix("common.InputError: ") if IN_WORKER in text else text
+    line = line[:200]
     if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", text):
-        return f"out of memory ({first_line}). {advice}"
+        return f"out of memory ({line}). {advice}"
     if re.search("No space left|os error 28|File too large|uota exceeded", text):
-        return f"there is no room to write ({first_line}). Free some space, then the same command goes on"
+        return f"there is no room to write ({line}). Free some space, then the same command goes on"
 
 
 def hub_id(source):
@@ -234,9 +235,9 @@ class CheckpointWriter:
 
 
 class Log:
-    """log.jsonl, a line per step; TensorBoard if it is installed; Weights & Biases if WANDB_PROJECT is set.
+    """log.jsonl, a line per step, and the trackers of extras/trackers.py (TensorBoard, Weights & Biases).
 
-    Lines from step `start` on are cut off: these steps come again. Weights & Biases keeps its own; they are the same.
+    Lines from step `start` on are cut off: these steps come again.
     """
 
     def __init__(self, folder, start):
@@ -244,40 +245,12 @@ class Log:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         atomic_write(file, "".join(lines[:start]))
         self.stream = open(file, "a", encoding="utf-8")
-        self.board = None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=start)
-        self.wandb_run = self.begin_wandb(folder) if os.environ.get("WANDB_PROJECT") else None
-
-    @staticmethod
-    def begin_wandb(folder):
-        """A run of Weights & Biases; a run that goes on continues its own."""
-        try:
-            import wandb
-        except ImportError:
-            print("WANDB_PROJECT is set, but wandb is not installed: nothing is logged there")
-            return None
-        id_file = folder / "wandb-id"
-        if not id_file.exists():
-            atomic_write(id_file, secrets.token_hex(4))
-        arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        try:
-            return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments,
-                              reinit="finish_previous")
-        except Exception as error:
-            raise InputError(f"WANDB_PROJECT is set, but wandb cannot begin a run: {brief(error)}. Log in to it, set "
-                             "WANDB_MODE=offline, or unset WANDB_PROJECT")
+        self.trackers = importlib.import_module("extras.trackers").open_trackers(folder, start)
 
     def write(self, step, scalars):
         print(json.dumps({"step": step} | scalars), file=self.stream, flush=True)
-        if self.board:
-            for name, value in scalars.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
-        if self.wandb_run:
-            self.wandb_run.log(scalars, step=step)
+        for track in self.trackers:
+            track(step, scalars)
 
     def sync(self):
         os.fsync(self.stream.fileno())

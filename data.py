@@ -1,7 +1,5 @@
 """Preference pairs as the training step wants them, out of images, and RPO's cross-pair weights.
 
-sources.py reads the files, and encode.py stores encoded pairs in a cache that gives the same stream of pairs.
-
 A batch has B pairs. Index 0 of every axis of length 2 is the winner, index 1 the loser.
 
     every batch       prompt, caption   B strings: the prompt to train on ("" after prompt dropout), the prompt itself
@@ -37,7 +35,9 @@ from distributed import to_device
 from sources import (Unreadable, file_identities, find_source, image_id, read_image, read_rows, reason_of,
                      stored_bytes)
 
-COLUMNS = ()  # names of further columns of the data, a number per pair, that a loss may take as an argument
+# Names of further columns of the data, a number per pair, that a loss may take as an argument: ("confidence",). Do not
+# use a name that stands above or in loss.py, nor the name of an option. Encode a cache again after a change.
+COLUMNS = ()
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -54,7 +54,7 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, seed, prompt_dropout):
         self.seed, self.prompt_dropout = seed, prompt_dropout
         self.unreadable = {}  # {row: why}
-        self.held_out = 0  # how many pairs were taken away by reference.hold_out
+        self.num_held_out = 0  # how many pairs reference.hold_out took away
         self.epoch, self.order = None, None  # the last item's epoch and its shuffle [n]
 
     def __len__(self):
@@ -79,8 +79,8 @@ class Pairs(torch.utils.data.Dataset):
         """The content of data.json. `unreadable` lists the rows that were met so far, by reason."""
         report = {"rows": self.num_rows, "used": len(self) - len(self.unreadable), "ties": self.ties,
                   "unlabelled": self.unlabelled, "unreadable": by_reason(self.unreadable), "left_out": self.left_out}
-        if self.held_out:
-            report["held_out"] = self.held_out
+        if self.num_held_out:
+            report["held_out"] = self.num_held_out
         return report
 
     def summary(self):
@@ -90,12 +90,10 @@ class Pairs(torch.utils.data.Dataset):
                 "cannot be read".format(bad=len(self.unreadable), **self.report()))
         if reasons:
             line += f" ({', '.join(reasons)})"
-        if self.held_out:
-            line += f", {self.held_out} held out"
-        for name, reason in [*self.left_out.items()][:8]:
+        if self.num_held_out:
+            line += f", {self.num_held_out} held out"
+        for name, reason in self.left_out.items():
             line += f"; {name} left out ({reason})"
-        if len(self.left_out) > 8:
-            line += f"; and {len(self.left_out) - 8} more files"
         return line
 
     def row_at(self, position):
@@ -128,7 +126,6 @@ class Pairs(torch.utils.data.Dataset):
 class ImagePairs(Pairs):
     """Pairs of images. An item is decoded, cropped and flipped when it is asked for.
 
-    source          a source as in sources.py
     resolution      side of the training square, pixels
     clip_transform  a function from a picture to its `clip_pixels`, or None; may be set later
     source_rows     the source's `Rows`, if they were read already
@@ -149,7 +146,7 @@ class ImagePairs(Pairs):
         self.read_labels(*(table[name].to_numpy() for name in ("label_0", "label_1", "has_label")))
         if len(self) == 0:
             raise InputError(f"--data {source} holds no usable pair: {self.report()}")
-        values = {name: table[name].to_numpy().astype(np.float32) for name in COLUMNS}
+        values = {name: table[name].to_numpy().astype(np.float32) for name in COLUMNS if name in table.column_names}
         self.columns = {name: column for name, column in values.items() if not np.isnan(column).all()}
 
     def read_labels(self, label, other, has_label):
@@ -235,7 +232,7 @@ def augmentation(seed, epoch, row):
 def crop_and_resize(image, size, y, x, flip):
     """The square of side `size` pixels at (y, x), in [0, 1], of the image scaled to that short side.
 
-    It crops before it scales, so that a 3 x 4000 picture costs nothing. Returns pixels [3, size, size] uint8 and
+    It crops before it scales, so a picture of 3 x 4000 pixels is never scaled as a whole. Returns pixels [3, size, size] uint8 and
     SDXL's time_ids [6]. The crop is counted in the scaled, flipped image, as SDXL was trained.
     """
     image = ImageOps.mirror(image) if flip else image
@@ -274,7 +271,7 @@ def by_reason(unreadable):
 
 
 def collate(items):
-    """A list of items -> the batch that is described at the head of this file."""
+    """A list of items -> the batch at the head of this file."""
     batch = {key: [item[key] for item in items] for key in items[0]}
     batch["unreadable"] = [entry for entries in batch["unreadable"] for entry in entries]
     return {key: torch.stack(value) if value and torch.is_tensor(value[0]) else value
@@ -408,7 +405,8 @@ def cross_pair_weights(text, image_w, image_l, tau, similarity="both", image_ids
                             Those that `similarity` does not use are ignored and may be None
     tau                     temperature > 0. Toward 0 only the nearest losers count. inf gives uniform weights and
                             needs no embeddings
-    image_ids               [B, 2] int64 of winners and losers, equal for the same image; None: all differ
+    image_ids               [B, 2] int64 of winners and losers, equal for the same image. None means that all differ;
+                            with tau = inf they are needed
     returns                 [B, B] float32, row i = winner i, column j = loser j, rows sum to 1
     """
     def cosine(a, b):

@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from common import IN_WORKER, InputError, brief
 
@@ -152,6 +153,46 @@ def mean_over_processes(values):
             dist.all_reduce(values)
         values = values / dist.get_world_size()
     return values
+
+
+def mean_scalars(metrics, grad_norm, flags):
+    """({name: float}, {flag: bool}): means over groups and ranks; whether a flag is set on any rank.
+
+    metrics    the dicts of this rank's groups, all with the same keys
+    grad_norm  [] on the device
+    flags      {name: bool} of this rank
+    """
+    scalars = {}
+    for name in metrics[0]:
+        of_groups = torch.stack([group[name] for group in metrics])
+        scalars[name] = of_groups.mean()
+    scalars["grad_norm"] = grad_norm
+    for name, flag in flags.items():
+        scalars[name] = torch.tensor(float(flag)).to(grad_norm.device, non_blocking=True)
+    means = mean_over_processes(torch.stack([*scalars.values()]))
+    scalars = dict(zip(scalars, means.tolist()))
+    return scalars, {name: scalars.pop(name) > 0 for name in flags}
+
+
+def wait_for_all():
+    """Under torchrun, wait here for all processes, for a day at most."""
+    _, _, world_size = torchrun_env()
+    if world_size > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        dist.barrier()
+
+
+def pending_batches(n, size, files, title):
+    """This process's share of the batches, each a range of prompt numbers, that lack one of the files files(i).
+
+    All batches of n prompts are cut alike on any number of processes: the rounding of an image depends on its batch.
+    """
+    rank, _, world_size = torchrun_env()
+    batches = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    pending = [batch for batch in batches if not all(file.exists() for i in batch for file in files(i))]
+    wait_for_all()  # all processes look before the first draws
+    return tqdm(pending[rank::world_size], title, unit="batch", disable=rank > 0)
 
 
 def check_alike(values):
@@ -314,13 +355,36 @@ def ignore_signals(worker):
 
 def guarded(batches, has_workers):
     """The batches of torch's DataLoader. A process of it that died or hangs becomes an InputError."""
+    if has_workers:
+        name_dead_readers()
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
         if not has_workers or IN_WORKER in str(error):  # an exception of the data code itself
             raise
-        raise InputError(f"reading the data broke off: {brief(error)[:200]}. The same command goes on from the last "
-                         "checkpoint. Fewer --workers take less memory, a larger --data_timeout waits longer")
+        raise broke_off(error)
+
+
+def name_dead_readers():
+    """When a process of the loader dies, torch's signal handler raises a RuntimeError wherever this process is then.
+
+    Here it becomes an InputError, too.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+
+    def handle(number, frame):
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            raise broke_off(error)
+
+    if callable(handler):
+        signal.signal(signal.SIGCHLD, handle)
+
+
+def broke_off(error):
+    return InputError(f"reading the data broke off: {brief(error)[:200]}. The same command goes on from the last "
+                      "checkpoint. Fewer --workers take less memory, a larger --data_timeout waits longer")
 
 
 def release_signals():

@@ -106,7 +106,7 @@ class EncodedPairs(Pairs):
         """16 hex digits of what the cache holds, not of the paths that it was made from."""
         names = ("model", "data", "clip", "config", "init_lora", "left_out", "unreadable_prompts")
         content = {name: value for name, value in read_manifest(self.folder).items() if name not in names}
-        if self.held_out:
+        if self.num_held_out:
             content["rows in use"] = self.rows.tolist()
         return digest(content)
 

@@ -8,7 +8,7 @@ from common import InputError
 from loss import Flow
 from models import Family
 
-T5_TOKENS = 256  # of a prompt, by the default of SD3's pipelines
+T5_TOKENS = 256  # tokens per prompt, the default of SD3's pipelines
 
 
 class StableDiffusion3(Family):
@@ -40,6 +40,8 @@ class StableDiffusion3(Family):
             typed = getattr(args, f"timestep_{name}")
             setattr(self.process, name, value if typed is None else typed)
             setattr(args, f"timestep_{name}", getattr(self.process, name))
+        if args.timestep_sampling == "uniform":
+            args.timestep_mean = args.timestep_scale = None  # they are not used, and would be refused when it goes on
 
     def latent_multiple(self):
         return self.denoiser.config.patch_size

@@ -284,6 +284,11 @@ def digest_with_config(network):
     return digest([fingerprint(network), config])
 
 
+def weights_digest(model):
+    """A digest of all weights of a pipeline. It tells a model from one that was trained on under the same name."""
+    return digest({name: digest(network) for name, network in model.networks().items()})
+
+
 # The frozen encoders
 
 

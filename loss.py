@@ -8,11 +8,11 @@ the same timestep t_i and the same noise eps_i, by `DDPM` or, for flow-matching 
 
     SFT   L = mean_i   err_policy(x_i^w)
     DPO   L = mean_i  -log sigmoid( -beta/2 * (D_i^w - D_i^l) )                     Eq. (14) of arXiv:2311.12908
-    RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        outside: arXiv:2406.06382
-          L = mean_ij  -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )             inside: arXiv:2402.10958
+    RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        weights outside: arXiv:2406.06382
+          L = mean_ij  -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )             weights inside: arXiv:2402.10958
           w_ij = softmax over j of ( -d_ij / tau ),  see cross_pair_weights in data.py
 
-beta stands for beta T omega(lambda_t) of Eq. (14), with constant omega. The 1/2 and the mean over a latent's
+Our beta is the product beta T omega(lambda_t) of Eq. (14), with constant omega. The 1/2 and the mean over a latent's
 elements are those of Diffusion-DPO's published code, so beta = 5000 means here what it means there.
 
 To add a loss, write a function and add it to LOSSES; then `--loss NAME` runs it. The trainer computes only what its
@@ -25,11 +25,11 @@ parameters name: without ref_err_* no reference runs, without err_l no loser is 
     t                       [B] timesteps: int64 in [0, T) for DDPM, float32 in (0, 1) for Flow
     snr                     [B] float32, a_t / (1 - a_t) for DDPM, ((1 - t) / t)^2 for Flow
     a name in data.COLUMNS  [B] float32, a number per pair out of the data
-    any other name          a hyperparameter: the option of that name, or --loss_args NAME=VALUE
+    any other name          a hyperparameter: the value of the option of that name, else of --loss_args NAME=VALUE
 
-A loss is the mean of what each pair contributes, and the trainer may call it on any number of pairs at a time. A
-loss that couples pairs must name `weights` or `group_size`; then it is always called on one whole group of
---group_size pairs. It returns a scalar and a dict of detached scalars, which go into the log under their names.
+A loss must be the mean of what each pair contributes: the trainer may call it on any number of pairs at a time. A
+loss that couples pairs must name `weights` or `group_size`; then it is called on one whole group of --group_size
+pairs. It returns a scalar, and a dict of detached 0-dim tensors with the same keys in every call, for the log.
 """
 
 import inspect
@@ -55,7 +55,7 @@ class DDPM:
         return DDPM(self.alphas_cumprod.to(device), self.prediction_type)
 
     def sample_t(self, generator, low=0.0, high=1.0):
-        """A pair's timestep, int64 in [0, T), uniform as in Eq. (14); low, high: a part of the schedule."""
+        """A pair's timestep, int64 in [0, T), uniform as in Eq. (14). Held-out pairs pass quarters as low, high."""
         num_steps = len(self.alphas_cumprod)
         return torch.randint(int(low * num_steps), int(high * num_steps), (), generator=generator)
 
@@ -90,9 +90,9 @@ class Flow:
         """A pair's time, float32 in (0, 1); low, high: a part of the distribution, ordered by noise."""
         t = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64)
         if self.sampling == "logit_normal":
-            t = (self.mean + self.scale * torch.special.ndtri(t)).sigmoid()
+            t = (self.mean + self.scale * torch.special.ndtri(t)).sigmoid()  # ndtri: inverse of the normal's cdf
         t = self.shift * t / (1 + (self.shift - 1) * t)
-        return t.float().clamp(1e-4, 1 - 1e-4)
+        return t.float().clamp(1e-4, 1 - 1e-4)  # keeps snr finite and above 0
 
     def snr(self, t):
         return ((1 - t) / t).square()
@@ -140,6 +140,7 @@ def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
 def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position="outside"):
     """Diffusion-RPO, arXiv:2406.06382: every winner of a group of B pairs against every loser of the group.
 
+    Each pair keeps its own timestep and noise, so D_i^w and D_j^l differ in them, unless --group_noise shares them.
     The weights stand outside the log-sigmoid, as in the paper, or inside; the head of this file has both equations.
     Outside, beta means what it means in DPO, whatever B. Inside, a logit's effective beta is beta * w_ij, about
     beta / B, so choose beta and B together. With B = 1 both are DPO.

@@ -1,7 +1,6 @@
 """Model families: how a family's network is conditioned, called and sampled. The training step knows no family.
 
     model = load_model("sdxl")                      in loading.py: a preset's name, a diffusers folder or a hub id
-    model.encode_prompts(["a cat"])                 {"prompt_embeds": [B, L, E], ...}
     model.predict(model.denoiser, x_t, t, cond)     [N, C, h, w]
 
 This file has the contract of a family, SD 1.x/2.x and SDXL. flow_models.py has SD3/SD3.5 and FLUX.
@@ -25,18 +24,19 @@ TOY = 1e8  # parameters; a smaller denoiser is a toy, and the embedded CLIP is g
 class Family:
     """The contract of a family: all members that train.py and the other files use.
 
-    A new family is one subclass and one row of FAMILIES in loading.py. It must give
+    A new family is one subclass and one row of FAMILIES in loading.py. For adapters its pipeline needs
+    save_lora_weights and load_lora_weights. It must give
 
         denoiser_name               the network of the pipeline that trains, as "unet"
         parts                       names of the pipeline's parts that it cannot do without
         text_encoders               names of the text encoders among them; a part that is null is skipped
         lora_targets                names of the layers that an adapter trains
         blocks                      class names of the repeated blocks that --compile compiles
-        guidance                    its usual classifier-free guidance
+        guidance                    the usual classifier-free guidance, for evaluate.py
         make_process()              the DDPM or Flow of the pipeline's schedule; ValueError if it is of another kind
         encode_prompt(prompts, device)
-                                    {"prompt_embeds": [B, L, E], ...} of B prompts, by the pipeline's own encode_prompt;
-                                    names and shapes are the family's choice, and a cache stores them under these names
+                                    {"prompt_embeds": [B, L, E], ...} of B prompts, by the pipeline's own encode_prompt.
+                                    Names are those of the pipeline's arguments; a cache stores them under these names
         conditioning(embeds, time_ids)
                                     what `predict` takes as cond: for B prompts with S images each, the rows of all
                                     first images, then of all second ones. embeds: as above; time_ids: [B, S, 6] float32
@@ -55,8 +55,8 @@ class Family:
         sample(...)                 scaled latents of prompts
         check_scheduler()           InputError if the pipeline's scheduler would sample by another schedule
 
-    and it inherits resolution(), latent_shape(), encode_prompts(), encode_images(), scale_latents(), decode() and
-    networks().
+    and it inherits resolution(), latent_shape(), encode_prompts(), encode_images(), encoding_vae, scale_latents(),
+    decode(), networks(), num_parameters and is_toy.
 
     pipe       the diffusers pipeline, float32
     denoiser   the network in it that trains
@@ -155,7 +155,7 @@ class Family:
     def encode_images(self, pixels):
         """Mean and std [B, S, C, h, w] float32 of the VAE's posterior of pixels [B, S, 3, H, W] uint8, not yet scaled.
 
-        The VAE runs in `vae_dtype`. That is never fp16, in which SDXL's VAE overflows. A few pairs are encoded at a
+        The VAE runs in `vae_dtype`, which is never fp16: SDXL's VAE overflows there. A few pairs are encoded at a
         time: at 1024 px one activation of 16 pairs would have 2^32 elements.
         """
         vae, outputs = self.encoding_vae, []
@@ -275,15 +275,12 @@ class StableDiffusionXL(StableDiffusion):
         return super().conditioning(embeds, time_ids) | {"added_cond_kwargs": added}
 
 
-# The policy and its reference
-
-
 def cast_for_autocast(network, dtype, device=None):
     """Casts a network's frozen Linear and Conv weights in place, as autocast would in every forward.
 
-    All other parameters stay float32, as autocast leaves them, so under autocast to `dtype` the numbers are the very
-    same. (A reference held whole in bf16 would move logits at step 0 by 1.) Trainable weights stay float32, too: in
-    bf16 a learning rate of 1e-5 would not move them. Layers move to the device one by one, so neither the host nor
+    All other parameters stay float32, as autocast leaves them. So under autocast to `dtype` the numbers are the same.
+    A reference held whole in bf16 would move logits at step 0 by 1. Trainable weights stay float32, too: in bf16 a
+    learning rate of 1e-5 would not move them. Layers move to the device one by one, so neither the host nor
     the device holds a second copy of the network in float32.
     """
     for module in network.modules():

@@ -91,12 +91,12 @@ class Options:
         self.defaults[name] = default
         if "[" not in text:
             text += f" [{'off' if default is False else default}]"
+        settings = {"type": kind, "metavar": metavar}
         if kind is bool:
-            self.section.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+            settings = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kind, (list, dict)):
-            self.section.add_argument(f"--{name}", choices=[*kind], help=text)
-        else:
-            self.section.add_argument(f"--{name}", type=kind, help=text, metavar=metavar)
+            settings = {"choices": [*kind]}
+        self.section.add_argument(f"--{name}", help=text, **settings)
 
 
 def add_model_and_data(options):
@@ -216,7 +216,7 @@ def train_args(argv=None):
     if args.micro_batch == "auto" and fits(recorded.get("micro_batch"), args):
         args.micro_batch = recorded["micro_batch"]  # what was found at the start
     args.micro_batch = fit_micro_batch(args, args.group_size if needs_groups(loss_fn) else 1)
-    check_same_run(args, typed, recorded)
+    check_same_options(args, typed, recorded)
     return args
 
 
@@ -293,7 +293,7 @@ def recorded_run(out):
     return recorded if isinstance(recorded, dict) and "loss" in recorded else {}
 
 
-def check_same_run(args, typed, recorded):
+def check_same_options(args, typed, recorded):
     """InputError if a folder holds a run with other arguments than those that may change."""
     if not recorded:
         return

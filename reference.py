@@ -25,7 +25,7 @@ from data import ImagePairs, Stream
 from encode import EncodedPairs
 from loss import preference_metrics
 from options import cache_settings, held_out_share
-from sources import TO_VALIDATE, find_held_out, is_cache, read_rows, words_of
+from sources import TO_VALIDATE, find_source, is_cache, read_rows, words_of
 from stats import rate_interval
 
 
@@ -83,7 +83,7 @@ class ReferenceErrors:
                 "vae_precision", "group_noise", "precision")
 
     def __init__(self, args, digests):
-        self.file, self.saved_at, self.is_new = Path(args.reference_errors).expanduser(), time.time(), False
+        self.file, self.saved_at = Path(args.reference_errors).expanduser(), time.time()
         self.name = f"--reference_errors {self.file}"
         self.identity = {name: getattr(args, name) for name in self.SETTINGS} | digests
         self.identity["group_size"] = args.group_size if args.group_noise != "own" else None
@@ -129,16 +129,16 @@ class ReferenceErrors:
                 self.save()
             if any(distributed.all_gather_list([stop.requested])):
                 break
-        if rank == 0 and self.is_new:
+        if rank == 0 and missing:
             self.save()
-        if self.errors[steps.start:].isnan().any():
+        if self.errors[steps.start:steps.stop].isnan().any():
             distributed.end_early("saved the reference's errors so far; the same command goes on")
 
     def put(self, step, errors, draw_ids):
         """Takes the errors [batch_size, 2] and the draw_ids [batch_size, 3] of a step."""
         if not errors.isfinite().all():
             raise InputError(f"the reference's errors of step {step} are not finite. Try --precision fp32")
-        self.errors[step], self.draw_ids[step], self.is_new = errors.cpu(), draw_ids.cpu(), True
+        self.errors[step], self.draw_ids[step] = errors.cpu(), draw_ids.cpu()
 
     def save(self):
         write_errors(self.name, self.file, self.errors, self.draw_ids, self.identity)
@@ -168,7 +168,9 @@ def open_held_out(args, pairs):
         held_out = EncodedPairs(args.data) if is_encoded else ImagePairs(args.data, source_rows=pairs.source_rows)
         held_out.use(hold_out(pairs, share))
         return held_out
-    source = find_held_out(args.validate)
+    source = find_source(args.validate, "held_out")
+    if not Path(source).expanduser().exists():
+        raise InputError(f"--validate {source}: there is no such file or folder. A share is a number, such as 0.02")
     try:
         if not is_cache(source):
             return ImagePairs(source, source_rows=read_rows(source, (), TO_VALIDATE))
@@ -186,7 +188,7 @@ def hold_out(pairs, share):
                          "share, or a file of held-out pairs")
     held = pairs.rows[is_held]
     pairs.use(pairs.rows[~is_held])
-    pairs.held_out = len(held)
+    pairs.num_held_out = len(held)
     return held
 
 
@@ -275,7 +277,7 @@ class HeldOut:
         _, first = np.unique(self.draw_ids[:, 0], return_index=True)
         self.is_first = torch.zeros(self.count, dtype=torch.bool)
         self.is_first[first] = True
-        self.quarter = torch.arange(self.count) % 4                                     # of the schedule
+        self.quarter = torch.arange(self.count) % 4                                     # quarters of the schedule
         self.prompts = np.array([words_of(pairs.caption(int(row))) for row in self.draw_ids[:, 0]])
 
         self.reference = self.starting_errors()

@@ -1,53 +1,61 @@
-"""Folders of images and their scores, read and checked; and what `evaluate.py compare` makes of them."""
+"""Folders of images and their scores, and the tables and the page that `evaluate.py compare` makes from them."""
 
 import base64
-import csv
 import functools
 import io
 import json
+import math
 import os
-import string
 import urllib.parse
-from html import escape
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pandas
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from common import InputError, atomic_write, brief, digest, is_hidden, write_csv
-from data import as_text, read_image
-from stats import FEW, adjust, compare_scores, rate_interval
+from sources import as_text, read_image
+from stats import FEW, adjust, categories_of, compare_scores, count_votes
 
-NOTE = "diffusion-rpo"  # the key of the PNG text by which an image knows its prompt
-LARGE = 30e6  # bytes of images; a page that would hold more shows them where they lie
-UNREADABLE = "{} cannot be read: {}; if `generate` made it, remove it and give the same command again"
+NOTE = "diffusion-rpo"  # the PNG text field in which an image carries its index, prompt and seed
+LARGE = 30e6  # bytes; a page whose images would take more links to their files
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SMALL = 128  # pixels; smaller images are shown exactly and enlarged
+
+# Images
 
 
 def read_json(file):
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {brief(error)}")
 
 
-def open_image(file):
-    """An upright RGB picture of a file. InputError where it cannot be decoded."""
-    try:  # bad bytes raise any error
-        return read_image(file.read_bytes())
+def read_picture(file, read):
+    """`read(file)`. InputError if the file cannot be decoded: damaged bytes raise errors of any type."""
+    try:
+        return read(file)
     except Exception as error:
-        raise InputError(UNREADABLE.format(file, brief(error)))
+        raise InputError(f"{file} cannot be read: {brief(error)}; if `generate` made it, remove it and give the same "
+                         "command again")
+
+
+def open_image(file):
+    """The upright RGB picture of a file."""
+    return read_picture(file, lambda file: read_image(file.read_bytes()))
 
 
 def open_batches(files, batch_size, title):
-    """The pictures of files, `batch_size` at a time, with a bar."""
+    """Yield the pictures of the files, `batch_size` at a time, under a progress bar."""
     for start in tqdm(range(0, len(files), batch_size), title, unit="batch"):
         yield [open_image(file) for file in files[start:start + batch_size]]
 
 
 def to_pil(images):
-    """[N, 3, H, W] in [0, 1] -> N PIL pictures; InputError where one is not finite: it would be black."""
+    """[N, 3, H, W] in [0, 1] -> N PIL pictures. InputError if a value is not finite: the picture would be black."""
     if not images.isfinite().all():
         raise InputError("the model drew an image that is not finite; try --precision fp32")
     pixels = (images * 255).round().byte()
@@ -55,7 +63,7 @@ def to_pil(images):
 
 
 def save_png(image, file, note=None):
-    """A PNG, aside and then renamed, so that it is whole or not there. `note` is kept in it, as text."""
+    """Write a PNG, whole or not at all, with a dict `note` in its text field NOTE."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(NOTE, json.dumps(note or {}))
     part = file.with_suffix(".part")
@@ -64,16 +72,13 @@ def save_png(image, file, note=None):
 
 
 def read_note(file):
-    """What `save_png` was given with an image; {} of one from elsewhere. Its pixels are not read."""
-    try:
-        with Image.open(file) as image:
-            return json.loads(image.info.get(NOTE, "{}"))
-    except Exception as error:
-        raise InputError(UNREADABLE.format(file, brief(error)))
+    """The `note` of `save_png`, {} for images from elsewhere. Pixels are not decoded."""
+    with Image.open(file) as image:
+        return json.loads(image.info.get(NOTE, "{}"))
 
 
 def writable_file(path):
-    """The path of a file that will be written, its folder made now, not after the work."""
+    """A path to write to after long work. Its folder is made now, so that a wrong path fails before the work."""
     file = Path(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,18 +87,23 @@ def writable_file(path):
     return file
 
 
-class ImageFolder:
-    """N images, their manifest and their scores. InputError unless every image is there and its own.
+# Folders of images
 
+
+class ImageFolder:
+    """A folder of N images with a manifest.json and, once scored, a scores.json.
+
+    manifest        the content of manifest.json
     files, prompts  N paths, N strings
-    columns         N dicts {name: text} of what else stood beside a prompt in its file
+    columns         N dicts {column: text}: what the prompts' file says beside each prompt
+    raises          InputError if an image is missing or was made for another prompt
     """
 
     def __init__(self, path):
         self.path = Path(path)
         file = self.path / "manifest.json"
         if not file.exists():
-            sets = [folder for folder in image_sets(path) if folder]
+            sets = [name for name in image_sets(path) if name]
             if sets:
                 raise InputError(f"{path} holds sets of images; give one of them: {', '.join(sets)}")
             raise InputError(f"{path} has no manifest.json, so nobody knows its prompts. `generate` writes one; "
@@ -113,65 +123,70 @@ class ImageFolder:
     def check_images(self, entries):
         for entry in entries:
             if as_text(entry["prompt"]) is None:
-                raise InputError(f"the prompt of {entry['file']} in {self.path}/manifest.json is no text: "
-                                 f"{entry['prompt']!r}")
+                raise InputError(f"the prompt of {entry['file']} in {self.path}/manifest.json is no text")
         missing = [file.name for file in self.files if not file.exists()]
         if missing:
             raise InputError(f"{self.path} lacks {len(missing)} of {len(self.files)} images, the first is "
-                             f"{missing[0]}; the same `generate` makes them")
+                             f"{missing[0]}; the same `generate` command makes them")
         for file, entry in zip(self.files, entries):
-            for key, value in read_note(file).items():
+            for key, value in read_picture(file, read_note).items():
                 if entry.get(key) != value:
                     raise InputError(f"{file} was made for the {key} {value!r}, not for {entry.get(key)!r} of the "
                                      "manifest")
 
     @functools.cached_property
     def unscored_rows(self):
-        """What the rows of scores.csv say of their images. It reads every image, once."""
+        """N rows of scores.csv without scores. The digests need every image's bytes, so they are computed once."""
         return [{"file": file.name, "sha256": digest(file.read_bytes()), "prompt": prompt}
                 for file, prompt in zip(self.files, self.prompts)]
 
     def read_scores(self):
-        """({scorer: identity}, a row per image), a row with the scores of this very image and prompt, if any."""
+        """({scorer: identity}, N rows {file, sha256, prompt, scorer: score}); no scores if image or prompt changed."""
         file, keys = self.path / "scores.json", ("file", "sha256", "prompt")
         content = read_json(file) if file.exists() else {"scorers": {}, "images": []}
         try:
-            if "images" not in content:  # of the first edition, whose scores stand in scores.csv alone
-                content["images"] = self.read_csv(content["scorers"], content["csv"])
+            identities = content["scorers"]
             scored = {tuple(row[key] for key in keys): row for row in content["images"]}
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error!r:.100}); remove it, and `score` makes it anew")
-        rows = [scored.get(tuple(row[key] for key in keys), row) for row in self.unscored_rows]
-        return content["scorers"], rows
-
-    def read_csv(self, scorers, expected):
-        """The rows of scores.csv, if it has the digest that scores.json knows."""
-        content = (self.path / "scores.csv").read_bytes()
-        if digest(content) != expected:
-            return []
-        rows = list(csv.DictReader(io.StringIO(content.decode(), newline="")))
-        return [row | {name: float(row[name]) for name in scorers} for row in rows]
+        return identities, [scored.get(tuple(row.values()), row) for row in self.unscored_rows]
 
     def write_scores(self, column, identity, values):
-        """Adds a scorer's scores {number of the image: score} to what is there by now: another may have come by.
-
-        scores.json holds everything and is whole or not there; scores.csv is made of it.
-        """
-        identities, rows = self.read_scores()
-        rows = [dict(row) for row in rows]
-        if identities.get(column) != identity:
-            for row in rows:
-                row.pop(column, None)
-        identities = identities | {column: identity}
+        """Add one scorer's scores {image number: score} to scores.json and scores.csv, each written whole."""
+        identities, rows = self.read_scores()  # again: another process may have added scores by now
+        is_same_scorer = identities.get(column) == identity
+        identities[column] = identity
+        kept = [{name: value for name, value in row.items() if name != column or is_same_scorer} for row in rows]
         for i, value in values.items():
-            rows[i][column] = value
-        content = {"scorers": identities, "images": rows}
+            kept[i][column] = value
+        content = {"scorers": identities, "images": kept}
         atomic_write(self.path / "scores.json", json.dumps(content, indent=1, allow_nan=False))
-        write_csv(self.path / "scores.csv", [*self.unscored_rows[0], *identities], rows)
+        write_csv(self.path / "scores.csv", [*self.unscored_rows[0], *identities], kept)
+
+
+def image_sets(path):
+    """{name: folder} of the sets in a folder that `generate` made from several --prompts; else {"": path}."""
+    path = Path(path)
+    found = [file.parent for file in sorted(path.glob("*/manifest.json"))]
+    sets = {folder.name: folder for folder in found if not is_hidden(folder.name)}
+    if (path / "manifest.json").exists() or not sets:
+        return {"": path}
+    return sets
+
+
+def image_files(folder):
+    """The pictures in a folder, sorted by name, without hidden files."""
+    return sorted(file for file in Path(folder).glob("*")
+                  if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name))
+
+
+def open_folders(paths):
+    """The `ImageFolder` of each path, or of each set of prompts in it."""
+    return [ImageFolder(folder) for path in paths for folder in image_sets(path).values()]
 
 
 def settings_of(manifest):
-    """{name: value} of all that must be alike in two manifests for their images to be compared."""
+    """{name: value} of all that must be equal in two manifests before their images may be compared."""
     settings = dict(manifest.get("settings", {}))
     scheduler = settings.pop("scheduler", {})
     settings |= {f"the scheduler's {name}": value for name, value in scheduler.items()}
@@ -182,14 +197,14 @@ def settings_of(manifest):
 
 
 def first_difference(one, other):
-    """The first key of two dicts whose values differ, in words, or None."""
+    """A sentence on the first key whose values differ in two dicts, or None."""
     for name in one | other:
         if one.get(name) != other.get(name):
             return f"{name} is {one.get(name)!r} in one and {other.get(name)!r} in the other"
 
 
 def refuse_twice(folders):
-    """InputError where a folder of images stands there twice."""
+    """InputError if a folder, by whatever path, is there twice."""
     places = [folder.path.resolve() for folder in folders]
     for folder, place in zip(folders, places):
         if places.count(place) > 1:
@@ -197,7 +212,7 @@ def refuse_twice(folders):
 
 
 def comparable_folders(paths):
-    """The `ImageFolder` of each path. InputError where prompts, seeds or settings differ."""
+    """The `ImageFolder` of each path. InputError if prompts, seeds or settings differ."""
     folders = [ImageFolder(path) for path in paths]
     refuse_twice(folders)
     settings = settings_of(folders[0].manifest)
@@ -208,114 +223,90 @@ def comparable_folders(paths):
     return folders
 
 
-def scored_rows(folders, names=None):
-    """({scorer: identity}, the rows of each folder) of folders that the same scorers have scored, else InputError.
+def comparable_sets(paths):
+    """{set: the `ImageFolder` of each path}. InputError if the paths hold different sets."""
+    sets_of_paths = [image_sets(path) for path in paths]
+    for path, sets in zip(paths, sets_of_paths):
+        if sets.keys() != sets_of_paths[0].keys():
+            raise InputError(f"{paths[0]} holds the sets {', '.join(sets_of_paths[0]) or '(none)'}, {path} "
+                             f"{', '.join(sets) or '(none)'}; they are compared set by set")
+    return {name: comparable_folders([sets[name] for sets in sets_of_paths]) for name in sets_of_paths[0]}
 
-    names  the scorers that are asked for; None: all that have scored any of the folders
+
+def comparable_scores(folders, scorers=None):
+    """({scorer: identity}, {scorer: {folder: [N] scores of its images}}).
+
+    scorers  the names that are needed; None means all that have scored any of the folders
+    raises   InputError if an image has no score, or two folders were scored by different weights of one name
     """
-    identities, rows = zip(*[folder.read_scores() for folder in folders])
-    names = set().union(*identities) if names is None else names
-    for folder, scored_by, folder_rows in zip(folders, identities, rows):
-        for name in names:
-            identity = scored_by.get(name)
-            if identity and identities[0].get(name, identity) != identity:
-                raise InputError(f"{folder.path} was scored by another {name}: {identity}, not "
-                                 f"{identities[0][name]}")
-        missing = {name for name in names if not all(name in row for row in folder_rows)}
-        if missing:
-            raise InputError(f"{folder.path} was not scored by {', '.join(sorted(missing))}, or its images "
-                             "changed since; run `score` on it")
-    return identities[0], rows
-
-
-def comparable_scores(folders):
-    """({scorer: identity}, {scorer: [F, N] scores}) of F folders. InputError unless all have the same scorers."""
-    identities, rows = scored_rows(folders)
-    if not identities:
+    known = [folder.read_scores() for folder in folders]
+    scorers = scorers or list(dict.fromkeys(name for identities, _ in known for name in identities))
+    if not scorers:
         raise InputError(f"{folders[0].path} has no scores of its images; run `score` on all folders first")
-    scores = {}
-    for name in identities:
-        columns = [[float(row[name]) for row in folder_rows] for folder_rows in rows]
-        scores[name] = np.array(columns)
-    return identities, scores
+    expected, scores = known[0][0], {name: {} for name in scorers}
+    for folder, (identities, rows) in zip(folders, known):
+        missing = [name for name in scorers if not all(name in row for row in rows)]
+        if missing:
+            raise InputError(f"{folder.path} was not scored by {', '.join(missing)}, or its images changed since; run "
+                             "`score` on it")
+        for name in scorers:
+            if identities[name] != expected[name]:
+                raise InputError(f"{folder.path} was scored by another {name}: {identities[name]}, not "
+                                 f"{expected[name]}")
+            scores[name][folder] = np.array([row[name] for row in rows], dtype=float)
+    return {name: expected[name] for name in scorers}, scores
+
+
+# Tables
+
+# {heading: how the cell is written from the numbers of a row}
+COMPARISON = {
+    "set": "{set}", "category": "{category}", "scorer": "{scorer}", "method": "{images}", "against": "{against}",
+    "mean": "{mean:.4f}", "difference": "{difference:+.4f}",
+    "difference 95%": "{difference_95[0]:+.4f} to {difference_95[1]:+.4f}",
+    "win rate": "{win_rate:.1%}", "win rate 95%": "{win_rate_95[0]:.1%} to {win_rate_95[1]:.1%}",
+    "wins/ties/losses": "{wins}/{ties}/{losses}", "p (Holm)": "{p_holm:.2g}", "prompts": "{n}"}
+CAPTION = (f"The unit is the prompt: scores of its images are averaged first. Difference: the mean paired difference, "
+           f"with its 95% t interval. Win rate: a tie counts one half; with Wilson's 95% interval. p: exact sign tests "
+           f"without ties, Holm-corrected over the {{}} comparisons of {FEW} prompts or more. With fewer than {FEW} "
+           f"prompts there is no interval and no p.")
+
+
+def cells_of(numbers, templates):
+    """{heading: text} of a row. A cell is empty if a number is missing, and "-" if it is None."""
+    cells = {}
+    for heading, template in templates.items():
+        try:
+            cells[heading] = template.format(**numbers)
+        except KeyError:
+            cells[heading] = ""
+        except TypeError:  # None has no digits
+            cells[heading] = "-"
+    return cells
 
 
 def table(rows):
-    """Rows of strings, aligned: the first column to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def image_sets(path):
-    """{name: folder} of the sets of images in a folder, as `generate` makes of several --prompts; else {"": path}."""
-    path = Path(path)
-    found = [file.parent for file in sorted(path.glob("*/manifest.json"))]
-    sets = {folder.name: folder for folder in found if not is_hidden(folder.name)}
-    if (path / "manifest.json").exists() or not sets:
-        return {"": path}
-    return sets
-
-
-def comparable_sets(paths):
-    """{name of a set: [the `ImageFolder` of each path]}. InputError where the paths have different sets."""
-    of_paths = [image_sets(path) for path in paths]
-    for path, sets in zip(paths, of_paths):
-        if sets.keys() != of_paths[0].keys():
-            raise InputError(f"{paths[0]} holds the sets {', '.join(of_paths[0]) or '(none)'}, {path} "
-                             f"{', '.join(sets) or '(none)'}; they are compared set by set")
-    return {name: comparable_folders([sets[name] for sets in of_paths]) for name in of_paths[0]}
+    """Dicts of strings, all with the same keys, as aligned lines: the first column to the left."""
+    first, *_ = rows[0]
+    frame = pandas.DataFrame(rows).set_index(first)
+    return frame.rename_axis(index=None, columns=first).to_string()
 
 
 def summarize(results):
-    """The rows of the table as dicts of strings; a folder's own row only where it is held against no other."""
-    compared = {(row["set"], row["category"], row["scorer"], row["images"]) for row in results if row["against"]}
-    summary = []
-    for row in results:
-        if row["against"] is None and (row["set"], row["category"], row["scorer"], row["images"]) in compared:
-            continue
-        cells = {"set": row["set"], "category": row["category"], "scorer": row["scorer"], "method": row["images"],
-                 "against": row["against"] or "", "mean": f"{row['mean']:.4f}", "difference": "", "95%": "",
-                 "win rate": "", "95% ": "", "wins/ties/losses": "", "p (Holm)": "", "prompts": str(row["n"])}
-        if row["against"]:
-            cells["difference"] = f"{row['difference']:+.4f}"
-            cells["win rate"] = f"{row['win_rate']:.1%}"
-            cells["wins/ties/losses"] = f"{row['wins']}/{row['ties']}/{row['losses']}"
-            cells["95%"] = cells["95% "] = cells["p (Holm)"] = "-"
-            if row["p"] is not None:
-                cells["95%"] = "{:+.4f} to {:+.4f}".format(*row["difference_95"])
-                cells["95% "] = "{:.1%} to {:.1%}".format(*row["win_rate_95"])
-                cells["p (Holm)"] = f"{row['p_holm']:.2g}"
-        summary.append(cells)
-    empty = {name for name in ("set", "category") if not any(row[name] for row in summary)}
-    return [{name: cell for name, cell in row.items() if name not in empty} for row in summary]
-
-
-def caption_of(results, count):
-    """What the table's columns are, in one paragraph."""
-    comparisons = sum(bool(row["against"]) for row in results)
-    words = "The unit is the prompt: scores of its images are averaged."
-    if comparisons:
-        words += (" Difference: the mean paired difference with its 95% t interval. Win rate: a tie is one half; "
-                  "Wilson's 95% interval.")
-    if count:
-        words += f" p: exact sign tests without ties, by Holm over the {count} comparisons that have one."
-    if count < comparisons:
-        words += f" Of fewer than {FEW} prompts there is no interval and no p."
-    return words
+    """The table as dicts of strings: all comparisons, and the means of folders that are compared with no other."""
+    compared = {row["images"] for row in results if row["against"]}
+    chosen = [row | {"against": row["against"] or ""} for row in results
+              if row["against"] or row["images"] not in compared]
+    empty = {name for name in ("set", "category") if not any(row[name] for row in chosen)}
+    return [cells_of(row, {name: COMPARISON[name] for name in COMPARISON if name not in empty}) for row in chosen]
 
 
 def write_tables(file, results, summary, caption):
-    """Beside `file` the table as .md and .tex, its numbers as .csv."""
-    names = [*summary[0]]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in summary:
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row.values()) + " |")
-    atomic_write(file.with_suffix(".md"), "\n".join([*lines, "", caption, ""]))
+    """Write the table beside `file` as .md and .tex, and its numbers as .csv."""
+    lines = [[*summary[0]], ["---"] * len(summary[0])]
+    lines += [[cell.replace("|", "\\|") for cell in row.values()] for row in summary]
+    markdown = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    atomic_write(file.with_suffix(".md"), f"{markdown}\n{caption}\n")
 
     frame = pandas.DataFrame(summary)
     tex = frame.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%"))
@@ -330,112 +321,52 @@ def write_tables(file, results, summary, caption):
     write_csv(file.with_suffix(".csv"), dict.fromkeys(name for row in flat for name in row), flat)
 
 
-def categories_of(folders, column):
-    """[N] what stands in a column beside each prompt, "" where nothing does. InputError where folders differ."""
-    categories = []
-    for i, of_folders in enumerate(zip(*(folder.columns for folder in folders))):
-        values = {columns[column] for columns in of_folders if columns.get(column)}
-        if len(values) > 1:
-            raise InputError(f"the {column} of image {i} is {' and '.join(sorted(values))} in different folders")
-        categories.append(min(values, default=""))
-    return categories
+# The comparison
 
 
 def compare_sets(sets, names, pairs, column=None):
-    """(numbers of all comparisons, {scorer: identity}, rows of the page) of {set: [F folders]}.
+    """Compare F folders of images on each set of prompts, and on each category of a set.
 
-    names   of the folders, the same in all sets
-    pairs   [(i, j)]: folder i is held against folder j
-    column  of the prompts' file: the prompts of each of its values are compared by themselves, too
+    sets, names  {set: F folders}, and the names of the F folders
+    pairs        [(i, j)]: folder i is compared with folder j
+    column       the column of the prompts' file that holds the categories
+    returns      (results, the numbers of all comparisons; {scorer: identity}; rows of the page)
     """
-    results, rows, all_identities, found = [], [], None, set()
+    identities, scores = comparable_scores([folder for folders in sets.values() for folder in folders])
+    results, page_rows = [], []
     for set_name, folders in sets.items():
-        identities, scores = comparable_scores(folders)
-        all_identities = all_identities or identities
-        if identities != all_identities:
-            raise InputError(f"{folders[0].path} was not scored by the same scorers as the other sets; run `score` on "
-                             "all of them with the same --metrics")
-        prompts = folders[0].prompts
-        categories = categories_of(folders, column) if column else [""] * len(prompts)
-        found |= {*categories} - {""}
-        parts = ["", *sorted({*categories} - {""})]
-        if len({*categories}) == 1:  # of all prompts the same: nothing apart
-            parts = [""]
+        prompts, categories = folders[0].prompts, categories_of(folders, column)
+        of_set = {scorer: np.array([values[folder] for folder in folders]) for scorer, values in scores.items()}
+        parts = sorted({"", *categories}) if len({*categories}) > 1 else [""]  # "" stands for all prompts
         for part in parts:
             chosen = [i for i, category in enumerate(categories) if part in ("", category)]
-            of_part = {scorer: values[:, chosen] for scorer, values in scores.items()}
+            of_part = {scorer: values[:, chosen] for scorer, values in of_set.items()}
             for result in compare_scores(names, of_part, [prompts[i] for i in chosen], pairs):
                 results.append({"set": set_name, "category": part} | result)
         for i, prompt in enumerate(prompts):
-            rows.append({
-                "index": len(rows), "prompt": f"[{set_name}] {prompt}" if set_name else prompt,
+            page_rows.append({
+                "index": len(page_rows), "prompt": f"[{set_name}] {prompt}" if set_name else prompt,
                 "category": categories[i], "images": [folder.files[i] for folder in folders],
-                "scores": {scorer: values[:, i].tolist() for scorer, values in scores.items()}})
-    if column and not found:
+                "scores": {scorer: values[:, i].tolist() for scorer, values in of_set.items()}})
+    if column and not any(row["category"] for row in page_rows):
         columns = {name for folders in sets.values() for beside in folders[0].columns for name in beside}
         raise InputError(f"no prompt has a {column}; they have {', '.join(sorted(columns)) or 'no columns'}")
-    return results, all_identities, rows
-
-
-def count_votes(file, names, rows):
-    """What people preferred, by a csv that the page exported: dicts of numbers, one for each two folders that met.
-
-    names, rows  of the page that was voted on. InputError where the file is of another comparison.
-    """
-    try:
-        votes = list(csv.DictReader(io.StringIO(Path(file).read_text(), newline="")))
-        outcomes = {}
-        for vote in votes:
-            first, other, winner = vote["first"], vote["other"], vote["winner"]
-            if {first, other} - {*names} or winner not in (first, other, ""):
-                raise ValueError(f"a vote is of {first} and {other}, not of {', '.join(names)}")
-            outcome = 0.5 if winner == "" else float(winner == other)
-            outcomes.setdefault((other, first), []).append((outcome, rows[int(vote["index"])]["prompt"]))
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise InputError(f"--votes {file} cannot be read, or is of another page: {brief(error)}")
-    counted = []
-    for (other, first), of_pair in outcomes.items():
-        values = [outcome for outcome, _ in of_pair]
-        rate, low, high = rate_interval(values, [prompt for _, prompt in of_pair])
-        counted.append({"images": other, "against": first, "n": len(values), "win_rate": rate,
-                        "win_rate_95": (low, high), "wins": values.count(1), "ties": values.count(0.5),
-                        "losses": values.count(0)})
-    return counted
-
-
-def save_grid(file, names, rows, side=256):
-    """Rows of the page as one PNG for a paper: a column for each folder under its name, the prompts over the rows."""
-    font = ImageFont.load_default(14)
-    grid = Image.new("RGB", (side * len(names), 24 + (side + 24) * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    for k, name in enumerate(names):
-        draw.text((k * side + 4, 4), Path(name).name, "black", font)
-    for place, row in enumerate(rows):
-        top = 24 + place * (side + 24)
-        draw.text((4, top + 4), row["prompt"], "black", font)
-        for k, image in enumerate(row["images"]):
-            picture = open_image(image)
-            sampling = Image.NEAREST if max(picture.size) <= 128 else Image.LANCZOS
-            grid.paste(ImageOps.contain(picture, (side, side), sampling), (k * side, top + 24))
-    save_png(grid, file)
+    return results, identities, page_rows
 
 
 def write_report(file, sets, names, pairs, category=None, votes=None, chosen=()):
-    """Prints the table of {set: folders}; writes `file`, the page, and beside it .json, .csv, .md and .tex.
-
-    chosen  numbers of rows of the page, to be drawn as .png, too
-    """
+    """Print the table; write the page `file`, the table beside it, and the `chosen` rows of the page as a picture."""
     results, identities, rows = compare_sets(sets, names, pairs, category)
     if any(not 0 <= number < len(rows) for number in chosen):
         raise InputError(f"--rows are numbers of the page, from 0 to {len(rows) - 1}")
     counted = count_votes(votes, names, rows) if votes else []
-    caption = caption_of(results, adjust(results))
+    caption = CAPTION.format(adjust(results))
     summary = summarize(results)
-    print(table([[*summary[0]], *([*row.values()] for row in summary)]))
+    print(table(summary))
     print(caption)
     for vote in counted:
-        print("votes: {images} is better than {against} in {win_rate:.1%} ({low:.1%} to {high:.1%}) of {n}, "
-              "{wins}/{ties}/{losses}".format(low=vote["win_rate_95"][0], high=vote["win_rate_95"][1], **vote))
+        print("votes: {images} is better than {against} in {win_rate:.1%} ({win_rate_95[0]:.1%} to "
+              "{win_rate_95[1]:.1%}) of {n}, {wins}/{ties}/{losses}".format(**vote))
     numbers = {"scorers": identities, "caption": caption, "results": results, "votes": counted}
     atomic_write(file.with_suffix(".json"), json.dumps(numbers, indent=1))
     write_tables(file, results, summary, caption)
@@ -444,113 +375,73 @@ def write_report(file, sets, names, pairs, category=None, votes=None, chosen=())
     if chosen:
         save_grid(file.with_suffix(".png"), names, [rows[number] for number in chosen])
     if folder:
-        print(f"{file} shows the images where they lie: it is to stay there, with them")
+        print(f"{file} links to the images where they are now; do not move it or them")
 
 
-def style_table(rows):
-    """The rows of `evaluate.py style`, aligned."""
-    lines = [["", "CMMD", "95%", "as published", "FID", "Gram", "CLIP score", "diversity", "N"]]
-    for row in rows:
-        name = f"{row['images']} (base)" if row["base"] else row["images"]
-        interval = "{:.3f} to {:.3f}".format(*row["cmmd_95"]) if row["cmmd_95"] else "-"
-        published = f"{row['cmmd_published']:.3f}"
-        fid = "-" if row["fid"] is None else f"{row['fid']:.2f}"
-        gram = "-" if row["gram"] is None else f"{row['gram']:.4g}"
-        clip = "-" if row["clip"] is None else f"{row['clip']:.2f}"
-        cmmd, diversity = f"{row['cmmd']:.3f}", f"{row['diversity']:.4f}"
-        lines.append([name, cmmd, interval, published, fid, gram, clip, diversity, str(row["n"])])
-    return table(lines)
+# The page
 
 
 def page(names, metrics, rows, summary, caption="", folder=None):
-    """A HTML page that compares folders of images made from the same prompts: page.html, filled in.
+    """The HTML page that compares folders of images made from the same prompts: the template page.html, filled in.
 
-    It holds its images, as JPEGs of 1024 pixels at most, or links to them where these would be too much: see is_large.
-
-    names    N folders; the first is the one that the others are held against
-    metrics  names of scores, the higher the better; with none the page shows the images alone
-    rows     {"index": number of the prompt, "prompt": str, "images": N pictures or paths,
-             "scores": {metric: N finite floats}, "category": str, which may be missing}
-    summary  rows of the table on top: dicts of strings, all with the same keys
-    folder   where the page will lie, for links to the images; None: it holds them
+    names    N folders; differences are to the first
+    metrics  names of scores, higher is better; without any the page shows the images alone
+    rows     [{"index": number of the prompt, "prompt": str, "category": str, "images": N files,
+             "scores": {metric: N floats}}]
+    summary  rows of the table at the top, dicts of strings with the same keys
+    folder   where the page will be, if it is to link to the images; None: the page contains them
     """
-    template = string.Template(Path(__file__).with_name("page.html").read_text())
-    summary_rows = [cells("th", row) for row in summary[:1]]
-    summary_rows += [cells("td", row.values()) for row in summary]
-    rows = sorted(rows, key=lambda row: row["index"])
-    sections = [section(row, names, metrics, folder) for row in rows]
-    options = [f'<option value="{k}">{escape(name)}' for k, name in enumerate(names) if k > 0]
-    categories = sorted({row.get("category", "") for row in rows} - {""})
-    has_controls = metrics and len(names) > 1
-    return template.substitute(
-        title=escape(" / ".join(names)), n=len(names), first=escape(names[0]),
-        folders=json.dumps(names).replace("<", "\\u003c"), names=cells("b", names), metrics=cells("option", metrics),
-        others="".join(options), categories=cells("option", categories), no_category="" if categories else "hidden",
-        hidden="" if has_controls else "hidden", summary="<tr>".join(summary_rows), caption=escape(caption),
-        open="open" if len(summary) <= 20 else "",
-        rows="".join(sections))
+    rows = [row | {"images": [shown_image(file, folder) for file in row["images"]]}
+            for row in sorted(rows, key=lambda row: row["index"])]
+    categories = sorted({row["category"] for row in rows} - {""})
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(
+        names=names, metrics=metrics, rows=rows, summary=summary, caption=caption, categories=categories)
+
+
+def shown_image(file, folder):
+    """{source, width, height, is_small} of an image of the page. Small ones are enlarged, others fit 320 pixels.
+
+    The source is a link from `folder`; or, without one, the image itself: exact if small, else a JPEG that fits 1024.
+    """
+    if folder is None:
+        image = open_image(file)
+        kind = "png" if max(image.size) <= SMALL else "jpeg"
+        image.thumbnail((1024, 1024))
+        stream, size = io.BytesIO(), image.size
+        image.save(stream, kind, quality=85)
+        source = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    else:
+        source, size = urllib.parse.quote(os.path.relpath(file, folder)), image_size(file)
+    is_small = max(size) <= SMALL
+    scale = 256 // max(size) if is_small else min(1, 320 / max(size))
+    width, height = (max(1, round(side * scale)) for side in size)
+    return {"source": source, "width": width, "height": height, "is_small": is_small}
+
+
+def image_size(file):
+    """(width, height) of an image file."""
+    with Image.open(file) as image:  # only the header is read
+        return image.size
 
 
 def is_large(rows):
-    """Whether the images of a page, at a quarter of a byte for a pixel, would take more than LARGE bytes."""
-    pixels = 0
-    for row in rows:
-        for image in row["images"]:
-            if not isinstance(image, Image.Image):
-                with Image.open(image) as image:  # its header alone
-                    pixels += image.width * image.height
-    return pixels / 4 > LARGE
+    """Whether the images of a page would take more than LARGE bytes. A JPEG takes about a quarter byte per pixel."""
+    return sum(math.prod(image_size(file)) for row in rows for file in row["images"]) / 4 > LARGE
 
 
-def cells(tag, values):
-    return "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values)
-
-
-def section(row, names, metrics, folder):
-    """The HTML of a prompt: its text, and a figure per folder."""
-    figures = [figure(row, k, names[k], metrics, folder) for k in range(len(names))]
-    scores, category = escape(json.dumps(row["scores"])), escape(row.get("category", ""))
-    return (f'<section data-index="{row["index"]}" data-category="{category}" data-scores="{scores}"><div class="grid">'
-            f'<p><i>{row["index"]}</i>&ensp;{escape(row["prompt"])}</p>{"".join(figures)}</div></section>\n')
-
-
-def figure(row, k, name, metrics, folder):
-    """The image of folder k with its scores; classes say by which metrics it is the best of its prompt."""
-    classes, lines = [], []
-    for m, metric in enumerate(metrics):
-        scores = row["scores"][metric]
-        gap = scores[k] - scores[0]
-        is_best = scores[k] == max(scores) and scores[k] > min(scores)
-        if is_best:
-            classes.append(f"best{m}")
-        color = "better" if gap > 0 else "worse" if gap < 0 else ""
-        difference = f"{gap:+.4f}" if k > 0 else ""
-        star = "★" if is_best else ""
-        lines.append(f'<tr class="m{m}"><th>{escape(metric)}<td>{scores[k]:.4f}<td class="{color}">{difference}'
-                     f"<td>{star}")
-    return (f'<figure class="{" ".join(classes)}">{image_tag(row["images"][k], name, folder)}'
-            f'<table>{"".join(lines)}</table></figure>')
-
-
-def image_tag(image, name, folder=None):
-    """A picture as the page shows it: enlarged up to 128 pixels, else at 320 at most, and whole when it is clicked.
-
-    It lies in the page, up to 128 pixels exact, else as a JPEG of 1024 at most; or where it is, seen from `folder`.
-    """
-    if folder is None:
-        image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
-        is_small = max(image.size) <= 128
-        kind = "png" if is_small else "jpeg"
-        image.thumbnail((1024, 1024))
-        stream = io.BytesIO()
-        image.save(stream, kind, quality=85)
-        source, size = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}", image.size
-    else:
-        source = urllib.parse.quote(os.path.relpath(image, folder))
-        with Image.open(image) as picture:
-            size = picture.size
-        is_small = max(size) <= 128
-    scale = 256 // max(size) if is_small else min(1, 320 / max(size))
-    width, height = (max(1, round(side * scale)) for side in size)
-    return (f'<img class="{"small" if is_small else ""}" width="{width}" height="{height}" alt="{escape(name)}" '
-            f'tabindex="0" loading="lazy" decoding="async" src="{source}">')
+def save_grid(file, names, rows, side=256):
+    """Draw rows of the page as one PNG for a paper: a column per folder under its name, each prompt above its row."""
+    font = ImageFont.load_default(14)
+    grid = Image.new("RGB", (side * len(names), 24 + (side + 24) * len(rows)), "white")
+    draw = ImageDraw.Draw(grid)
+    for k, name in enumerate(names):
+        draw.text((k * side + 4, 4), Path(name).name, "black", font)
+    for number, row in enumerate(rows):
+        top = 24 + number * (side + 24)
+        draw.text((4, top + 4), row["prompt"], "black", font)
+        for k, image in enumerate(row["images"]):
+            picture = open_image(image)
+            sampling = Image.NEAREST if max(picture.size) <= SMALL else Image.LANCZOS
+            grid.paste(ImageOps.contain(picture, (side, side), sampling), (k * side, top + 24))
+    save_png(grid, file)

@@ -23,7 +23,6 @@ from encode import EncodedPairs, check_cache
 from loading import EMBEDDED, find_model, fuse_lora, load_model, save_model
 from loss import LOSSES, wants
 from options import H14, hyperparameters, needs_groups, recorded_run
-from prompts import read_prompts
 from sources import is_cache
 
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
@@ -108,7 +107,7 @@ def check_coupling(args, pairs, process):
                              "one whole group of --group_size pairs")
 
 
-def check_same_run(out, state, now):
+def check_same_content(out, state, now):
     """InputError if a checkpoint belongs to another run than this code and this command.
 
     now  what `Trainer.identity` gives for the steps that the checkpoint has taken
@@ -119,7 +118,7 @@ def check_same_run(out, state, now):
                              "what it was begun with, or pass another --out")
     reference.check_draws(f"{out} was trained", state["draw_ids"], now["draw_ids"], state["step"] - 1)
     if now["learning_rates"] != state["learning_rates"]:
-        raise InputError(f"with this --steps the learning rates of the {state['step']} steps that {out} has taken would "
+        raise InputError(f"with this --steps or this code the learning rates of the {state['step']} steps that {out} has taken would "
                          "be others. Pass the --steps that it was begun with, or another --out")
 
 
@@ -134,16 +133,15 @@ def make_optimizer(args, params):
     return Adafactor(params, **settings, scale_parameter=False, relative_step=False)
 
 
-def describe(args, model, params, passes, clip, steps_taken):
+def describe(args, model, params, clip, steps_taken):
     """One line on what runs."""
-    trained, loss_fn = sum(param.numel() for param in params) / 1e6, LOSSES[args.loss]
+    trained = sum(param.numel() for param in params) / 1e6
     line = (f"{args.loss} on {args.model}: trains {trained:.1f} of {model.num_parameters / 1e6:.1f} M parameters; "
             f"{args.resolution} px, {args.device}, {args.precision}; {args.batch_size} pairs per step, "
             f"{args.micro_batch} per forward, processes: {distributed.torchrun_env()[2]}")
-    if needs_groups(loss_fn):
-        line += f"; groups of {args.group_size} in {'one pass' if passes == 1 else 'two passes'}"
-    if "weights" in wants(loss_fn):
-        line += f"; weights {args.weight_position}, tau {args.tau:g}, clip {args.clip if clip else 'not loaded'}"
+    if "weights" in wants(LOSSES[args.loss]):
+        line += (f"; groups of {args.group_size}, weights {args.weight_position}, tau {args.tau:g}, clip "
+                 f"{args.clip if clip else 'not loaded'}")
     return line + (f"; going on after {steps_taken} steps" if steps_taken else "")
 
 
@@ -204,6 +202,7 @@ class Output:
     def draw_base_grid(self, pairs):
         """Samples from the starting model for eight prompts: those of --sample_prompts, else captions of the data."""
         try:
+            read_prompts = importlib.import_module("evaluate").read_prompts
             prompts = read_prompts(self.args.sample_prompts) if self.args.sample_prompts else []
         except InputError as error:
             raise InputError(str(error).replace("--prompts", "--sample_prompts"))

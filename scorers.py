@@ -1,4 +1,4 @@
-"""Score images against prompts with the published scorers, in float32, from weights known by their digest.
+"""Score images against prompts with the published scorers, in float32. A digest of the weights names what scored.
 
     clip         100 * cosine of CLIP ViT-H/14, or of any open_clip model              arXiv:2104.08718
     pickscore    PickScore v1: CLIP ViT-H/14 tuned on Pick-a-Pic v1; 100 * cosine      arXiv:2305.01569
@@ -9,10 +9,10 @@
 
     name, score, identity = get_scorer("hpsv2=HPS_v2.1_compressed.pt", "cuda")
     score(images, prompts)  N pictures of mode RGB, N strings -> [N] float32 on the CPU
-    identity                source, digest, scale, preprocess ...; the same before and after JSON
+    identity                a dict of source, digest, scale, preprocessing; JSON keeps it as it is
 
-A new scorer is one function that gives `Parts` of a source, one entry in SCORERS, one test. `preprocess` makes
-[3, h, w] of a picture, `rate` [N] of [N, 3, h, w] and N prompts.
+To add a scorer, write a function from a source to `Parts`, an entry of SCORERS, and a test. `preprocess` makes
+[3, h, w] from a picture, `rate` makes [N] from [N, 3, h, w] and N prompts.
 """
 
 import json
@@ -35,33 +35,17 @@ from options import H14
 Parts = namedtuple("Parts", "network preprocess rate identity")
 CROP = "bicubic on PIL to a short side of {}, centre crop, CLIP's mean and deviation"
 LETTERBOX = "bicubic with antialias to a long side of {}, zero padding, CLIP's mean and deviation"
-REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of ImageReward
-BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                   image_size=224, patch_size=16, hidden_act="gelu", layer_norm_eps=1e-6)
-BLIP_TEXT = dict(vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, is_decoder=True,
-                 num_attention_heads=12, hidden_act="gelu", max_position_embeddings=512, layer_norm_eps=1e-12)
-BLIP_NAMES = {  # in ImageReward.pt: in transformers' BLIP; replaced in this order
-    "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
-    "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
-    "blip.visual_encoder.patch_embed.proj.": "vision.embeddings.patch_embedding.",
-    "blip.visual_encoder.norm.": "vision.post_layernorm.", "blip.text_encoder.": "text.",
-    "blip.visual_encoder.blocks.": "vision.encoder.layers.", "mlp.layers.": "head.",
-    ".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.",
-    ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2."}
-BLIP_UNUSED = ("text.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
-LAION = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-         "sac%2Blogos%2Bava1-l14-linearMSE.pth")
-LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+COSINE = "100 * cosine"
 
 
 def find(source, repo, name):
-    """The path of `source`, a file or a folder with `name` in it; without a source, of the hub's file."""
+    """The path of `source`: a file, or a folder with `name` in it. Without a source it is the hub's file."""
     path = Path(source or huggingface_hub.hf_hub_download(repo, name)).expanduser()
     return path / name if path.is_dir() else path
 
 
 def load_weights(network, file, rename=lambda name: name):
-    """Loads a state dict that has, after `rename`, the network's names and shapes; None drops a tensor."""
+    """Load a state dict. ValueError if, after `rename`, names or shapes are not the network's; None drops a tensor."""
     content = torch.load(file, map_location="cpu", weights_only=True)
     state = {rename(name): tensor for name, tensor in content.get("state_dict", content).items()}
     state.pop(None, None)
@@ -88,9 +72,9 @@ def cosine_rate(model, tokenizer):
 
 
 def letterbox(image, size):
-    """[3, size, size] as HPS v2 sees a picture: all of it, between black bars. The float tensor is scaled.
+    """[3, size, size] as HPS v2 sees a picture: all of it, between black bars. The float tensor is resized.
 
-    Always with antialias, which the authors' code leaves to torchvision: off up to 0.16, on from 0.17.
+    We always use antialias. The authors' code leaves it to torchvision: off up to 0.16, on from 0.17.
     """
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -101,11 +85,10 @@ def letterbox(image, size):
 
 
 def clip(source):
-    """`source` is what `data.Clip` takes."""
-    source = source or H14
-    loaded = Clip(source)
+    """`source` is ARCH:WEIGHTS or tiny, as for `data.Clip`."""
+    loaded = Clip(source or H14)
     preprocess = f"open_clip's {json.dumps(loaded.model.visual.preprocess_cfg)}"
-    identity = {"source": source, "scale": "100 * cosine", "preprocess": preprocess}
+    identity = {"source": source or H14, "scale": COSINE, "preprocess": preprocess}
     return Parts(loaded.model, loaded.transform, cosine_rate(loaded.model, loaded.tokenizer), identity)
 
 
@@ -117,7 +100,7 @@ def pickscore(source):
                                                          dtype=torch.float32, output_loading_info=True)
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         refuse_names(f"{fault.replace('_', ' ')}:", info[fault])
-    tokenizer = clip_tokenizer(77)  # the published one is this; from_pretrained takes an empty one, too
+    tokenizer = clip_tokenizer(77)  # the published one is equal; from_pretrained would also accept an empty one
 
     def rate(pixels, prompts):
         tokens = tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
@@ -125,18 +108,17 @@ def pickscore(source):
         return 100 * F.cosine_similarity(embeds.image_embeds, embeds.text_embeds)
 
     size = model.config.vision_config.image_size
-    identity = {"source": source, "scale": "100 * cosine", "preprocess": CROP.format(size),
+    identity = {"source": source, "scale": COSINE, "preprocess": CROP.format(size),
                 "logit_scale": model.logit_scale.exp().item()}
     return Parts(model, open_clip.image_transform(size, is_train=False), rate, identity)
 
 
 def hps(source, file, arch="ViT-H-14"):
-    """`source` is a checkpoint of HPS v2 or a folder with `file` in it."""
+    """`source` is a checkpoint of HPS v2, or a folder with `file` in it."""
     model = open_clip.CLIP(**open_clip.get_model_config(arch))
     load_weights(model, find(source, "xswu/HPSv2", file))
     size = model.visual.image_size[0]
-    identity = {"source": source or f"xswu/HPSv2 {file}", "scale": "100 * cosine",
-                "preprocess": LETTERBOX.format(size)}
+    identity = {"source": source or f"xswu/HPSv2 {file}", "scale": COSINE, "preprocess": LETTERBOX.format(size)}
     return Parts(model, partial(letterbox, size=size), cosine_rate(model, open_clip.get_tokenizer(arch)), identity)
 
 
@@ -146,8 +128,22 @@ def linear_head(width):
                          nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1))
 
 
+BLIP_VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                   image_size=224, patch_size=16, hidden_act="gelu", layer_norm_eps=1e-6)
+BLIP_TEXT = dict(vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, is_decoder=True,
+                 num_attention_heads=12, hidden_act="gelu", max_position_embeddings=512, layer_norm_eps=1e-12)
+BLIP_NAMES = {  # part of a name in ImageReward.pt: its replacement in transformers' BLIP; applied in this order
+    "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
+    "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
+    "blip.visual_encoder.patch_embed.proj.": "vision.embeddings.patch_embedding.",
+    "blip.visual_encoder.norm.": "vision.post_layernorm.", "blip.text_encoder.": "text.",
+    "blip.visual_encoder.blocks.": "vision.encoder.layers.", "mlp.layers.": "head.",
+    ".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.",
+    ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2."}
+
+
 def blip(vision={}, text={}):
-    """ImageReward's network without its weights; `vision` and `text` say what differs from the published."""
+    """ImageReward's network without its weights; `vision` and `text` override the published sizes."""
     vision = transformers.BlipVisionConfig(**BLIP_VISION | vision)
     text = transformers.BlipTextConfig(**BLIP_TEXT | {"encoder_hidden_size": vision.hidden_size} | text)
     return nn.ModuleDict({"vision": transformers.BlipVisionModel(vision), "head": linear_head(text.hidden_size),
@@ -155,22 +151,24 @@ def blip(vision={}, text={}):
 
 
 def blip_name(name):
-    """The name in `blip` of a tensor of ImageReward.pt; None of one that is not used."""
+    """The name in `blip` of a tensor of ImageReward.pt; None if the score does not need it."""
     for old, new in BLIP_NAMES.items():
         name = name.replace(old, new)
-    return None if name.startswith(BLIP_UNUSED) else name
+    unused = ("text.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
+    return None if name.startswith(unused) else name
 
 
 def imagereward(source, **sizes):
-    """`source` is ImageReward.pt or its folder; bert-base-uncased's vocab.txt may lie beside it."""
+    """`source` is ImageReward.pt or its folder. The vocab.txt of bert-base-uncased may lie beside it."""
     file = find(source, "THUDM/ImageReward", "ImageReward.pt")
     network = blip(**sizes)
     load_weights(network, file, blip_name)
     vocabulary = str(file.parent) if (file.parent / "vocab.txt").exists() else "bert-base-uncased"
     tokenizer = transformers.BertTokenizer.from_pretrained(vocabulary)
-    words = network["text"].config.vocab_size - 2  # less BLIP's own, [DEC] and [ENC], which stand in no prompt
+    words = network["text"].config.vocab_size - 2  # BLIP adds [DEC] and [ENC], which no prompt contains
     if len(tokenizer) != words:
         raise ValueError(f"the tokenizer of {vocabulary} has {len(tokenizer)} words, not {words}")
+    mean, std = 0.16717362830052426, 1.0333394966054072
 
     def rate(pixels, prompts):
         tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
@@ -178,16 +176,21 @@ def imagereward(source, **sizes):
         patches = network["vision"](pixel_values=pixels).last_hidden_state                          # [N, P, E']
         output = network["text"](ids, mask, encoder_hidden_states=patches)
         reward = network["head"](output.last_hidden_state[:, 0]).squeeze(1)                         # [N]
-        return (reward - REWARD_MEAN) / REWARD_STD
+        return (reward - mean) / std
 
     size = network["vision"].config.image_size
     identity = {"source": source or "THUDM/ImageReward ImageReward.pt", "preprocess": CROP.format(size),
-                "scale": f"(reward - {REWARD_MEAN}) / {REWARD_STD}"}
+                "scale": f"(reward - {mean}) / {std}"}
     return Parts(network, open_clip.image_transform(size, is_train=False), rate, identity)
 
 
+LAION = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+         "sac%2Blogos%2Bava1-l14-linearMSE.pth")
+LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+
 def laion_head():
-    """The path of LAION's own file in torch.hub's folder, downloaded where it is not there yet."""
+    """The path of LAION's own file in torch.hub's folder. It is downloaded once."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / "sac+logos+ava1-l14-linearMSE.pth"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +199,7 @@ def laion_head():
 
 
 def aesthetic(source, backbone="ViT-L-14-quickgelu:openai", width=768):
-    """`source` is the file of the head, on image embeddings of `width` values; `backbone` as for `clip`."""
+    """`source` is the file of the head, for image embeddings [N, width]; `backbone` is a source of `clip`."""
     model, transform, _, identity = clip(backbone)
     network = nn.ModuleDict({"layers": linear_head(width)})  # its tensors are named as in the file
     load_weights(network, Path(source).expanduser() if source else laion_head())
@@ -211,10 +214,10 @@ def aesthetic(source, backbone="ViT-L-14-quickgelu:openai", width=768):
 
 
 def load(name, build, way_out, source=None, device="cpu", **options):
-    """(score, identity) of a scorer, see the head of this file; `options` are those of its own function.
+    """(score, identity) of the scorer whose `Parts` are build(source, **options); see the head of this file.
 
-    InputError where what it needs is missing or is not as it was published; from `score` for pictures that are
-    not RGB or not as many as prompts, and for a score of nan or inf.
+    raises  InputError if a file is missing or is not as published; its line says what `way_out` the user has. `score`
+            raises it if pictures are not RGB or not as many as the prompts, and if a score is not finite
     """
     device = torch.device(device)
     try:
@@ -231,29 +234,28 @@ def load(name, build, way_out, source=None, device="cpu", **options):
             raise InputError(f"{name}: {len(images)} images, but {len(prompts)} prompts")
         for image in images:
             if image.mode != "RGB":
-                raise InputError(f"{name}: a picture is {image.mode}, not RGB; see data.read_image")
+                raise InputError(f"{name}: a picture is {image.mode}, not RGB; read_image converts it")
         pixels = torch.stack([preprocess(image) for image in images]).to(device)        # [N, 3, h, w]
-        with torch.autocast(device.type, enabled=False):  # half precision makes ties of near-equal scores
+        with torch.autocast(device.type, enabled=False):  # half precision would tie near-equal scores
             scores = rate(pixels, prompts).cpu()
         if not scores.isfinite().all():
-            raise InputError(f"{name}: not a finite number: {scores.tolist()}")
+            raise InputError(f"{name}: not a finite number: {dict(zip(prompts, scores.tolist()))}")
         return scores
 
     return score, identity
 
 
-SCORERS = {  # name: function of a source and a device; last, what a source may be
+SCORERS = {  # name: a function from a source and a device to (score, identity)
     "clip": partial(load, "clip", clip, "ARCH:TAG, ARCH:FILE or tiny"),
     "pickscore": partial(load, "pickscore", pickscore, "FOLDER of a CLIPModel"),
     "hpsv2": partial(load, "hpsv2", partial(hps, file="HPS_v2.1_compressed.pt"), "FILE"),
     "hpsv2.0": partial(load, "hpsv2.0", partial(hps, file="HPS_v2_compressed.pt"), "FILE"),
     "imagereward": partial(load, "imagereward", imagereward, "FILE, with BERT's vocab.txt beside it"),
-    "aesthetic": partial(load, "aesthetic", aesthetic, "FILE; CLIP ViT-L/14 comes from the hub"),
-}
+    "aesthetic": partial(load, "aesthetic", aesthetic, "FILE; CLIP ViT-L/14 comes from the hub")}
 
 
 def get_scorer(spec, device="cpu"):
-    """(name, score, identity) of NAME, for the published weights, or NAME=SOURCE."""
+    """(name, score, identity) of NAME, with the published weights, or of NAME=SOURCE."""
     name, _, source = spec.partition("=")
     if name not in SCORERS:
         raise InputError(f"{name!r} is none of {', '.join(SCORERS)}")

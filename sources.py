@@ -41,23 +41,14 @@ class Rows(NamedTuple):
     left_out: dict   # {name in the source: why}
 
 
-# Which files
+# The files of a source
 
 
-def find_source(source):
-    """The path or hub id that --data means. "tiny" is built on first use."""
+def find_source(source, part="pairs"):
+    """The path or hub id that --data means. "tiny" is a part of the embedded task, built on first use."""
     if source == "tiny":
-        return str(importlib.import_module("extras.tiny").part("pairs"))
+        return str(importlib.import_module("extras.tiny").part(part))
     return HUB_IDS.get(source, source)
-
-
-def find_held_out(source):
-    """The path that --validate means. "tiny" is built on first use."""
-    if source == "tiny":
-        return str(importlib.import_module("extras.tiny").part("held_out"))
-    if not Path(source).expanduser().exists():
-        raise InputError(f"--validate {source}: there is no such file or folder. A share is a number, such as 0.02")
-    return source
 
 
 def is_cache(source):
@@ -78,8 +69,7 @@ def read_manifest(source):
 def split_of(name):
     """The split that a relative path names, or None. The innermost part with a split's word decides.
 
-    `datasets` has the same words, but it counts train/x_test.parquet as both splits, so held-out rows would be
-    trained on.
+    `datasets` has the same words, but it reads train/x_test.parquet as training data.
     """
     for part in reversed(Path(name).parts):
         words = re.split("[-._ 0-9]+", part.lower())  # the separators of datasets.data_files

@@ -46,7 +46,8 @@ ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointi
 
 def train(args, out, state):
     """Runs the resolved `args` in the folder `out`, from the checkpoint `state` on; {} is the start."""
-    started, start = time.time(), state.get("step", 0)
+    started = time.time()
+    start = state.get("step", 0)
     trainer = Trainer(args, out, state)
     trainer.set_up(out, state)
     params = [*trainer.params.values()]
@@ -61,13 +62,13 @@ def train(args, out, state):
         output.draw_base_grid(trainer.pairs)
     steps = range(start, args.steps)
     if trainer.reference_errors:
-        trainer.reference_errors.complete(trainer.stream, steps, trainer.load, trainer.prepare,
-                                          trainer.reference_error, stop)
+        trainer.reference_errors.complete(
+            trainer.stream, steps, trainer.load, trainer.prepare, trainer.compute_reference_error, stop)
         trainer.reference = None
     held_out = None
     if trainer.held_out:
-        held_out = reference.HeldOut(args, out, trainer.held_out, trainer.process, trainer.latent_shape,
-                                     trainer.model_digests)
+        held_out = reference.HeldOut(
+            args, out, trainer.held_out, trainer.process, trainer.latent_shape, trainer.model_digests)
         held_out.begin(trainer.load, trainer.encode, trainer.policy_error)
         print0(held_out.summary(trainer.pairs))
     if trainer.is_encoded:
@@ -82,22 +83,24 @@ def train(args, out, state):
         for chunk in range(args.batch_size // trainer.chunk):
             # The policy's and the reference's errors, by one function on the same batch. Only the last micro-batch
             # keeps its autograd graph. The earlier ones run without a graph now and once more in the second pass.
-            micro_batches, errors, values = [], [], []
+            micro_batches, errors, inputs = [], [], []
             for k in range(trainer.micro_batches_per_chunk):
                 batch = trainer.prepare(next(batches), trainer.images_per_pair)
                 with torch.set_grad_enabled(k == trainer.micro_batches_per_chunk - 1):
                     err = trainer.policy_error(batch.inputs)                            # [S*B]
+                ref_err = trainer.reference_error(batch) if trainer.wants_reference else None
                 micro_batches.append(batch)
                 errors.append(err)
-                values.append(trainer.loss_values(batch, err.detach()))                 # {name: [B, ...]}
+                inputs.append(trainer.loss_inputs(batch, err.detach(), ref_err))        # {name: [B, ...]}
 
             # The loss over whole groups, across micro-batches and ranks, and its gradient with respect to the errors.
             # With a second pass this is gradient caching (arXiv:2101.06983): it gives the gradient of one giant batch
             # in the memory of one micro-batch.
-            dloss_derr, group_metrics = trainer.loss_gradient(trainer.gather_chunk(values))
+            dloss_derr, group_metrics = trainer.loss_gradient(trainer.gather_chunk(inputs))
             metrics += group_metrics
 
-            # Backpropagate the last micro-batch first: that frees its graph before the others are recomputed.
+            # Backpropagate the last micro-batch first: that frees its graph before the others are recomputed. By the
+            # chain rule, the gradient of err @ dloss_derr is that of the loss.
             for k in reversed(range(trainer.micro_batches_per_chunk)):
                 err = errors.pop()
                 if not err.requires_grad:
@@ -109,13 +112,13 @@ def train(args, out, state):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
 
-        # `scalars` goes into the log: the loss's metrics, and what is added here. Add a scalar of your own here, too.
+        # `scalars` goes into the log. Add one of your own after this line: scalars["name"] = a Python number.
         flags = {"stop": stop.requested, "save": output.is_save_due()}
-        scalars, flags = read_scalars(metrics, grad_norm, flags)                        # the step's only sync
-        scalars["lr"] = learning_rate(step, args)
-        run.check_finite(output, step, scalars, trainer.terms)
+        scalars, flags = distributed.mean_scalars(metrics, grad_norm, flags)    # the CPU's only wait for the GPU
+        lr = scalars["lr"] = learning_rate(step, args)
+        run.check_finite(output, step, scalars, trainer.loss_inputs_of)
         for group in optimizer.param_groups:
-            group["lr"] = scalars["lr"]
+            group["lr"] = lr
         scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -145,21 +148,21 @@ class Trainer:
     reference  the frozen network, None if the loss takes no reference errors. With LoRA it is the policy with its
                adapter off
     chunk      how many pairs `loss_gradient` gets at once: the fewest that are whole groups and whole micro-batches
-               of all ranks
+               of all ranks. With groups of 8 and 4 pairs per forward on one rank: 8 pairs, two forwards, two passes
     """
 
     def __init__(self, args, out, state):
         self.args, self.dtype = args, DTYPES[args.precision]
         self.device = distributed.get_device(args.device)
         self.rank, _, self.world_size = distributed.torchrun_env()
-        self.pairs, self.held_out, self.model = run.open_parts(args, out, state, self.device)
-        pairs, model = self.pairs, self.model
+        pairs, held_out, model = run.open_parts(args, out, state, self.device)
+        self.pairs, self.held_out, self.model = pairs, held_out, model
         self.process = model.process.to(self.device)
         self.latent_shape = model.latent_shape(args.resolution)
         self.stream = Stream(pairs, model.process, self.latent_shape, args)
         self.is_encoded = isinstance(pairs, EncodedPairs)
         self.draws_samples = self.rank == 0 and args.sample_every > 0
-        self.has_said_crop = self.rank > 0
+        self.prints_crop = self.rank == 0
 
         # The trainer computes only what the loss's arguments name.
         self.loss_fn = LOSSES[args.loss]
@@ -168,8 +171,8 @@ class Trainer:
         self.images_per_pair = 2 if {"err_l", "ref_err_l"} & self.wants else 1
         self.wants_reference = bool({"ref_err_w", "ref_err_l"} & self.wants)
         self.wants_weights = "weights" in self.wants
-        of_weights = {"clip_embeds", "image_ids"} if self.wants_weights else set()
-        self.gathered = {"err_w", "err_l"} | self.wants | of_weights
+        for_weights = {"clip_embeds", "image_ids"} if self.wants_weights else set()
+        self.input_names = {"err_w", "err_l"} | self.wants | for_weights
 
         # A cache has CLIP's embeddings. Uniform weights and groups of one pair need none.
         self.tau = args.tau if args.group_size > 1 else math.inf
@@ -193,7 +196,7 @@ class Trainer:
         args, pairs, steps_taken = self.args, self.pairs, state.get("step", 0)
         if state:
             pairs.unreadable |= state["unreadable"]
-            run.check_same_run(out, state, self.identity(steps_taken))
+            run.check_same_content(out, state, self.identity(steps_taken))
         elif self.rank == 0 and not self.is_encoded and len(pairs) <= 10_000:
             pairs.scan()  # so that data.json is complete at once
         if self.reference_errors and steps_taken < args.steps:
@@ -205,24 +208,29 @@ class Trainer:
         if args.micro_batch == "auto":
             args.micro_batch = distributed.largest_micro_batch(args, self.device, params, self.forward_backward)
         if self.is_encoded and (self.draws_samples or isinstance(self.held_out, ImagePairs)):
-            place_encoders(self.model, self.device, self.dtype, only_adapter=False)  # for samples and held-out pairs
+            place_encoders(self.model, self.device, self.dtype, args.lora_rank > 0)  # after --micro_batch auto
 
         # If the forwards of all ranks hold whole groups, a chunk is one forward of each rank, and one pass is enough.
-        self.group_size = args.group_size if needs_groups(self.loss_fn) else args.micro_batch
+        self.pairs_per_loss = args.group_size if needs_groups(self.loss_fn) else args.micro_batch
         pairs_per_forward = args.micro_batch * self.world_size
-        self.chunk = math.lcm(self.group_size, pairs_per_forward)
+        self.chunk = math.lcm(self.pairs_per_loss, pairs_per_forward)
         self.micro_batches_per_chunk = self.chunk // pairs_per_forward
-        self.gathers = self.world_size > 1 and args.micro_batch % self.group_size > 0
+        self.groups_span_ranks = self.world_size > 1 and args.micro_batch % self.pairs_per_loss > 0
         print0(f"data: {pairs.summary()}")
-        print0(run.describe(args, self.model, params, self.micro_batches_per_chunk, self.clip, steps_taken))
+        print0(run.describe(args, self.model, params, self.clip, steps_taken))
 
     def identity(self, done):
-        """What a checkpoint after `done` steps is known by, see `run.check_same_run`."""
+        """What a checkpoint after `done` steps is known by, see `run.check_same_content`."""
         pairs = self.pairs
-        pairs.unreadable = dict(distributed.all_gather_list([*pairs.unreadable.items()]))
-        rates = [learning_rate(step, self.args) for step in range(done)]
-        return {"pairs": len(pairs), "digests": self.digests, "unreadable": pairs.unreadable,
-                "draw_ids": self.stream.draw_ids(done - 1), "learning_rates": rates}
+        unreadable = distributed.all_gather_list([*pairs.unreadable.items()])
+        pairs.unreadable = dict(unreadable)
+        return {
+            "pairs": len(pairs),
+            "digests": self.digests,
+            "unreadable": pairs.unreadable,
+            "draw_ids": self.stream.draw_ids(done - 1),
+            "learning_rates": [learning_rate(step, self.args) for step in range(done)],
+        }
 
     def place_models(self):
         """Puts the networks on the device and decides what trains."""
@@ -236,9 +244,9 @@ class Trainer:
         self.params = {name: param for name, param in denoiser.named_parameters() if param.requires_grad}
         denoiser.to(self.device)
         if not self.is_encoded:
-            place_encoders(self.model, self.device, self.dtype, only_adapter=args.lora_rank > 0)
+            place_encoders(self.model, self.device, self.dtype, args.lora_rank > 0)
         faster_on = ("cuda",) if args.lora_rank else ("cuda", "cpu")
-        if self.device.type in faster_on:
+        if self.device.type in faster_on:  # before the reference is copied: with another layout it would round otherwise
             denoiser.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -257,9 +265,13 @@ class Trainer:
         """This rank's micro-batches of some steps of a stream, as torch's loader gives them."""
         workers = self.args.workers
         loader = torch.utils.data.DataLoader(
-            stream, batch_sampler=self.micro_batch_ranges(stream.batch_size, steps), collate_fn=collate,
-            num_workers=workers, worker_init_fn=distributed.ignore_signals,
-            timeout=self.args.data_timeout if workers else 0, pin_memory=self.device.type == "cuda")
+            stream,
+            batch_sampler=self.micro_batch_ranges(stream.batch_size, steps),
+            collate_fn=collate,
+            num_workers=workers,
+            worker_init_fn=distributed.ignore_signals,
+            timeout=self.args.data_timeout if workers else 0,
+            pin_memory=self.device.type == "cuda")
         return distributed.guarded(iter(loader), has_workers=workers > 0)
 
     def micro_batch_ranges(self, batch_size, steps):
@@ -270,26 +282,27 @@ class Trainer:
             for start in range(first, (step + 1) * batch_size, micro_batch * self.world_size):
                 yield range(start, start + micro_batch)
 
-    def prepare(self, batch, images):
-        """A training batch of the loader -> a MicroBatch with the first `images` of each pair."""
+    def prepare(self, batch, images_per_pair):
+        """A training batch of the loader -> a MicroBatch with the first images of each pair."""
         self.pairs.unreadable |= dict(batch["unreadable"])
-        if not self.has_said_crop:
-            tqdm.write(crop_summary(batch["time_ids"][:, :images]))
-            self.has_said_crop = True
+        if self.prints_crop:
+            tqdm.write(crop_summary(batch["time_ids"][:, :images_per_pair]))
+            self.prints_crop = False
         if self.clip:
-            batch["clip_embeds"] = self.clip.embed(batch["caption"], batch.get("clip_pixels"))
-        return self.encode(batch, images)
+            pictures = batch.get("clip_pixels")
+            batch["clip_embeds"] = self.clip.embed(batch["caption"], pictures)
+        return self.encode(batch, images_per_pair)
 
     @torch.no_grad()
-    def encode(self, batch, images):
-        """The first `images` of each pair -> a MicroBatch: encoded and on the device, but not noised yet."""
+    def encode(self, batch, images_per_pair):
+        """The first images of each pair -> a MicroBatch: encoded and on the device, but not noised yet."""
         if "pixels" in batch:
-            pixels = batch.pop("pixels")[:, :images]                                    # [B, S, 3, H, W]
+            pixels = batch.pop("pixels")[:, :images_per_pair]                                    # [B, S, 3, H, W]
             batch["mean"], batch["std"] = self.model.encode_images(pixels)
             batch |= self.model.encode_prompts(batch["prompt"], self.dtype)
         for name in ("mean", "std", "vae_noise", "time_ids"):  # these have an axis of images
             if name in batch:
-                batch[name] = batch[name][:, :images]                                   # [B, S, ...]
+                batch[name] = batch[name][:, :images_per_pair]                                   # [B, S, ...]
         on_cpu = {name: batch.pop(name) for name in ("row", "position", "draw_id")}
         batch.pop("clip_pixels", None)
         for name, value in batch.items():
@@ -303,8 +316,8 @@ class Trainer:
         t = batch["t"]                                                                  # [B]
         inputs = {
             "x": self.model.scale_latents(latents),
-            "eps": batch["noise"].repeat(images, 1, 1, 1),
-            "t": t.repeat(images),
+            "eps": batch["noise"].repeat(images_per_pair, 1, 1, 1),
+            "t": t.repeat(images_per_pair),
             "cond": self.model.conditioning(batch, batch["time_ids"]),
         }
         values = {"t": t, "snr": self.process.snr(t)}
@@ -316,34 +329,36 @@ class Trainer:
     # Errors and the loss
 
     def error(self, network, inputs):                                                   # [S*B]
-        return denoising_error(self.model.predict, network, self.process, dtype=self.dtype, **inputs)
+        predict = self.model.predict
+        return denoising_error(predict, network, self.process, dtype=self.dtype, **inputs)
 
     def policy_error(self, inputs):
         return self.error(self.policy, inputs)
 
     @torch.no_grad()
-    def reference_error(self, inputs):
+    def compute_reference_error(self, inputs):
         with disabled_adapter(self.lora_layers):
             return self.error(self.reference, inputs)
 
-    def loss_values(self, batch, err):
-        """{name: [B, ...]} of what the loss takes, and of what its weights are made from."""
-        images = self.images_per_pair
-        values = batch.values | by_side("err", err, images)
-        if self.wants_reference:
-            if self.reference_errors:
-                ref_err = self.reference_errors.read(batch, images, self.device)        # [S*B]
-            else:
-                ref_err = self.reference_error(batch.inputs)
-            values |= by_side("ref_err", ref_err, images)
-        return {name: value for name, value in values.items() if name in self.gathered}
+    def reference_error(self, batch):
+        """The reference's errors [S*B], computed now or read from --reference_errors."""
+        if self.reference_errors:
+            return self.reference_errors.read(batch, self.images_per_pair, self.device)
+        return self.compute_reference_error(batch.inputs)
 
-    def gather_chunk(self, values):
-        """The values of this rank's micro-batches -> those of the chunk, in the order of its positions."""
+    def loss_inputs(self, batch, err, ref_err):
+        """{name: [B, ...]} of what the loss takes, and of what its weights are made from."""
+        values = batch.values | by_side("err", err, self.images_per_pair)
+        if ref_err is not None:
+            values |= by_side("ref_err", ref_err, self.images_per_pair)
+        return {name: value for name, value in values.items() if name in self.input_names}
+
+    def gather_chunk(self, inputs):
+        """The loss's inputs of this rank's micro-batches -> those of the chunk, in the order of its positions."""
         chunk = {}
-        for name in values[0]:
-            parts = [of_micro_batch[name] for of_micro_batch in values]                 # [[B, ...]]
-            chunk[name] = distributed.gather_micro_batches(parts, self.gathers)         # [chunk, ...]
+        for name in inputs[0]:
+            parts = [of_micro_batch[name] for of_micro_batch in inputs]                 # [[B, ...]]
+            chunk[name] = distributed.gather_micro_batches(parts, self.groups_span_ranks)   # [chunk, ...]
         return chunk
 
     def loss_gradient(self, values):
@@ -354,17 +369,18 @@ class Trainer:
         batch_size, micro_batch = self.args.batch_size, self.args.micro_batch
         errors = [values[name].requires_grad_() for name in ("err_w", "err_l") if name in values]
         loss, metrics = 0, []
-        for i in range(0, len(errors[0]), self.group_size):
-            group = {name: value[i:i + self.group_size] for name, value in values.items()}
+        for i in range(0, len(errors[0]), self.pairs_per_loss):
+            group = {name: value[i:i + self.pairs_per_loss] for name, value in values.items()}
             if self.wants_weights:
-                group["weights"] = self.group_weights(group.get("clip_embeds"), group["image_ids"])
+                clip_embeds = group.get("clip_embeds")
+                group["weights"] = self.group_weights(clip_embeds, group["image_ids"])
             group = {name: group[name] for name in group if name in self.wants}
             group_loss, group_metrics = self.loss_fn(**group, **self.hyperparameters)
-            loss = loss + group_loss * self.group_size / batch_size
+            loss = loss + group_loss * self.pairs_per_loss / batch_size
             metrics.append({"loss": group_loss.detach(), **group_metrics})
         gradients = torch.autograd.grad(loss, errors, allow_unused=True, materialize_grads=True)
         dloss_derr = torch.stack(gradients)                                             # [S, chunk]
-        if self.gathers:
+        if self.groups_span_ranks:
             dloss_derr = dloss_derr.unflatten(1, (-1, self.world_size, micro_batch))
             dloss_derr = dloss_derr[:, :, self.rank]                                    # [S, micro-batches, B]
         else:
@@ -379,47 +395,31 @@ class Trainer:
     def forward_backward(self, micro_batch):
         """A forward and a backward of the first pairs, to see whether memory suffices."""
         self.args.micro_batch = micro_batch
-        batch = self.prepare(next(self.load(self.stream, [0])), self.images_per_pair)
+        first = next(self.load(self.stream, [0]))
+        batch = self.prepare(first, self.images_per_pair)
         err = self.policy_error(batch.inputs)
         if self.wants_reference and not self.reference_errors:
-            self.reference_error(batch.inputs)
+            self.compute_reference_error(batch.inputs)
         err.sum().backward()
 
-    def terms(self, step):
-        """For each micro-batch of a step: its rows, and {name: value} of what its loss is computed from, in order.
+    @torch.no_grad()
+    def loss_inputs_of(self, step):
+        """For each micro-batch of a step: its rows, and {name: value} of what its loss is computed from.
 
         A step depends only on its number and the weights, which have not moved, so it can be computed again.
         """
         for loaded in self.load(self.stream, [step]):
             batch = self.prepare(loaded, self.images_per_pair)
-            with torch.no_grad():
-                err = self.policy_error(batch.inputs)
-            yield batch.row, self.loss_values(batch, err) | {"latents": batch.inputs["x"], "err": err}
+            err = self.policy_error(batch.inputs)
+            ref_err = self.reference_error(batch) if self.wants_reference else None
+            values = self.loss_inputs(batch, err, ref_err)
+            yield batch.row, values | {"latents": batch.inputs["x"], "err": err}
 
 
-def by_side(name, err, images):
+def by_side(name, err, images_per_pair):
     """{name_w: [B], name_l: [B]} of errors [S*B]; without the loser if S is 1."""
-    sides = (f"{name}_w", f"{name}_l")
-    return dict(zip(sides[:images], err.chunk(images)))
-
-
-def read_scalars(metrics, grad_norm, flags):
-    """({name: float}, {flag: bool}): means over groups and ranks; whether a flag is set on any rank.
-
-    metrics    the dicts of this rank's groups, all with the same keys
-    grad_norm  [] on the device
-    flags      {name: bool} of this rank
-    """
-    scalars = {}
-    for name in metrics[0]:
-        of_groups = torch.stack([group[name] for group in metrics])
-        scalars[name] = of_groups.mean()
-    scalars["grad_norm"] = grad_norm
-    for name, flag in flags.items():
-        scalars[name] = torch.tensor(float(flag)).to(grad_norm.device, non_blocking=True)
-    means = distributed.mean_over_processes(torch.stack([*scalars.values()]))
-    scalars = dict(zip(scalars, means.tolist()))
-    return scalars, {name: scalars.pop(name) > 0 for name in flags}
+    sides = ("w", "l")[:images_per_pair]
+    return {f"{name}_{side}": part for side, part in zip(sides, err.chunk(len(sides)))}
 
 
 def learning_rate(step, args):

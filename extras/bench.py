@@ -1,20 +1,22 @@
-"""What a training step costs, side by side in one run: ours, and the step as the peers' scripts take it.
+"""What a training step costs: ours, and the step as the scripts of Diffusion-DPO and diffusers take it.
 
-    python -m extras.bench                                              the embedded model, here
+    python -m extras.bench                                              the embedded model, on this machine
     python -m extras.bench --model sd15 --random_init --resolution 64 --lora_rank 16    full size, no download
-    python -m extras.bench --model sdxl --random_init --data my_pairs   train.py's options, all rows
-    python -m extras.bench --count                                      FLOP and bytes of the full-size models
+    python -m extras.bench --model sdxl --random_init --data my_pairs   any options of train.py, all rows
+    python -m extras.bench --count                                      FLOPs and bytes of the full-size models
 
-Every row is a process of its own, on the same pairs, model, batch, precision and adapter:
+Every row runs in a process of its own, on the same pairs, model, batch, precision and adapter:
 
-    Diffusion-DPO's way   images are decoded and encoded by the VAE in every step, prompts by text encoders;
-                          one pair a forward; the reference after the policy; each loss is read as it comes
-    diffusers' way        the same with --micro_batch pairs a forward, as train_diffusion_dpo.py takes it
-    ours                  train.py by DPO: from the pairs, from a cache, with the reference's errors cached as
-                          well; by RPO from the cache: groups that one forward holds, one of the whole batch
+    Diffusion-DPO's way   every step decodes the images and encodes them by the VAE, and the prompts by the text
+                          encoders; one pair per forward; each loss is read as soon as it is there
+    diffusers' way        the same with --micro_batch pairs per forward, as in train_diffusion_dpo.py
+    ours                  train.py with DPO: from the pairs, from a cache, and with the reference's errors cached, too;
+                          train.py with RPO, from the cache: groups that fit into one forward, and one group that is
+                          the whole batch
 
-Share of peak: the denoiser's useful arithmetic (forward and backward of the policy, forward of the reference
-if it runs; counted by torch, nothing twice) over what a large matmul reaches here in the same precision.
+The share of peak is the useful arithmetic of the denoiser over what a large matmul reaches here in the same precision.
+Useful are forward and backward of the policy, and the forward of the reference if it runs. torch counts them, and
+counts nothing twice.
 """
 
 import concurrent.futures
@@ -36,19 +38,26 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import data
 import encode
+import reference
+import run
+import sources
 import train
+from common import DTYPES, one_line_errors
+from distributed import get_device
+from extras.random_models import random_model
+from loading import add_lora, load_model
 from loss import denoising_error, dpo_loss
-from models import StableDiffusionXL, disabled_adapter, load_model, random_model
+from models import StableDiffusionXL, disabled_adapter
 from options import train_args
 
-STEPS = 30 if torch.cuda.is_available() else 6  # of a row, the first two of which do not count
-PAIRS = 64  # of the data, that are used
-VAE_BATCH = 8  # images that diffusers' scripts encode at once
+STEPS = 30 if torch.cuda.is_available() else 6  # steps of a row; the first two do not count
+PAIRS = 64  # how many pairs of the data are used
+VAE_BATCH = 8  # how many images diffusers' scripts encode at once
 DEFAULTS = ["--batch_size", "16", "--micro_batch", "8", "--group_size", "1", "--data", "tiny"]
 ENCODE_OPTIONS = ("model", "config", "init_lora", "clip", "device", "precision", "resolution", "vae_sample",
                   "vae_precision", "seed")
@@ -57,8 +66,8 @@ ENCODE_FLAGS = ("random_init", "random_flip", "random_crop")
 
 class Row(NamedTuple):
     pairs_per_second: float
-    gib: float                            # at most, of the process
-    reference_per_second: float = None    # pairs, while the reference's errors were made
+    gib: float                            # the most memory that the process held
+    reference_per_second: float = None    # pairs per second while the reference's errors were computed
 
 
 class Arithmetic(NamedTuple):
@@ -69,7 +78,7 @@ class Arithmetic(NamedTuple):
 
 
 def peak_gib(device):
-    """GiB that this process has held at most: of its GPU, else in all (Linux counts in KiB)."""
+    """The most GiB that this process has held, on its GPU if it has one (Linux counts the host's in KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
@@ -78,24 +87,24 @@ def peak_gib(device):
 # Our step
 
 
-class TimedReferenceErrors(encode.ReferenceErrors):
-    """Notes when the errors of each step came."""
+class TimedReferenceErrors(reference.ReferenceErrors):
+    """Notes when the errors of each step are put in."""
 
     times = []
 
-    def put(self, step, errors, records):
-        super().put(step, errors, records)
+    def put(self, step, errors, draw_ids):
+        super().put(step, errors, draw_ids)
         self.times.append(time.time())
 
 
 def ours(argv):
     """The Row of a run of train.py."""
-    train.ReferenceErrors = TimedReferenceErrors  # in a process of its own
+    reference.ReferenceErrors = TimedReferenceErrors  # this process runs nothing else
     train.main([*argv, "--steps", str(STEPS), "--sample_every", "0", "--save_minutes", "0"])
     args = train_args(argv)
     lines = (Path(args.out) / "log.jsonl").read_text().splitlines()
     speeds = [json.loads(line)["pairs_per_second"] for line in lines[2:]]
-    row = Row(statistics.median(speeds), peak_gib(common.get_device(args.device)))
+    row = Row(statistics.median(speeds), peak_gib(get_device(args.device)))
     times = TimedReferenceErrors.times
     if times:
         seconds = [after - before for before, after in zip(times[1:], times[2:])]
@@ -107,7 +116,10 @@ def ours(argv):
 
 
 class PeersPairs(data.ImagePairs):
-    """Pairs as diffusers' scripts bring them to size: bilinearly; for SDXL as floats, the second at the first's size."""
+    """Pairs that are scaled as diffusers' scripts do it: bilinearly.
+
+    for_sdxl  whether it is done as in the script for SDXL: in floats, and the second image at the size of the first
+    """
 
     for_sdxl = False
 
@@ -121,24 +133,23 @@ class PeersPairs(data.ImagePairs):
             pictures = [TF.to_tensor(picture) for picture in pictures]
         height, width = pair[0][0].height, pair[0][0].width
         time_ids = torch.tensor([height, width, 0, 0, self.resolution, self.resolution], dtype=torch.float32)
-        ids = {name: value[0] for name, value in self.tokenize([prompt]).items()}
-        return ids | {"pixels": TF.normalize(torch.stack(pictures), [0.5], [0.5]), "time_ids": time_ids.repeat(2, 1)}
+        return {"pixels": TF.normalize(torch.stack(pictures), [0.5], [0.5]), "time_ids": time_ids.repeat(2, 1)}
 
 
 def peers(argv, micro_batch):
-    """The Row of the peers' step, `micro_batch` pairs a forward."""
+    """The Row of the peers' step with `micro_batch` pairs per forward."""
     args = train_args(argv)
-    trainer = train.set_up(args, None, {})
-    model, params = trainer.model, trainer.params.values()
+    trainer = train.Trainer(args, None, {})
+    model, params = trainer.model, [*trainer.params.values()]
     for network in model.networks().values():
         if network is not model.denoiser:
-            network.to(trainer.dtype)  # as they do
-    optimizer = train.make_optimizer(args, params)
+            network.to(trainer.dtype)  # as in their scripts
+    optimizer = run.make_optimizer(args, params)
     micro_batches = args.batch_size // micro_batch
     positions = [range(k * micro_batch, (k + 1) * micro_batch) for k in range(STEPS * micro_batches)]
     pairs = PeersPairs(args.data, args.resolution, args.seed, prompt_dropout=args.prompt_dropout,
                        source_rows=trainer.pairs.source_rows)
-    pairs.for_sdxl, pairs.tokenize = isinstance(model, StableDiffusionXL), trainer.pairs.tokenize
+    pairs.for_sdxl = isinstance(model, StableDiffusionXL)
     batches = iter(torch.utils.data.DataLoader(
         pairs, batch_sampler=positions, collate_fn=data.collate, num_workers=args.workers,
         pin_memory=trainer.device.type == "cuda"))
@@ -158,13 +169,13 @@ def peers(argv, micro_batch):
 
 
 def peers_loss(trainer, batch):
-    """Diffusion-DPO's loss of a batch of B pairs of images, all of it computed in the step."""
+    """Diffusion-DPO's loss of a batch of B pairs of images. The step computes all of it."""
     model, pipe, device, dtype = trainer.model, trainer.model.pipe, trainer.device, trainer.dtype
     pixels = batch["pixels"].transpose(0, 1).flatten(0, 1).to(device, dtype)            # [2 B, 3, H, W]
     with torch.no_grad():
         parts = [pipe.vae.encode(part).latent_dist.sample() for part in pixels.split(VAE_BATCH)]
         latents = torch.cat(parts)                                                      # [2 B, C, h, w]
-        embeds = model.encode_ids(**{name: batch[name].to(device) for name in model.tokenizers()})
+        embeds = model.encode_prompts(batch["prompt"], dtype)
     latents = model.scale_latents(latents).float()
     noise = torch.randn_like(latents[:len(latents) // 2])                               # [B, C, h, w]
     times = [trainer.process.sample_t(torch.default_generator) for _ in noise]
@@ -176,9 +187,7 @@ def peers_loss(trainer, batch):
         return denoising_error(model.predict, network, trainer.process, **inputs)       # [2 B]
 
     err_w, err_l = error(trainer.policy).chunk(2)
-    is_adapter = trainer.args.lora_rank > 0
-    without_adapter = disabled_adapter(model.lora_layers) if is_adapter else contextlib.nullcontext()
-    with torch.no_grad(), without_adapter:
+    with torch.no_grad(), disabled_adapter(trainer.lora_layers):
         ref_err_w, ref_err_l = error(trainer.reference).chunk(2)
     loss, _ = dpo_loss(err_w, err_l, ref_err_w, ref_err_l, trainer.args.beta)
     return loss
@@ -188,15 +197,15 @@ def peers_loss(trainer, batch):
 
 
 def encoding(argv):
-    """Pairs per second of encode.py, with the loading of its models."""
+    """Pairs per second of encode.py. The time includes the loading of its models."""
     t0 = time.time()
     encode.main(argv)
-    manifest = data.read_manifest(argv[argv.index("--out") + 1])
+    manifest = sources.read_manifest(argv[argv.index("--out") + 1])
     return manifest["used"] / (time.time() - t0)
 
 
 def encode_options(args):
-    """The words by which encode.py takes what a run's pairs are to be."""
+    """The options that make encode.py encode pairs as a run wants them."""
     words = []
     for name in ENCODE_OPTIONS:
         value = getattr(args, name)
@@ -213,19 +222,18 @@ def arithmetic(argv):
     model = load_model(args.model, args.random_init, args.config)
     resolution = model.resolution(args.resolution)
     if args.lora_rank:
-        model.add_lora(args.lora_rank, args.seed)
+        add_lora(model, args.lora_rank, args.seed)
     else:
         model.denoiser.requires_grad_(True)
-    policy, reference = denoiser_flops(model, resolution)
-    matmul_per_second = measure_matmul(common.get_device(args.device), common.DTYPES[args.precision])
-    return Arithmetic(resolution, policy, reference, matmul_per_second)
+    matmul_per_second = measure_matmul(get_device(args.device), DTYPES[args.precision])
+    return Arithmetic(resolution, *denoiser_flops(model, resolution), matmul_per_second)
 
 
 def denoiser_flops(model, resolution):
     """FLOPs of a pair, counted on the meta device, which computes nothing: (forward and backward, forward)."""
+    inputs = tree_map(lambda tensor: tensor.to("meta"), example_inputs(model, resolution, 1))
     with torch.device("meta"):
         denoiser = model.denoiser.to("meta")
-        inputs = example_inputs(model, resolution, 1)
         with FlopCounterMode(display=False) as both:
             model.predict(denoiser, *inputs).sum().backward()
         with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -234,17 +242,15 @@ def denoiser_flops(model, resolution):
 
 
 def example_inputs(model, resolution, pairs):
-    """What `predict` takes beside the network for some pairs: x_t, t, cond, of no values."""
-    embeds = {"prompt_embeds": torch.empty(pairs, *model.prompt_shape())}
-    if model.pooled_width():
-        embeds["pooled_prompt_embeds"] = torch.empty(pairs, model.pooled_width())
+    """What `predict` takes beside the network for some pairs: x_t, t, cond. Shapes are right, values mean nothing."""
+    embeds = {name: torch.empty(value.shape) for name, value in model.encode_prompts([""] * pairs).items()}
     cond = model.conditioning(embeds, torch.empty(pairs, 2, 6))
     return torch.empty(2 * pairs, *model.latent_shape(resolution)), torch.ones(2 * pairs), cond
 
 
 @contextlib.contextmanager
 def autocast_of_a_gpu():
-    """A CPU's autocast to bf16, but for norms, which it would leave in bf16 and a GPU's takes to float32."""
+    """Autocast to bf16 as a GPU does it, on a CPU: norms run in float32, and a CPU would leave them in bf16."""
     def in_float32(norm):
         return lambda x, *more, **options: norm(x.float(), *more, **options)
 
@@ -257,20 +263,20 @@ def autocast_of_a_gpu():
 def saved_bytes(model, resolution, pairs):
     """Bytes that a forward of the policy keeps for its backward, in bf16, beside the weights and their copies.
 
-    On fake tensors, which have a size and no memory.
+    It runs on fake tensors, which have a size and no memory.
     """
-    denoiser, storages = copy.deepcopy(model.denoiser), {}
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+    denoiser, storages, inputs = copy.deepcopy(model.denoiser), {}, example_inputs(model, resolution, pairs)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, contextlib.ExitStack() as stack:
         denoiser.to_empty(device="cpu")
         weights = {param.untyped_storage()._cdata for param in denoiser.parameters()}
 
         def keep(tensor):
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
-                storages[storage._cdata] = tensor  # kept, so that no other one takes its place
+                storages[storage._cdata] = tensor  # it stays alive, so that no other one takes its place
             return tensor
 
-        inputs = example_inputs(model, resolution, pairs)
+        inputs = tree_map(fake.from_tensor, inputs)
         stack.enter_context(autocast_of_a_gpu())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         prediction = model.predict(denoiser, *inputs)
@@ -279,7 +285,7 @@ def saved_bytes(model, resolution, pairs):
 
 
 def optimizer_numbers(param, optimizer):
-    """What AdamW (two means) or Adafactor (means of rows and columns) keeps of a parameter."""
+    """How many numbers AdamW (two means) or Adafactor (means of rows and columns) keeps for a parameter."""
     if optimizer == "adamw":
         return 2 * param.numel()
     if param.dim() < 2:
@@ -288,15 +294,15 @@ def optimizer_numbers(param, optimizer):
 
 
 def count(name, lora_rank, optimizer):
-    """A row of the table of FLOP and bytes: of a published model, trained whole or by an adapter."""
+    """A row of the table of FLOPs and bytes: a published model, trained whole or by an adapter."""
     with torch.device("meta"):
         model = random_model(name)
         if lora_rank:
-            model.add_lora(lora_rank, seed=0)
+            add_lora(model, lora_rank, seed=0)
         else:
             model.denoiser.requires_grad_(True)
     resolution = model.resolution()
-    policy, reference = denoiser_flops(model, resolution)
+    policy_flops, reference_flops = denoiser_flops(model, resolution)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as vae:
         model.pipe.vae.encode(torch.empty(2, 3, resolution, resolution))
     model.denoiser.zero_grad()
@@ -315,14 +321,14 @@ def count(name, lora_rank, optimizer):
         one, two = (saved_bytes(model, resolution, pairs) for pairs in (1, 2))
         of_pair.append(two - one)
     kind = f"LoRA {lora_rank}" if lora_rank else "all weights"
-    flops = [policy + reference, reference, vae.get_total_flops()]
+    flops = [policy_flops + reference_flops, reference_flops, vae.get_total_flops()]
     cells = [f"{name}, {resolution} px, {kind}, {optimizer}", *(f"{n / 1e12:.2f}" for n in flops), f"{held / 1e9:.1f}"]
     return "| " + " | ".join(cells + [f"{n / 1e9:.2f}" for n in of_pair]) + " |"
 
 
 def print_counted():
-    print("| | TFLOP of a pair's step | of it the reference | and the VAE, from pairs | GB held | GB per pair of a forward "
-          "| with checkpointing |\n|---|---|---|---|---|---|---|")
+    print("| | TFLOP of a pair's step | the reference's share of them | more for the VAE, from pairs | GB held "
+          "| GB per pair of a forward | the same with checkpointing |\n|---|---|---|---|---|---|---|")
     for name, optimizer in (("sd15", "adamw"), ("sdxl", "adafactor")):
         print(count(name, 0, optimizer))
         print(count(name, 16, "adamw"))
@@ -346,18 +352,18 @@ def measure_matmul(device, dtype):
 
 
 def alone(function, *args):
-    """What a function gives in a new process: its memory is its own."""
+    """The result of a function that runs in a new process, which has its own memory."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
 def measure(argv, args, folder):
-    """({name: Row} of all ways, pairs per second of encoding); what they write goes to `folder`."""
+    """({name: Row} of all ways, pairs per second of encoding). They write into `folder`."""
     pairs, cache, errors = str(folder / "pairs.parquet"), str(folder / "cache"), str(folder / "errors")
-    rows = data.read_rows(data.find_source(args.data))
-    columns = rows.columns.slice(0, PAIRS).to_pylist()
-    records = [record | rows.images[row] for row, record in enumerate(columns)]
-    datasets.Dataset.from_list(records).to_parquet(pairs)
+    rows = sources.read_rows(sources.find_source(args.data))
+    first = rows.columns.slice(0, PAIRS).to_pylist()
+    first = [columns | rows.images[row] for row, columns in enumerate(first)]
+    datasets.Dataset.from_list(first).to_parquet(pairs)
     encoded_per_second = alone(encoding, [*encode_options(args), "--data", pairs, "--out", cache])
 
     table = {}
@@ -393,7 +399,7 @@ def format_table(table, counted):
 
 
 def main(argv=None):
-    with common.one_line_errors("bench.py", train.ADVICE):
+    with one_line_errors("bench.py", train.ADVICE):
         argv = sys.argv[1:] if argv is None else argv
         if argv == ["--count"]:
             return print_counted()

@@ -1,15 +1,17 @@
-"""The laboratory: where, if anywhere, is RPO better than Diffusion-DPO, and is it the weights?
+"""The laboratory: where is RPO better than Diffusion-DPO, and is it the weights? Findings are in laboratory.md.
 
-    python -m extras.laboratory                 all runs, tables and the figure; killed, the same command goes on
-    python -m extras.laboratory --rows extras   tables and figure of the rows that are committed there
-    python -m extras.laboratory --again 3       three random lots of each study once more: are the rows the same?
+    python -m extras.laboratory                 all runs, the tables and the figure; killed, the same command goes on
+    python -m extras.laboratory --rows extras   tables and figure of the committed rows
+    python -m extras.laboratory --again 3       repeat three random lots of each study: are the rows the same?
 
-Two studies, vectors.py and drawings.py, train ARMS in regimes. Every arm is tuned anew in every regime on a grid of as
-many settings as any other's, on seeds and prompts that are not reported; where the best setting lies at the edge of the
-grid, the grid grows there, once. The setting that is best by a criterion is trained with the report's seeds and measured on the
-report's prompts by that criterion: the share that is right, or a Frechet distance to what is wished. A seed is one
-set of pairs, one order, one noise, for all arms alike, so differences are paired by seed: t intervals, and Holm's
-correction over all differences of a table. What was found is in laboratory.md.
+Two studies, vectors.py and drawings.py, train every one of ARMS in several regimes:
+
+1. Every arm is tuned anew in every regime. All grids have the same size. Tuning has seeds and prompts of its own.
+2. If the best setting lies at an edge of its grid, the grid grows there, once.
+3. The setting that is best by a criterion is trained with the report's seeds and measured on the report's prompts. The
+   criterion is the share of samples that are right, or a Frechet distance to what is wished.
+4. A seed fixes the pairs, their order and the noise for all arms alike, so differences are paired by seed. The tables
+   have t intervals, and Holm's correction over all differences of a table.
 """
 
 import concurrent.futures
@@ -32,23 +34,23 @@ from common import InputError, Parser, atomic_write, digest, one_line_errors, wr
 from extras import drawings, vectors
 from loss import LOSSES, dpo_loss
 
-# Losses beside the project's, as a fork would add them
+# Three losses beside the project's, written as a fork would add them
 
 
 def shuffled_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
-    """DPO with the loser of another pair in the place of the winner's own."""
+    """DPO in which a winner meets the loser of another pair. It needs a whole batch, as vectors.py gives it."""
     return dpo_loss(err_w, err_l.roll(1), ref_err_w, ref_err_l.roll(1), beta)
 
 
 def pointwise_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
-    """No contrast at all: mean_i -log sigmoid( -beta/2 D_i^w ) - log sigmoid( beta/2 D_i^l )."""
+    """No contrast: L = mean_i -log sigmoid( -beta/2 D_i^w ) - log sigmoid( beta/2 D_i^l )."""
     chosen = -beta / 2 * (err_w - ref_err_w)
     rejected = -beta / 2 * (err_l - ref_err_l)
     return -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean(), {}
 
 
 def dpo_sft_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
-    """DPO plus SFT on the winners, at a fifth of the slope that DPO has along D^w where it is steepest."""
+    """DPO + 0.2 beta/2 mean D^w. The second term is SFT on the winners: a fifth of DPO's steepest slope along D^w."""
     loss, metrics = dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta)
     return loss + 0.2 * beta / 2 * (err_w - ref_err_w).mean(), metrics
 
@@ -57,17 +59,23 @@ FURTHER_LOSSES = {"shuffled": shuffled_loss, "pointwise": pointwise_loss, "dpo_s
 
 
 def begin_process():
-    """What a process needs before it runs: one thread, so that bits do not hang on their number, and the losses."""
+    """Prepares a process. One thread, because the number of threads changes the bits; and the further losses."""
     torch.set_num_threads(1)
     LOSSES.update(FURTHER_LOSSES)
 
 
 class Arm(NamedTuple):
-    """A way of training. `loss` is of LOSSES; or base, the model before; or ideal, what is wished itself."""
+    """A way of training.
+
+    loss       a name in LOSSES, or "base" (the model before training), or "ideal" (the wished samples themselves)
+    options    tau, similarity, weight_position
+    pull       a factor for every beta of the grid: weights inside divide beta by the group size, about 8
+    after_sft  whether a stage of SFT comes first
+    """
 
     loss: str
-    options: dict = {}  # tau, similarity, weight_position
-    pull: float = 1.0  # every beta of the grid is multiplied by it: inside, the weights divide beta by the group
+    options: dict = {}
+    pull: float = 1.0
     after_sft: bool = False
 
 
@@ -90,11 +98,11 @@ ARMS = {
     "SFT, then RPO uniform": Arm("rpo", {"tau": math.inf}, after_sft=True),
     "SFT, then pointwise": Arm("pointwise", after_sft=True),
 }
-FRAME = ("base", "ideal")  # that nothing is chosen for
+FRAME = ("base", "ideal")  # they have no settings to choose
 STUDIES = {"vectors": vectors, "drawings": drawings}
 TRIED = {"vectors": [*ARMS],
          "drawings": ["base", "ideal", "SFT", "DPO", "RPO tau .5", "RPO uniform", "DPO + SFT"]}
-QUESTIONS = {  # the first against the second
+QUESTIONS = {  # the table shows the first arm minus the second
     "do the weights help?": ("RPO tau .5", "RPO uniform"),
     "does a smaller tau help?": ("RPO tau .1", "RPO tau .5"),
     "do the images help the text?": ("RPO tau .5", "RPO tau .5, text alone"),
@@ -107,8 +115,7 @@ QUESTIONS = {  # the first against the second
     "does an SFT stage help DPO?": ("SFT, then DPO", "DPO"),
     "does an SFT stage help RPO?": ("SFT, then RPO uniform", "RPO uniform"),
 }
-CRITERIA = ("right", "distance")  # the more, the better; the less, the better
-DIGITS = {"right": 1, "distance": 2}
+DIGITS = {"right": 1, "distance": 2}  # the criteria, and the digits that a table shows of each
 KEYS = ("regime", "arm", "rate", "beta", "seed", "half")
 COLUMNS = ("right", "style", "content", "distance")
 
@@ -117,14 +124,14 @@ COLUMNS = ("right", "style", "content", "distance")
 
 
 def folder_of(study_name, out):
-    """The folder of a study's rows, base models and pairs: another one for every change of the code."""
+    """The folder of a study's rows, base models and pairs. Every change of the code leads to another folder."""
     root = Path(vectors.__file__).parent.parent
     sources = sorted([*root.glob("*.py"), *root.glob("extras/*.py")])
     return out / study_name / digest(b"".join(source.read_bytes() for source in sources))
 
 
 def measure(study_name, arm_name, regime, settings, half, out):
-    """The rows of settings [(rate, beta, seed)]; a lot of them that is measured has a file, and is not run again."""
+    """The rows of settings [(rate, beta, seed)]. They run in lots; a lot that has its file is read, not run again."""
     folder = folder_of(study_name, out)
     size = STUDIES[study_name].SIDE_BY_SIDE
     rows = []
@@ -139,7 +146,7 @@ def measure(study_name, arm_name, regime, settings, half, out):
 
 
 def run_lot(study_name, arm_name, regime, lot, half, folder):
-    """The rows of some settings that a study runs at once."""
+    """The rows of the settings that a study runs at once."""
     columns = STUDIES[study_name].run(ARMS[arm_name], regime, lot, half, folder)
     rows = []
     for (rate, beta, seed), numbers in zip(lot, columns):
@@ -149,7 +156,7 @@ def run_lot(study_name, arm_name, regime, lot, half, folder):
 
 
 def as_written(number):
-    """A number as the csv has it, so that what is chosen from the csv is what was chosen."""
+    """A number as the csv shows it, so that the csv leads to the same choices as the run."""
     return float(f"{number:.4g}")
 
 
@@ -158,7 +165,7 @@ def grid(rates, betas, seeds):
 
 
 def beyond(values, chosen, count):
-    """`count` values further on, at the ratio of the last two, at each end at which one of the chosen lies."""
+    """`count` more values at each end of a grid where one of `chosen` lies, spaced as the last two values are."""
     if len(values) < 2:
         return []
     values, further = sorted(values), []
@@ -169,7 +176,7 @@ def beyond(values, chosen, count):
 
 
 def choose(rows, criterion):
-    """The (rate, beta) whose mean over the tuning seeds is the best; of equal ones the nearest, then the first."""
+    """The (rate, beta) with the best mean over the tuning seeds. The distance decides a tie, then the order."""
     of_setting = {}
     for row in rows:
         if row["half"] == "tuning":
@@ -177,14 +184,14 @@ def choose(rows, criterion):
 
     def badness(setting):
         rows = of_setting[setting]
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in CRITERIA}
-        return (-means["right"] if criterion == "right" else means["distance"]), means["distance"]
+        right, distance = (sum(row[name] for row in rows) / len(rows) for name in ("right", "distance"))
+        return (-right if criterion == "right" else distance), distance
 
     return min(of_setting, key=badness)
 
 
 def run_cell(study_name, arm_name, regime, out):
-    """The rows of an arm in a regime: tuned, the grid extended once, and reported."""
+    """The rows of an arm in a regime: the arm is tuned, its grid grows once, the chosen settings are reported."""
     study, arm = STUDIES[study_name], ARMS[arm_name]
     if arm_name in FRAME:
         return measure(study_name, arm_name, regime, grid([0.0], [0.0], study.REPORT_SEEDS), "report", out)
@@ -205,15 +212,15 @@ def run_cell(study_name, arm_name, regime, out):
 
 
 def run_study(name, out, pool):
-    """All rows of a study; its cells side by side."""
+    """All rows of a study. Its cells run side by side."""
     STUDIES[name].prepare(folder_of(name, out))
     cells = [(name, arm, regime, out) for arm in TRIED[name] for regime in STUDIES[name].REGIMES]
-    jobs = [pool.submit(run_cell, *cell) for cell in reversed(cells)]  # the short ones last: none waits alone
+    jobs = [pool.submit(run_cell, *cell) for cell in reversed(cells)]  # short cells last: all processes end together
     try:
         for job in tqdm(concurrent.futures.as_completed(jobs), name, len(jobs)):
             job.result()
     except BaseException:
-        pool.shutdown(cancel_futures=True)  # else a failure would wait for all that is queued
+        pool.shutdown(cancel_futures=True)  # a failure need not wait for the queue
         raise
     rows = []
     for job in reversed(jobs):
@@ -222,7 +229,7 @@ def run_study(name, out, pool):
 
 
 def check_again(out, count, names):
-    """Runs `count` random lots of each study once more, from nothing; the rows must be the same to the bit."""
+    """Repeats `count` random lots of each study from nothing. Their rows must be the same to the bit."""
     for name in names:
         files = sorted((folder_of(name, out) / "rows").glob("*.json"))
         if not files:
@@ -252,9 +259,9 @@ def read_rows(file):
     with open(file, newline="") as lines:
         rows = list(csv.DictReader(lines))
     for row in rows:
+        row["seed"] = int(row["seed"])
         for name in ("rate", "beta", *COLUMNS):
             row[name] = float(row[name])
-        row["seed"] = int(row["seed"])
     return rows
 
 
@@ -262,43 +269,45 @@ def read_rows(file):
 
 
 class Cells:
-    """The rows of a study by arm and regime."""
+    """The rows of a study, by arm and regime."""
 
-    def __init__(self, study, rows):
-        self.study = study
+    def __init__(self, study_name, rows):
+        self.study_name = study_name
+        self.criteria = STUDIES[study_name].CHOSEN_BY
         self.arms = list(dict.fromkeys(row["arm"] for row in rows))
         self.regimes = list(dict.fromkeys(row["regime"] for row in rows))
         self.rows = {}
         for row in rows:
             self.rows.setdefault((row["arm"], row["regime"]), []).append(row)
-        self.criteria = STUDIES[study].CHOSEN_BY
+
+    def chosen_by(self, criterion):
+        """The criterion that chose the settings for a table of `criterion`: drawings have one for both tables."""
+        return criterion if criterion in self.criteria else self.criteria[0]
 
     def setting(self, arm, regime, criterion):
-        """The (rate, beta) chosen by a criterion: the one of a study with one criterion, for both columns."""
+        """The (rate, beta) chosen for a table of `criterion`."""
         if arm in FRAME:
             return 0.0, 0.0
-        return choose(self.rows[arm, regime], criterion if criterion in self.criteria else self.criteria[0])
+        return choose(self.rows[arm, regime], self.chosen_by(criterion))
 
     def report_rows(self, arm, regime, criterion):
-        """The rows of the report's seeds at the setting chosen by a criterion, in the order of the seeds."""
+        """The reported rows of that setting, in the order of the seeds."""
         setting = self.setting(arm, regime, criterion)
         rows = [row for row in self.rows[arm, regime] if row["half"] == "report"]
         rows = [row for row in rows if (row["rate"], row["beta"]) == setting]
         return sorted(rows, key=lambda row: row["seed"])
 
     def reported(self, arm, regime, criterion):
-        """[seeds] the reported values of a criterion, in percent where it is a share."""
+        """[seeds] float64: the reported values of a criterion; shares are in percent."""
         scale = 100 if criterion == "right" else 1
         values = [scale * row[criterion] for row in self.report_rows(arm, regime, criterion)]
         return torch.tensor(values, dtype=torch.float64)
 
     def edges(self, arm, regime, criterion):
-        """Words for the ends of the grid, extended, at which the chosen setting lies."""
+        """["lr at the edge", "beta at the edge"], each where the chosen setting lies at an end of the grown grid."""
         words = []
-        for name, i in (("lr", 0), ("beta", 1)):
-            key = ("rate", "beta")[i]
+        for key, name, chosen in zip(("rate", "beta"), ("lr", "beta"), self.setting(arm, regime, criterion)):
             tuned = {row[key] for row in self.rows[arm, regime] if row["half"] == "tuning"}
-            chosen = self.setting(arm, regime, criterion)[i]
             if len(tuned) > 1 and chosen in (min(tuned), max(tuned)):
                 words.append(f"{name} at the edge")
         return words
@@ -312,9 +321,9 @@ def markdown(head, lines):
 
 
 def differences(cells, criterion, pairs):
-    """Per pair (a, b) of arms a list of texts, one a regime: a - b, its interval, the seeds at which a is better.
+    """For each pair (a, b) of arms the table's texts, one per regime: a - b, its interval, seeds where a is better.
 
-    Bold: Holm's p, over all of these differences, is below .05. A dagger: a setting of a or b lies at an edge.
+    Bold: Holm's p over all these differences is below .05. Dagger: a setting of a or b lies at an edge of its grid.
     """
     digits = DIGITS[criterion]
     numbers, texts = [], []
@@ -335,7 +344,7 @@ def differences(cells, criterion, pairs):
 
 
 def against_dpo(cells, criterion):
-    """DPO's own mean and standard deviation over the seeds, and what every other arm differs from it."""
+    """A table: base, ideal and DPO as mean ± deviation over the seeds, then every other arm minus DPO."""
     digits, lines = DIGITS[criterion], []
     for arm in (*FRAME, "DPO"):
         line = [arm]
@@ -350,7 +359,7 @@ def against_dpo(cells, criterion):
 
 
 def questions(cells, criterion):
-    """Differences that answer QUESTIONS, where a study has both arms."""
+    """The table of QUESTIONS for which a study has both arms."""
     asked = {text: pair for text, pair in QUESTIONS.items() if {*pair} <= {*cells.arms}}
     lines = []
     for (text, (a, b)), texts in zip(asked.items(), differences(cells, criterion, asked.values())):
@@ -359,7 +368,7 @@ def questions(cells, criterion):
 
 
 def chosen_settings(cells, criterion):
-    """Of every cell: the chosen rate and beta, and the means of all columns at them."""
+    """The table of each cell's chosen rate and beta, with the means of all columns."""
     lines = []
     for regime in cells.regimes:
         for arm in cells.arms:
@@ -376,24 +385,22 @@ def chosen_settings(cells, criterion):
 
 
 def tables(of_study):
-    """All tables as Markdown, by their titles; of_study {study: rows}."""
+    """{title: table in Markdown} of the rows {study: rows}."""
     texts = {}
-    for name, rows in of_study.items():
-        cells = Cells(name, rows)
-        for criterion in CRITERIA:
-            by = criterion if criterion in cells.criteria else cells.criteria[0]
-            title = f"{name}, {criterion}, chosen by {by}"
+    studies = [Cells(name, rows) for name, rows in of_study.items()]
+    for cells in studies:
+        for criterion in DIGITS:
+            title = f"{cells.study_name}, {criterion}, chosen by {cells.chosen_by(criterion)}"
             texts[f"{title}: against DPO"] = against_dpo(cells, criterion)
             texts[f"{title}: questions"] = questions(cells, criterion)
-    for name, rows in of_study.items():
-        cells = Cells(name, rows)
+    for cells in studies:
         for criterion in cells.criteria:
-            texts[f"{name}, settings chosen by {criterion}"] = chosen_settings(cells, criterion)
+            texts[f"{cells.study_name}, settings chosen by {criterion}"] = chosen_settings(cells, criterion)
     return texts
 
 
 def figure(file, of_study):
-    """The differences of the share that is right to DPO's, with their intervals: a panel per study and regime."""
+    """Each arm's share of right samples minus DPO's, with its interval: a panel per study and regime."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -410,7 +417,7 @@ def figure(file, of_study):
                 axis.plot([low, high], [y, y], color=color)
                 axis.plot(mean, y, "o", color=color)
         axis.axvline(0, color="#0072b2", linewidth=1)
-        axis.set_title(f"{cells.study}\n{regime}", fontsize=9)
+        axis.set_title(f"{cells.study_name}\n{regime}", fontsize=9)
         axis.set_xlabel("right, points above DPO", fontsize=8)
     axes[0].set_yticks(range(len(shown)), shown, fontsize=8)
     axes[0].invert_yaxis()
@@ -420,11 +427,11 @@ def figure(file, of_study):
 
 def parse_args(argv=None):
     parser = Parser(prog="laboratory.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default="out/laboratory", help="folder of the runs, their rows, tables and figure")
+    parser.add_argument("--out", default="out/laboratory", help="for runs, rows, tables and figure [%(default)s]")
     parser.add_argument("--studies", nargs="+", default=[*STUDIES], choices=[*STUDIES], help="[all]")
-    parser.add_argument("--rows", metavar="DIR", help="trains nothing: tables and figure of DIR/STUDY.csv")
-    parser.add_argument("--again", type=int, metavar="N", help="measures N random lots of each study of --out anew")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="side by side, a thread each")
+    parser.add_argument("--rows", metavar="DIR", help="train nothing; make tables and figure of DIR/STUDY.csv")
+    parser.add_argument("--again", type=int, metavar="N", help="repeat N random lots of each study in --out")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
     return parser.parse_args(argv)
 
 

@@ -1,11 +1,11 @@
-"""Is it learning? A healthy run of the embedded task beside four that are not, and a table of beta x learning rate.
+"""Is it learning? Curves of a healthy run and of four that are not, and a table of beta x learning rate.
 
     python -m extras.learning                   ten runs of train.py, about fifteen minutes on two cores
     python -m extras.learning --rows extras     the figure and the table alone, from the committed rows
 
-Every run is the embedded task's by RPO, as its preset has it, but for what its name says; held-out pairs are measured
-every ten steps. Into --out go learning.csv, a row per measurement, and learning.png; the table is printed. Killed, the
-same command goes on with the runs that are missing.
+Every run trains the embedded task by RPO, with the preset's values except those that its name says. Held-out pairs are
+measured every ten steps. The command writes learning.csv (a row per measurement) and learning.png to --out and prints
+the table. If it is killed, the same command goes on with the missing runs.
 """
 
 import csv
@@ -20,9 +20,9 @@ from extras import tiny
 from options import PRESETS
 
 BETA, LR = PRESETS["tiny"]["beta"], PRESETS["tiny"]["lr"]
-FACTORS = (0.1, 1, 10)  # of beta and of the learning rate
-PAIRS = 256  # that are held out
-SHOWN = {  # in the figure: (times beta, times lr, whether the labels are swapped)
+FACTORS = (0.1, 1, 10)  # the table multiplies beta and the learning rate by these
+PAIRS = 256  # held-out pairs to measure
+SHOWN = {  # the curves of the figure: (factor of beta, factor of the learning rate, are the labels swapped)
     "healthy": (1, 1, False),
     "beta / 10": (0.1, 1, False),
     "beta x 10": (10, 1, False),
@@ -34,13 +34,13 @@ PANELS = {"accuracy": "held-out accuracy", "margin": "held-out margin", "winner"
 
 
 def settings():
-    """All runs: those of the figure, and of the table what is not among them."""
+    """All runs: those of the figure, then those of the table; each once."""
     table = [(beta, lr, False) for beta in FACTORS for lr in FACTORS]
     return list(dict.fromkeys([*SHOWN.values(), *table]))
 
 
 def swap_labels(folder):
-    """The embedded pairs with the losers preferred, as a parquet file in a folder."""
+    """Writes the embedded pairs with swapped labels as a parquet file to a folder; returns the folder."""
     import datasets
 
     pairs = datasets.load_dataset("parquet", data_files=str(tiny.part("pairs") / "train.parquet"), split="train")
@@ -50,7 +50,7 @@ def swap_labels(folder):
 
 
 def measure_run(setting, out):
-    """The rows of a run: of every measurement, and of the judge's word on the model that it leaves."""
+    """Trains a run and returns a row per measurement. Each row also has the judge's verdict on the final model."""
     beta, lr, swapped = setting
     run = out / f"beta-{beta:g}-lr-{lr:g}{'-swapped' if swapped else ''}"
     data = swap_labels(out / "swapped") if swapped else "tiny"
@@ -69,7 +69,7 @@ def measure_run(setting, out):
 
 
 def read_rows(folder):
-    """The rows of learning.csv, as floats."""
+    """The rows of a folder's learning.csv; all values are floats."""
     file = Path(folder) / "learning.csv"
     try:
         with open(file, newline="") as stream:
@@ -79,12 +79,12 @@ def read_rows(folder):
 
 
 def rows_of(rows, setting):
-    """The rows of a run, in the order of its steps."""
+    """The rows of one run, in the order of its steps."""
     return [row for row in rows if (row["beta"], row["lr"], row["swapped"]) == setting]
 
 
 def table(rows):
-    """After the last step, beta x learning rate, as markdown: held-out accuracy and margin; sketches, right shapes."""
+    """Beta x learning rate as Markdown: held-out accuracy and margin after the last step; sketches and right shapes."""
     lines = ["| | " + " | ".join(f"learning rate {lr * LR:g}" for lr in FACTORS) + " |", "|---" * 4 + "|"]
     for beta in FACTORS:
         cells = []
@@ -96,7 +96,7 @@ def table(rows):
 
 
 def figure(rows, file):
-    """The curves of SHOWN: accuracy with its interval, margin, and the winners' error over the reference's."""
+    """The curves of SHOWN: accuracy with its interval, margin, winners' error divided by the reference's."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(11, 3.4), layout="constrained")
@@ -123,8 +123,8 @@ def figure(rows, file):
 
 def parse_args(argv=None):
     parser = common.Parser(prog="learning.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default="out/learning", help="a folder for the rows and the figure [%(default)s]")
-    parser.add_argument("--rows", metavar="DIR", help="draw the rows of DIR/learning.csv, run nothing")
+    parser.add_argument("--out", default="out/learning", help="folder for the rows and the figure [%(default)s]")
+    parser.add_argument("--rows", metavar="DIR", help="train nothing; use the rows of DIR/learning.csv")
     return parser.parse_args(argv)
 
 

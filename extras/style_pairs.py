@@ -8,17 +8,25 @@
     python evaluate.py generate --model out/vg/model --prompts van-gogh/prompts.json --out images/vg-rpo
     python evaluate.py style images/vg-rpo --reference van-gogh/reference --base images/vg-base
 
-For each prompt a plain image, the rejected one, of --model or of the folder --images; and the chosen, the same
-content in the style. With --editor an InstructPix2Pix model edits the plain image by an instruction, as the
-paper made its sets (with others of that kind, on Pick-a-Pic's images). Without, it is image-to-image from the
-plain one's latents, with the prompt put in the words of the style, by --strength.
+Every prompt gets two images. The rejected one is plain: --model draws it, or it comes from the folder --images. The
+chosen one shows the same content in the style. There are two ways to make it:
 
-It leaves in --out: pairs/*.parquet in Pick-a-Pic's schema, the prompt as caption; reference/*.png, styled images
-of --held_out prompts that are in no pair, and prompts.json, these prompts, for evaluation; images/, what both
-were made of. Killed and given again, the same command goes on.
+- With --editor, an InstructPix2Pix model edits the plain image by an instruction. The paper made its sets in this way,
+  with other editors, on Pick-a-Pic's images.
+- Without --editor, --model makes it by image-to-image from the plain image's latents. The prompt is put in the words of
+  the style, and --strength sets how far the image may change.
+
+The command writes to --out:
+
+    pairs/*.parquet  the pairs in Pick-a-Pic's schema; the caption is the plain prompt
+    prompts.json     --held_out prompts that are in no pair, for evaluation
+    reference/*.png  the styled images of these prompts
+    images/          the plain and the styled image of every prompt
+
+If it is killed, the same command goes on.
 """
 
-import common  # first: it notes the launcher, before the imports that take seconds
+import distributed  # first: it notes the launcher, before the imports that take seconds
 
 import json
 import shutil
@@ -29,51 +37,54 @@ from diffusers import AutoPipelineForImage2Image
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import data
+import common
 import evaluate
+import report
 from common import InputError, keyed_generator
-from models import (Flux, StableDiffusion, StableDiffusionXL, cast_for_autocast, load_model, load_pipeline,
-                    model_index)
+from evaluate import read_prompts
+from flow_models import Flux
+from loading import load_model, load_pipeline, model_index, weights_digest
+from models import StableDiffusion, StableDiffusionXL, cast_for_autocast
+from sources import read_image
 
-STYLES = {  # of the paper, in words of ours; anything else with a {} for the prompt is a style, too
+STYLES = {  # the paper's styles, in our words; --style takes any other text with a {} for the prompt
     "van-gogh": "{}, an oil painting in the style of Vincent van Gogh, swirling thick brush strokes",
     "sketch": "{}, a black and white pencil sketch, line drawing on paper",
     "winter": "{}, in deep winter, covered in snow and frost",
 }
-EDITS = {  # the same as instructions to an editor; any other words are one, too
+EDITS = {  # the same styles as instructions to an editor; --style takes any other text
     "van-gogh": "turn it into an oil painting by Vincent van Gogh",
     "sketch": "turn it into a black and white pencil sketch",
     "winter": "make it deep winter, covered in snow and frost",
 }
-EDITORS = {  # pipelines that see the image beside the noise, and the family that loads and runs each
+EDITORS = {  # pipelines that see the image beside the noise; the family that loads and runs each
     "StableDiffusionInstructPix2PixPipeline": StableDiffusion,
     "StableDiffusionXLInstructPix2PixPipeline": StableDiffusionXL,
 }
-SHARD = 100  # pairs in a parquet file; Arrow takes 2 GB of them, and a picture may have 5 MB
-ADVICE = "A smaller --batch_size, or --device cpu, may go on"
+SHARD = 100  # pairs in a parquet file: Arrow takes 2 GB at once, and a picture may have 5 MB
+ADVICE = "The same command goes on with a smaller --batch_size or with --device cpu"
 
 
 def parse_args(argv=None):
-    """The options; --style in its words. InputError on any that will not do."""
+    """The options; the name of a style is replaced by its words. InputError if an option is wrong."""
     parser = common.Parser(prog="style_pairs.py", allow_abbrev=False)
 
     add = parser.add_argument
-    add("--model", default="tiny", help="a preset's name, a diffusers folder or a hub id; FLUX with --editor alone "
-        "[tiny]")
-    add("--images", metavar="DIR", help="plain images instead of a model's, in the order of their names a prompt each")
-    add("--editor", metavar="MODEL", help="an InstructPix2Pix model, folder or hub id, makes the styled images")
-    add("--prompts", required=True, metavar="PROMPTS", help="as of evaluate.py generate; each is used once")
-    add("--style", required=True, help=f"{', '.join(STYLES)}, or your words: with a {{}} for the prompt, or with "
-        "--editor an instruction")
+    add("--model", default="tiny", help="a preset's name, a diffusers folder or a hub id; FLUX needs --editor [tiny]")
+    add("--images", metavar="DIR", help="plain images in the place of --model's, sorted by name, one per prompt")
+    add("--editor", metavar="MODEL", help="an InstructPix2Pix model, folder or hub id, that makes the styled images")
+    add("--prompts", required=True, metavar="PROMPTS", help="as for evaluate.py generate; a repeated one counts once")
+    add("--style", required=True, help=f"{', '.join(STYLES)}, or your words: text with a {{}} for the prompt; with "
+        "--editor, an instruction")
     add("--out", required=True, metavar="DIR")
-    add("--strength", type=float, default=0.7, help="without --editor: how far the styled image goes from the plain")
-    add("--image_guidance", type=float, default=1.5, help="of the editor: how close it stays to the plain image")
-    add("--held_out", type=int, default=0, metavar="N", help="prompts kept apart for the reference images")
+    add("--strength", type=float, default=0.7, help="without --editor: how far to change the image, up to 1 [0.7]")
+    add("--image_guidance", type=float, default=1.5, help="with --editor: how close to stay to the image [1.5]")
+    add("--held_out", type=int, default=0, metavar="N", help="prompts to keep apart for the reference images")
     add("--seed", type=int, default=0)
-    add("--steps", type=int, default=50, help="denoising steps")
+    add("--steps", type=int, default=50, help="denoising steps [50]")
     add("--guidance", type=float, help="classifier-free guidance [7.5; SDXL 5.0; a toy model 3.0]")
-    add("--resolution", type=int, help="side of the images, pixels [the model's own]")
-    add("--batch_size", type=int, default=4, help="pairs at once")
+    add("--resolution", type=int, help="side of the images in pixels [the model's own]")
+    add("--batch_size", type=int, default=4, help="pairs at once [4]")
     add("--precision", choices=[*common.DTYPES], help="[bf16 on cuda, else fp32]")
     add("--device", help="cuda, mps or cpu [the best there is]")
     args = parser.parse_args(argv)
@@ -81,54 +92,54 @@ def parse_args(argv=None):
     name = args.style
     args.style = (EDITS if args.editor else STYLES).get(name, name)
     if "{}" not in args.style and not args.editor:
-        parser.error(f"--style {name} is none of {', '.join(STYLES)} and has no {{}} for the prompt")
+        parser.error(f"--style {name}: give {', '.join(STYLES)}, or words with a {{}} for the prompt")
     if args.images and not args.editor:
-        parser.error("--images needs --editor, which makes the styled images of them")
+        parser.error("--images needs --editor, which makes the styled images")
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
     if not 0 < args.strength <= 1 or int(args.steps * args.strength) < 1:
-        parser.error(f"--strength {args.strength} of {args.steps} steps leaves none; it lies above 0, up to 1")
+        parser.error(f"--strength {args.strength} leaves none of {args.steps} steps; it must be above 0 and at most 1")
     return args
 
 
-def read_prompts(args):
-    """(the different prompts, the numbers of those that are in no pair, the files of their images or None).
+def split_prompts(args):
+    """(the different prompts, the numbers of the held-out ones, the files of their images or None).
 
-    A prompt that stands in the list twice could be held out and in a pair; of its images the first is taken.
+    A repeated prompt counts once, with its first image. Otherwise it could be held out and also be in a pair.
     """
-    listed = evaluate.read_prompts(args.prompts)
+    listed = read_prompts(args.prompts)
     prompts, images = list(dict.fromkeys(listed)), None
     if args.images:
-        found = evaluate.image_files(args.images)
+        found = report.image_files(args.images)
         if len(found) != len(listed):
-            raise InputError(f"--images {args.images} holds {len(found)} images, {args.prompts} {len(listed)} "
-                             "prompts")
-        first = dict(zip(reversed(listed), reversed(found)))
+            raise InputError(f"--images {args.images} holds {len(found)} images, but {args.prompts} has "
+                             f"{len(listed)} prompts")
+        first = dict(zip(reversed(listed), reversed(found)))  # a dict keeps the last value, here the first image
         images = [first[prompt] for prompt in prompts]
     if not 0 <= args.held_out < len(prompts):
-        raise InputError(f"--held_out {args.held_out} leaves no pair of {len(prompts)} different prompts")
+        raise InputError(f"--held_out {args.held_out}: {len(prompts)} different prompts would leave no pair")
     order = torch.randperm(len(prompts), generator=keyed_generator(args.seed, "held out")).tolist()
     return prompts, sorted(order[:args.held_out]), images
 
 
 def load_editor(source):
-    """The frozen float32 InstructPix2Pix model of a diffusers folder or hub id, as its family."""
+    """The InstructPix2Pix model of a diffusers folder or hub id, frozen and float32, as a model family."""
     try:
         kind = model_index(source)["_class_name"]
         if kind not in EDITORS:
-            raise ValueError(f"it is a {kind}, not a pipeline of InstructPix2Pix")
+            raise ValueError(f"it is a {kind}, not an InstructPix2Pix pipeline")
         return EDITORS[kind](load_pipeline(source, EDITORS[kind]))
     except Exception as error:
         raise InputError(f"--editor {source} cannot be loaded: {common.brief(error)}")
 
 
 def files(out, i):
-    """The plain and the styled image of prompt i."""
+    """The files of the plain and of the styled image of prompt i."""
     return [out / "images" / f"{i:05d}-{kind}.png" for kind in ("plain", "styled")]
 
 
 def claim_folder(out, args, models, prompts, images, dtype):
-    """Writes the manifest, all that makes the images; InputError where `out` was begun with anything else."""
+    """Writes the manifest: all that decides the images. InputError if `out` was begun with something else."""
     manifest = {"style": args.style, "seed": args.seed, "steps": args.steps, "guidance": args.guidance,
                 "resolution": args.resolution, "held_out": args.held_out, "prompts": common.digest(prompts),
                 "precision": str(dtype)}
@@ -139,39 +150,38 @@ def claim_folder(out, args, models, prompts, images, dtype):
     else:
         manifest["strength"] = args.strength
     for name, model in models.items():
-        manifest[f"{name}: weights"] = evaluate.weights_digest(model)
+        manifest[f"{name}: weights"] = weights_digest(model)
         manifest[f"{name}: scheduler"] = str(sorted(model.pipe.scheduler.config.items()))
     file = out / "manifest.json"
     if file.exists():
-        before = evaluate.read_json(file)
+        before = report.read_json(file)
         for key, value in manifest.items():
             if before.get(key) != value:
-                raise InputError(f"{out} was begun with {key} {before.get(key)!r}, not {value!r}; "
-                                 "give another --out")
+                raise InputError(f"{out} was begun with {key} {before.get(key)!r}, not {value!r}; give another --out")
     elif any(out.glob("*")):
-        raise InputError(f"{out} holds something else; give another --out")
+        raise InputError(f"{out} holds other files; give another --out")
     (out / "images").mkdir(parents=True, exist_ok=True)
     common.atomic_write(file, json.dumps(manifest | {"model": args.model, "editor": args.editor}, indent=1))
 
 
 def read_square(file, side):
-    """The middle of a picture, side * side pixels."""
+    """The middle square of a picture, resized to side x side pixels."""
     try:
-        return ImageOps.fit(data.read_image(file.read_bytes()), (side, side), Image.Resampling.BICUBIC)
+        return ImageOps.fit(read_image(file.read_bytes()), (side, side), Image.Resampling.BICUBIC)
     except Exception as error:
-        raise InputError(f"{file} cannot be read ({common.brief(error)}); take it and its prompt out")
+        raise InputError(f"{file} cannot be read ({common.brief(error)}); remove it and its prompt")
 
 
 def make_images(out, args, models, prompts, images, dtype):
-    """Draws the plain and the styled images that are not there yet: this process's share."""
+    """Draws this process's share of the plain and styled images that are missing."""
     model, editor = models.get("model"), models.get("editor")
     if not editor:
         restyle = AutoPipelineForImage2Image.from_pipe(model.pipe)
         restyle.set_progress_bar_config(disable=True)
-    for batch in evaluate.pending_batches(len(prompts), args.batch_size, lambda i: files(out, i), "pairs"):
+    for batch in distributed.pending_batches(len(prompts), args.batch_size, lambda i: files(out, i), "pairs"):
         plain_prompts = [prompts[i] for i in batch]
         styled_prompts = [args.style.replace("{}", prompt) for prompt in plain_prompts]
-        plain_noise = [keyed_generator(args.seed, "sample", i) for i in batch]  # that of evaluate.py generate
+        plain_noise = [keyed_generator(args.seed, "sample", i) for i in batch]  # the noise of evaluate.py generate
         styled_noise = [keyed_generator(args.seed, "style", i) for i in batch]
 
         if images:
@@ -179,23 +189,23 @@ def make_images(out, args, models, prompts, images, dtype):
         else:
             plain = model.sample(plain_prompts, plain_noise, args.steps, args.guidance, dtype,
                                  height=args.resolution, width=args.resolution)
-            plain_images = evaluate.to_pil(model.decode(plain))
+            plain_images = report.to_pil(model.decode(plain))
         if editor:
             styled = editor.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
                                    image=plain_images, image_guidance_scale=args.image_guidance)
-            styled_images = evaluate.to_pil(editor.decode(styled))
+            styled_images = report.to_pil(editor.decode(styled))
         else:
             styled = model.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
                                   pipe=restyle, image=plain, strength=args.strength)
-            styled_images = evaluate.to_pil(model.decode(styled))
+            styled_images = report.to_pil(model.decode(styled))
         for i, plain_image, styled_image in zip(batch, plain_images, styled_images):
             plain_file, styled_file = files(out, i)
-            evaluate.save_png(plain_image, plain_file)
-            evaluate.save_png(styled_image, styled_file)
+            report.save_png(plain_image, plain_file)
+            report.save_png(styled_image, styled_file)
 
 
 def pack(out, args, prompts, held_out):
-    """The parquet files, the reference images and their prompts, from the images that were made."""
+    """Writes the parquet files, the reference images and their prompts, from the images that were made."""
     import datasets
 
     def row(i):
@@ -225,29 +235,29 @@ def main(argv=None):
     with common.one_line_errors("style_pairs.py", ADVICE):
         args = parse_args(argv)
         out = Path(args.out)
-        prompts, held_out, images = read_prompts(args)
+        prompts, held_out, images = split_prompts(args)
         device, dtype = evaluate.device_and_dtype(args)
-        common.end_with_launcher()
+        distributed.end_with_launcher()
         models = {}
         if not args.images:
             models["model"] = load_model(args.model)
             if isinstance(models["model"], Flux) and not args.editor:
-                raise InputError(f"--model {args.model}: FLUX's image-to-image is not known here; give --editor too")
+                raise InputError(f"--model {args.model}: image-to-image by FLUX is not supported; give --editor")
         if args.editor:
             models["editor"] = load_editor(args.editor)
         for model in models.values():
             model.check_scheduler()
         args.resolution, args.guidance = evaluate.resolution_and_guidance(args, [*models.values()][0])
-        rank, _, _ = common.torchrun_env()
+        rank, _, _ = distributed.torchrun_env()
         if rank == 0:
             claim_folder(out, args, models, prompts, images, dtype)
-        evaluate.barrier()
+        distributed.wait_for_all()
 
         for model in models.values():
             cast_for_autocast(model.denoiser, dtype)
             model.pipe.to(device)
         make_images(out, args, models, prompts, images, dtype)
-        evaluate.barrier()
+        distributed.wait_for_all()
         if rank == 0:
             pack(out, args, prompts, held_out)
             paired = len(prompts) - len(held_out)

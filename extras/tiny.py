@@ -1,16 +1,18 @@
-"""The embedded task: a model and pairs to train it on, made from nothing in a few minutes on two CPU cores.
+"""The embedded task: a model and preference pairs, made from nothing in a few minutes on two CPU cores.
 
-    python -m extras.tiny                        judge a base model and, where it exists, its out/MODEL-rpo/model
-    python -m extras.tiny out/tiny-dpo/model     judge others: diffusers folders, or LoRA weights
+    python -m extras.tiny                        judge the base model and, where it exists, out/MODEL-rpo/model
+    python -m extras.tiny out/tiny-dpo/model     judge other diffusers folders or LoRA weights
 
-Captioned 32x32 drawings ("a red circle on a blue background") come in two styles that the caption never
-names: plain and, one in six, as a sketch (dark outline on pale paper). The preference: the sketch wins. Its
-parts are made on first use and kept in $XDG_CACHE_HOME or ~/.cache, under diffusion-rpo/, in the usual formats:
+The pictures are 32x32 drawings with captions such as "a red circle on a blue background". One drawing in six is a
+sketch: a dark outline on pale paper. The captions never name the style. In every preference pair the sketch wins.
+
+The parts are built on first use and kept in $XDG_CACHE_HOME (else ~/.cache), under diffusion-rpo/:
 
     pipeline  a StableDiffusionPipeline: AutoencoderKL (32x32x3 to 8x8x4), UNet2DConditionModel, CLIPTextModel
-    pairs     train.parquet, 1,500 pairs in Pick-a-Pic's schema, and prompts.txt, prompts that are in no pair
+    pairs     train.parquet, 1,500 pairs in Pick-a-Pic's schema, and prompts.txt, 36 prompts that no pair shows
+    held_out  held_out.parquet, 512 pairs of those 36 prompts
     clip      a small open_clip model for the cross-pair weights; it takes any text and any image
-    judge     a small convolutional network that tells the style and the shape of a picture
+    judge     a small convolutional network that recognises the style and the shape of a picture
 """
 
 import inspect
@@ -41,16 +43,17 @@ COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (35, 80, 210), "
           "purple": (135, 60, 170), "white": (248, 248, 248)}
 INK, PAPER = (50, 50, 60), (240, 234, 220)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-CORNERS = {  # (radius, angle / pi) of each corner, of the shapes that have some
+CORNERS = {  # (radius, angle / pi) of each corner of a polygon
     "square": [(0.95, k / 2 + 0.25) for k in range(4)],
     "triangle": [(1.1, k * 2 / 3 - 0.5) for k in range(3)],
     "star": [((1.1, 0.45)[k % 2], k / 5 - 0.5) for k in range(10)],
     "cross": [((1.06, 0.48, 1.06)[k % 3], k // 3 / 2 + (0.1, 0.25, 0.4)[k % 3]) for k in range(12)],
 }
 SCENES = [(shape, color, back) for shape in SHAPES for color in COLORS for back in COLORS if back != color]
-HELD_OUT = random.Random(0).sample(SCENES, 36)  # of 180: in no preference pair, but what measure() asks for
-STEPS = {"vae": 800, "unet": 800, "flow": 2000, "clip": 250, "judge": 300}  # training steps of the networks
-LAST = torch.channels_last  # the faster layout for convolutions on CPUs, too
+HELD_OUT = random.Random(0).sample(SCENES, 36)  # no training pair shows these; measure() asks for them
+STEPS = {"vae": 800, "unet": 800, "flow": 2000, "clip": 250, "judge": 300}  # training steps of each network
+HEADS = (2, len(SHAPES))  # the judge's classes: plain or sketch, and the shape
+LAST = torch.channels_last  # convolutions are faster in this layout, also on CPUs
 
 
 # Drawings
@@ -62,28 +65,34 @@ def caption(scene):
 
 
 def draw(scene, sketch, rng):
-    """A PIL picture, 32x32, of (shape, color, background); its place, size and tilt come from `rng`."""
+    """A PIL picture of a scene (shape, color, background), 32x32. `rng` gives the shape its place, size and tilt."""
+    background = PAPER if sketch else COLORS[scene[2]]
+    pen = (INK, 10) if sketch else None
+    return draw_scene(scene, background, pen, rng, radii=(0.32, 0.38), tilt=0.1, shift=0.06)
+
+
+def draw_scene(scene, background, pen, rng, radii, tilt, shift):
+    """A PIL picture of a scene, 32x32: the filled shape or, with a pen (color, width in pixels), its outline.
+
+    radii  smallest and largest radius of the shape, in sides of the picture
+    tilt   largest tilt to either side, in radians
+    shift  largest distance from the middle along x and y, in sides of the picture
+    """
     shape, color, back = scene
     side = SIZE * 4  # drawn four times as large, for smooth edges
-    radius = rng.uniform(0.32, 0.38) * side
-    tilt = rng.uniform(-0.1, 0.1)
-    x = side / 2 + rng.uniform(-0.06, 0.06) * side
-    y = side / 2 + rng.uniform(-0.06, 0.06) * side
-    image = Image.new("RGB", (side, side), PAPER if sketch else COLORS[back])
+    radius = rng.uniform(*radii) * side
+    tilt = rng.uniform(-tilt, tilt)
+    x = side / 2 + rng.uniform(-shift, shift) * side
+    y = side / 2 + rng.uniform(-shift, shift) * side
+    image = Image.new("RGB", (side, side), background)
     canvas = ImageDraw.Draw(image)
-    pen = (INK, 10) if sketch else None
-    draw_shape(canvas, shape, x, y, radius, tilt, COLORS[color], COLORS[back], pen)
-    return image.resize((SIZE, SIZE), Image.LANCZOS)
-
-
-def draw_shape(canvas, shape, x, y, radius, tilt, color, back, pen):
-    """A shape filled with its color; or, with a pen (color, width in pixels), its outline."""
     if shape in CORNERS:
-        draw_polygon(canvas, place_corners(CORNERS[shape], x, y, radius, tilt), color, pen)
+        draw_polygon(canvas, place_corners(CORNERS[shape], x, y, radius, tilt), COLORS[color], pen)
     else:
-        draw_disc(canvas, x, y, radius, color, pen)
+        draw_disc(canvas, x, y, radius, COLORS[color], pen)
     if shape == "ring":
-        draw_disc(canvas, x, y, radius / 2, back, pen)
+        draw_disc(canvas, x, y, radius / 2, COLORS[back], pen)
+    return image.resize((SIZE, SIZE), Image.LANCZOS)
 
 
 def draw_disc(canvas, x, y, radius, color, pen):
@@ -104,7 +113,7 @@ def draw_polygon(canvas, corners, color, pen):
 
 
 def place_corners(corners, x, y, radius, tilt):
-    """[(x, y), ...] in pixels of corners in polar coordinates around (x, y)."""
+    """[(x, y), ...] in pixels; the corners are given in polar coordinates around (x, y)."""
     placed = []
     for distance, angle in corners:
         turn = math.pi * angle + tilt
@@ -112,21 +121,33 @@ def place_corners(corners, x, y, radius, tilt):
     return placed
 
 
+def to_pixels(pictures):
+    """PIL pictures -> [n, 3, 32, 32] float32 in [-1, 1]."""
+    pixels = torch.stack([pil_to_tensor(picture) for picture in pictures]) / 127.5 - 1
+    return pixels.contiguous(memory_format=LAST)
+
+
 def drawings(n, seed, sketches):
-    """n drawings: pixels [n, 3, 32, 32] in [-1, 1], n scenes, is_sketch [n] and shape index [n], int64."""
+    """Pixels [n, 3, 32, 32] in [-1, 1] of n drawings, their scenes, and [n, 2] int64: is it a sketch, which shape.
+
+    sketches  the share of sketches
+    """
     rng = random.Random(seed)
     scenes = [rng.choice(SCENES) for _ in range(n)]
     is_sketch = [rng.random() < sketches for _ in range(n)]
-    images = [draw(scene, sketch, rng) for scene, sketch in zip(scenes, is_sketch)]
-    pixels = torch.stack([pil_to_tensor(image) for image in images]) / 127.5 - 1
-    shape = torch.tensor([SHAPES.index(scene[0]) for scene in scenes])
-    return pixels.contiguous(memory_format=LAST), scenes, torch.tensor(is_sketch).long(), shape
+    pixels = to_pixels([draw(scene, sketch, rng) for scene, sketch in zip(scenes, is_sketch)])
+    return pixels, scenes, torch.stack([torch.tensor(is_sketch).long(), shapes_of(scenes)], dim=1)
+
+
+def shapes_of(scenes):
+    """[n] int64: the index of each scene's shape."""
+    return torch.tensor([SHAPES.index(shape) for shape, _, _ in scenes])
 
 
 def pair_rows(n=1500, held_out=False):
-    """n pairs as dicts in Pick-a-Pic's schema: two drawings that differ in style alone, the sketch preferred.
+    """n pairs of two drawings that differ in style alone; the sketch is preferred. See `pair_row`.
 
-    held_out  of the scenes that no other pair shows
+    held_out  whether to draw the held-out scenes, which no other pair shows
     """
     rng = random.Random(6 if held_out else 4)
     scenes = [scene for scene in SCENES if (scene in HELD_OUT) == held_out]
@@ -135,20 +156,31 @@ def pair_rows(n=1500, held_out=False):
         scene = rng.choice(scenes)
         geometry = rng.random()
         sketch_first = rng.random() < 0.5
-        row = {"caption": caption(scene), "label_0": float(sketch_first), "label_1": float(not sketch_first)}
-        for name, sketch in (("jpg_0", sketch_first), ("jpg_1", not sketch_first)):
-            png = io.BytesIO()
-            draw(scene, sketch, random.Random(geometry)).save(png, "PNG")
-            row[name] = png.getvalue()
-        rows.append(row)
+        pictures = [draw(scene, sketch, random.Random(geometry)) for sketch in (sketch_first, not sketch_first)]
+        rows.append(pair_row(scene, pictures, first_wins=sketch_first))
     return rows
+
+
+def pair_row(scene, pictures, first_wins):
+    """A dict in Pick-a-Pic's schema: caption, two PIL pictures as PNG, labels."""
+    row = {"caption": caption(scene), "label_0": float(first_wins), "label_1": float(not first_wins)}
+    for name, picture in zip(("jpg_0", "jpg_1"), pictures):
+        png = io.BytesIO()
+        picture.save(png, "PNG")
+        row[name] = png.getvalue()
+    return row
 
 
 # The parts
 
 
+def enough(n, steps):
+    """The number of drawings to train on: n, or fewer for the few steps of a test's quick build."""
+    return min(n, 128 * steps)
+
+
 def fit(name, steps, parameters, lr, batch_loss):
-    """Trains for some steps: AdamW with short memory, warm-up, a linear decay over the last 40%."""
+    """Trains by AdamW with short memory: 50 steps of warm-up, linear decay over the last 40% of the steps."""
     params = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
     for step in tqdm(range(steps), f"building the embedded task, once: {name:5}", mininterval=1):
@@ -162,7 +194,7 @@ def fit(name, steps, parameters, lr, batch_loss):
 
 
 def build_pipeline(folder):
-    pixels, scenes, _, _ = drawings(8192, seed=1, sketches=1 / 6)
+    pixels, scenes, _ = drawings(enough(8192, STEPS["unet"]), seed=1, sketches=1 / 6)
     prompts = [caption(scene) for scene in scenes]
     train_pipeline(pixels, prompts, (64, 128), STEPS["unet"]).save_pretrained(folder)
 
@@ -183,7 +215,7 @@ def train_pipeline(pixels, prompts, channels, steps):
 
 
 def train_vae(pixels):
-    """An AutoencoderKL for pixels [N, 3, 32, 32] in [-1, 1], and their latents [N, 4, 8, 8], not scaled yet."""
+    """An AutoencoderKL for pixels [N, 3, 32, 32] in [-1, 1], and their unscaled latents [N, 4, 8, 8]."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
@@ -192,7 +224,7 @@ def train_vae(pixels):
         mid_block_add_attention=False)
     vae.to(memory_format=LAST)
 
-    def batch_loss():  # fixed noise and a pull to 0 do what the KL term is for, without its slow start
+    def batch_loss():  # fixed noise and a pull to 0 replace the KL term, which starts slowly
         x = pixels[torch.randint(len(pixels), (8,))]
         posterior = vae.encode(x).latent_dist
         z = posterior.mean
@@ -207,7 +239,10 @@ def train_vae(pixels):
 
 
 def train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps):
-    """(text encoder, UNet of two levels of channels), trained on scaled latents [N, 4, 8, 8] and their N prompts."""
+    """(text encoder, UNet), trained on scaled latents [N, 4, 8, 8] and their N prompts.
+
+    channels  the widths of the UNet's two levels
+    """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -233,7 +268,7 @@ def train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps):
 
 
 def make_text_encoder(kind, width, heads):
-    """A text encoder of two layers that reads 16 tokens, of a class of transformers'."""
+    """A text encoder of the transformers class `kind`: two layers, 16 tokens."""
     from transformers import CLIPTextConfig
 
     encoder = kind(CLIPTextConfig(
@@ -267,12 +302,12 @@ def build_clip(folder):
     model = open_clip.CLIP(**config)
     words = model.token_embedding.requires_grad_(False)
     nn.init.normal_(words.weight, std=0.5)
-    pixels, scenes, _, _ = drawings(8192, seed=2, sketches=0.5)
+    pixels, scenes, _ = drawings(enough(8192, STEPS["clip"]), seed=2, sketches=0.5)
     pixels = normalize((pixels + 1) / 2, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     ids = open_clip.SimpleTokenizer(context_length=16)([caption(scene) for scene in scenes])
     scene_of = torch.tensor([SCENES.index(scene) for scene in scenes])
 
-    def batch_loss():  # a caption may stand in a batch twice: each of its pictures is then equally right
+    def batch_loss():  # a batch may hold a caption twice; then both of its pictures are equally right
         rows = torch.randint(len(scenes), (128,))
         image, text, scale = model(pixels[rows], ids[rows])                                 # [128, 64] each
         target = (scene_of[rows][:, None] == scene_of[rows][None, :]).float()
@@ -285,26 +320,31 @@ def build_clip(folder):
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
-def judge_network(logits=2 + len(SHAPES)):
-    """Four convolutions and a linear layer: 2 logits for the style, 6 for the shape."""
+def build_judge(folder):
+    pixels, _, targets = drawings(enough(6000, STEPS["judge"]), seed=3, sketches=0.5)
+    train_judge(folder, pixels, targets, HEADS, STEPS["judge"])
+
+
+def train_judge(folder, pixels, targets, heads, steps):
+    """Trains a classifier of pixels [N, 3, 32, 32] with several heads; targets [N, heads] int64."""
+    network = judge_network(heads)
+
+    def batch_loss():  # with some pixel noise, because it will judge decoded samples
+        rows = torch.randint(len(pixels), (64,))
+        noise = torch.randn(64, 3, SIZE, SIZE) * 0.15 * torch.rand(64, 1, 1, 1)
+        logits = network(pixels[rows] + noise).split(heads, dim=1)
+        return sum(F.cross_entropy(head, targets[rows, i]) for i, head in enumerate(logits))
+
+    fit("judge", steps, network.parameters(), 2e-3, batch_loss)
+    save_file(network.state_dict(), folder / "judge.safetensors")
+
+
+def judge_network(heads):
+    """Four convolutions, then one linear layer for the logits of all heads."""
     layers = []
     for channels, width, stride in ((3, 24, 1), (24, 48, 2), (48, 64, 2), (64, 64, 2)):
         layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, logits))
-
-
-def build_judge(folder):
-    network = judge_network()
-    pixels, _, is_sketch, shape = drawings(6000, seed=3, sketches=0.5)
-
-    def batch_loss():  # some pixel noise: it will judge decoded samples
-        rows = torch.randint(len(pixels), (64,))
-        noise = torch.randn(64, 3, SIZE, SIZE) * 0.15 * torch.rand(64, 1, 1, 1)
-        logits = network(pixels[rows] + noise)
-        return F.cross_entropy(logits[:, :2], is_sketch[rows]) + F.cross_entropy(logits[:, 2:], shape[rows])
-
-    fit("judge", STEPS["judge"], network.parameters(), 2e-3, batch_loss)
-    save_file(network.state_dict(), folder / "judge.safetensors")
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, sum(heads)))
 
 
 BUILDERS = {"pipeline": build_pipeline, "pairs": build_pairs, "held_out": build_held_out, "clip": build_clip,
@@ -312,11 +352,13 @@ BUILDERS = {"pipeline": build_pipeline, "pairs": build_pairs, "held_out": build_
 
 
 def part(name, build_part=None):
-    """The folder of one of BUILDERS, made first where it is missing, damaged or outdated.
+    """The folder of a part. The part is built first if it is missing, damaged or outdated.
 
-    A part is built aside and renamed, so that nobody sees half of one, with a list of its files' digests. The
-    path holds a digest of this file, of that of `build_part`, a builder of other parts, and of STEPS: another recipe
-    is another folder.
+    The path holds a digest of the recipe: this file, the file of `build_part`, and STEPS. So every recipe has its
+    own folder. A part is built in a temporary folder and renamed, so that nobody sees half of one. It holds a list of
+    its files' digests.
+
+    build_part  what builds a part of another module; without it, the builder in BUILDERS
     """
     build_part = build_part or BUILDERS[name]
     sources = sorted({__file__, inspect.getfile(build_part)})
@@ -326,7 +368,7 @@ def part(name, build_part=None):
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.parent / f"{name}.lock"):  # of several processes one builds, the others wait
+    with filelock.FileLock(folder.parent / f"{name}.lock"):  # one process builds, the others wait
         if not is_whole(folder):
             build(build_part, folder)
     return folder
@@ -336,7 +378,7 @@ def build(build_part, folder):
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         built = Path(aside) / folder.name
         built.mkdir()
-        # The same weights wherever a part is first asked for, and the caller's random state as it was.
+        # The seed makes the weights the same wherever a part is first asked for. The caller's random state stays.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             build_part(built)
@@ -358,24 +400,28 @@ def is_whole(folder):
         return False
 
 
-# The judge's word
+# The judge's verdict
 
 
 @torch.no_grad()
 def judge(pixels):
-    """pixels [N, 3, 32, 32] in [-1, 1] -> is_sketch [N] bool, shape index [N] int64."""
-    network = judge_network().eval()
+    """pixels [N, 3, 32, 32] in [-1, 1] -> [N, 2] int64: is it a sketch, which shape."""
+    network = judge_network(HEADS).eval()
     network.load_state_dict(load_file(part("judge") / "judge.safetensors"))
-    logits = network(pixels)
-    return logits[:, :2].argmax(1) == 1, logits[:, 2:].argmax(1)
+    logits = network(pixels).split(HEADS, dim=1)
+    return torch.stack([head.argmax(1) for head in logits], dim=1)
+
+
+def share(flags):
+    """The share of flags that are true."""
+    return flags.float().mean().item()
 
 
 def judge_accuracy(n=1000):
-    """How often the judge is right on n drawings it was not trained on: {"style": share, "shape": share}."""
-    pixels, _, is_sketch, shape = drawings(n, seed=5, sketches=0.5)
-    judged_sketch, judged_shape = judge(pixels)
-    return {"style": (judged_sketch == is_sketch.bool()).float().mean().item(),
-            "shape": (judged_shape == shape).float().mean().item()}
+    """How often the judge is right on n drawings that it was not trained on: {"style": share, "shape": share}."""
+    pixels, _, targets = drawings(n, seed=5, sketches=0.5)
+    style, shape = (judge(pixels) == targets).T
+    return {"style": share(style), "shape": share(shape)}
 
 
 def measure(pipe, n=96, seed=0, steps=20, guidance=3.0):
@@ -385,13 +431,12 @@ def measure(pipe, n=96, seed=0, steps=20, guidance=3.0):
     generators = [torch.Generator().manual_seed(seed * n + i) for i in range(n)]
     images = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
                   output_type="pt").images.float().cpu()                # [n, 3, 32, 32] in [0, 1]
-    is_sketch, shape = judge(images * 2 - 1)
-    wanted = torch.tensor([SHAPES.index(scene[0]) for scene in scenes])
-    return {"style": is_sketch.float().mean().item(), "shape": (shape == wanted).float().mean().item()}
+    is_sketch, shape = judge(images * 2 - 1).T
+    return {"style": share(is_sketch), "shape": share(shape == shapes_of(scenes))}
 
 
 def load(name):
-    """The pipeline of an embedded model, of a diffusers folder, or of a folder of LoRA weights for one of these."""
+    """The pipeline of an embedded model or a diffusers folder, or the base model with a folder of LoRA weights."""
     if name not in EMBEDDED and not Path(name).is_dir():
         raise InputError(f"{name}: there is no such folder")
     lora = Path(name) / "pytorch_lora_weights.safetensors"
@@ -403,20 +448,20 @@ def load(name):
 
 
 def base_of(lora):
-    """What a file of LoRA weights was trained on, by its run's config.json; without, the embedded model of its names."""
+    """The model that a file of LoRA weights was trained on: the one in its run's config.json, else an embedded one."""
     config = lora.parents[1] / "config.json"
     if config.exists():
         return json.loads(config.read_text())["model"]
     with safe_open(lora, "pt") as weights:
-        is_of_transformer = any(name.startswith("transformer.") for name in weights.keys())
-    return "tiny-flow" if is_of_transformer else "tiny"
+        is_transformer = any(name.startswith("transformer.") for name in weights.keys())
+    return "tiny-flow" if is_transformer else "tiny"
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="tiny.py", description="What the judge says of models' samples.")
+    parser = Parser(prog="tiny.py", description="Draw samples for held-out prompts and let the judge rate them.")
     parser.add_argument("models", nargs="*", metavar="MODEL",
-                        help="folders as train.py leaves them, tiny or tiny-flow [those of which out/MODEL-rpo is "
-                        "there, before and after; else tiny]")
+                        help="tiny, tiny-flow, or folders as train.py leaves them [each of the two whose "
+                        "out/MODEL-rpo exists, before and after; without any, tiny]")
     args = parser.parse_args(argv)
     if not args.models:
         for base in EMBEDDED:
@@ -430,9 +475,8 @@ def parse_args(argv=None):
 def main(argv=None):
     with one_line_errors("tiny.py"):
         args = parse_args(argv)
-        accuracy = judge_accuracy()
         print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
-              "has not seen".format(**accuracy))
+              "has not seen".format(**judge_accuracy()))
         for name in args.models:
             shares = measure(load(name))
             print(f"{name}  {shares['style']:.0%} sketches, {shares['shape']:.0%} of the right shape")

@@ -1,10 +1,11 @@
-"""The embedded flow model: a small StableDiffusion3Pipeline of the drawings of tiny.py, trained on first use.
+"""The embedded flow model: a small StableDiffusion3Pipeline for the drawings of tiny.py, trained on first use.
 
-    python train.py --model tiny-flow                            RPO on a model of flow matching, in minutes
-    python -m extras.tiny tiny-flow out/tiny-flow-rpo/model      how far it got
+    python train.py --model tiny-flow                            RPO on a flow-matching model, in minutes
+    python -m extras.tiny tiny-flow out/tiny-flow-rpo/model      judge it before and after
 
-VAE, pairs, prompts and judge are those of the embedded task. The transformer has 2 x 2 patches of the 8x8x4 latents, and
-two CLIP text encoders of its own. T5 is left out: the pipeline puts 256 zeros in the place of its tokens.
+The VAE's recipe, the pairs, the prompts and the judge are those of tiny.py. The transformer cuts the 8x8x4 latents into
+2x2 patches and has two CLIP text encoders of its own. T5 is left out: the pipeline puts 256 zeros where its tokens
+would be.
 """
 
 import math
@@ -17,7 +18,8 @@ from common import clip_tokenizer
 from extras import tiny
 from flow_models import T5_TOKENS
 
-WIDTH, TEXT_WIDTH, LENGTH = 96, 32, 16  # of the transformer, of a text encoder; tokens of a prompt
+WIDTH, TEXT_WIDTH = 96, 32  # the transformer's and each text encoder's
+LENGTH = 16  # tokens of a prompt
 
 
 def part(name):
@@ -26,27 +28,23 @@ def part(name):
 
 
 def build_pipeline(folder):
-    pixels, scenes, _, _ = tiny.drawings(8192, seed=1, sketches=1 / 6)
-    prompts = [tiny.caption(scene) for scene in scenes]
-    train_pipeline(pixels, prompts, tiny.STEPS["flow"]).save_pretrained(folder)
-
-
-def train_pipeline(pixels, prompts, steps):
-    """A StableDiffusion3Pipeline for pixels [N, 3, 32, 32] in [-1, 1] and their N prompts; see train_transformer."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+    count = tiny.enough(8192, tiny.STEPS["flow"])
+    pixels, scenes, _ = tiny.drawings(count, seed=1, sketches=1 / 6)
     vae, latents = tiny.train_vae(pixels)
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-    latents = (latents - shift) * scale
     tokenizer = clip_tokenizer(LENGTH)
-    transformer, *text_encoders = train_transformer(latents, prompts, tokenizer, steps)
+    prompts = [tiny.caption(scene) for scene in scenes]
+    transformer, text_encoder, text_encoder_2 = train_transformer((latents - shift) * scale, prompts, tokenizer)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    return StableDiffusion3Pipeline(transformer, scheduler, vae, text_encoders[0], tokenizer, text_encoders[1],
-                                    tokenizer, text_encoder_3=None, tokenizer_3=None)
+    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer,
+                                    text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(folder)
 
 
-def train_transformer(latents, prompts, tokenizer, steps):
+def train_transformer(latents, prompts, tokenizer):
     """(transformer, two text encoders), trained on scaled latents [N, 4, 8, 8] and their N prompts."""
     from diffusers import SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection
@@ -70,12 +68,12 @@ def train_transformer(latents, prompts, tokenizer, steps):
         return F.mse_loss(prediction, noise - latents[rows])
 
     params = [param for network in (transformer, *text_encoders) for param in network.parameters()]
-    tiny.fit("flow", steps, params, 2e-3, batch_loss)
+    tiny.fit("flow", tiny.STEPS["flow"], params, 2e-3, batch_loss)
     return transformer, *text_encoders
 
 
 def encode(text_encoders, ids):
-    """What SD3's pipeline makes of ids [B, 16] without T5, with one of the 256 zeros that stand for it."""
+    """The embeddings of ids [B, 16] that SD3's pipeline makes without T5, but with one of its 256 zeros."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder in text_encoders]
     tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)            # [B, 16, 64]
     return {"encoder_hidden_states": F.pad(tokens, (0, 0, 0, 1)),                           # [B, 17, 64]
@@ -83,10 +81,10 @@ def encode(text_encoders, ids):
 
 
 class AlikeTokens(TorchFunctionMode):
-    """Attention within which the last token stands for `count` like it: its logits are log(count) higher.
+    """Attention in which the last token stands for `count` equal tokens: its logits are log(count) higher.
 
-    Exact, because tokens of text have no positions: what is alike at first stays so in every layer. The base model
-    trains on 33 tokens in the place of 288.
+    This is exact. Text tokens have no positions, so tokens that are equal at first stay equal in every layer. The base
+    model trains on 33 tokens instead of 288.
     """
 
     def __init__(self, count):

@@ -1,4 +1,4 @@
-"""The benchmark runs, and counts what it says."""
+"""The benchmark runs, and it counts what it says that it counts."""
 
 import concurrent.futures
 import os
@@ -14,20 +14,21 @@ import data
 import encode
 from conftest import QUICK, forks, fresh
 from extras import bench, tiny
+from loading import add_lora
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 
 
 def test_arithmetic_is_counted_without_computing(small_model, few_pairs, monkeypatch):
-    """The FLOPs of a pair are those of a real forward and backward, less what fused attention computes twice."""
+    """The FLOPs of a pair are those of a real forward and backward, without what fused attention computes twice."""
     argv = ["--model", small_model("sdxl"), "--data", few_pairs, "--device", "cpu"]
     counted = bench.arithmetic(argv)
     model = fresh(small_model("sdxl"))
     model.denoiser.requires_grad_(True)
     batch = data.collate([data.ImagePairs(few_pairs, 32)[0]])
-    batch |= encode.encode_batch(model, None, batch, 2, torch.float32)
-    cond = model.conditioning(batch, batch["time_ids"])
-    x_t, t = batch["mean"].flatten(0, 1), batch["time_ids"][0, :, 0].long()
+    cond = model.conditioning(model.encode_prompts(batch["prompt"]), batch["time_ids"])
+    mean, _ = model.encode_images(batch["pixels"])                                      # [1, 2, C, h, w]
+    x_t, t = mean.flatten(0, 1), batch["time_ids"][0, :, 0].long()
     with FlopCounterMode(display=False) as both, sdpa_kernel(SDPBackend.MATH):
         model.predict(model.denoiser, x_t, t, cond).sum().backward()
     assert counted.resolution == 32 and counted.policy == both.get_total_flops()
@@ -39,7 +40,7 @@ def test_arithmetic_is_counted_without_computing(small_model, few_pairs, monkeyp
 
 
 def test_the_peers_step_has_the_loss_of_two_equal_networks_at_first(small_model, few_pairs, monkeypatch):
-    """log 2, by an adapter and by the whole network: policy and reference get the same inputs."""
+    """It is log 2, for an adapter and for the whole network, because policy and reference get the same inputs."""
     losses, peers_loss = [], bench.peers_loss
 
     def noted(trainer, batch):
@@ -61,13 +62,13 @@ def test_the_peers_step_has_the_loss_of_two_equal_networks_at_first(small_model,
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_what_a_forward_keeps_grows_by_the_pair(small_model, lora_rank):
-    """By the same bytes each, fewer with an adapter's frozen weights, and far fewer with gradient checkpointing."""
+    """Every pair adds the same bytes, and far fewer with gradient checkpointing."""
     kept = {}
     for checkpointing in (False, True):
         model = fresh(small_model("sdxl"))
         model.denoiser.requires_grad_(lora_rank == 0)
         if lora_rank:
-            model.add_lora(lora_rank, 0)
+            add_lora(model, lora_rank, 0)
         if checkpointing:
             model.denoiser.enable_gradient_checkpointing()
         one, two, three = (bench.saved_bytes(model, 32, pairs) for pairs in (1, 2, 3))
@@ -77,7 +78,7 @@ def test_what_a_forward_keeps_grows_by_the_pair(small_model, lora_rank):
 
 
 def test_what_a_forward_keeps_is_what_it_keeps(small_model):
-    """The bytes that real tensors have."""
+    """The counted bytes are those of real tensors."""
     model = fresh(small_model("sd"))
     model.denoiser.requires_grad_(True)
     weights = {param.data_ptr() for param in model.denoiser.parameters()}
@@ -105,7 +106,7 @@ def test_the_guides_table_of_sizes_is_what_is_counted(capsys):
 
 
 def test_encode_takes_what_the_run_takes(small_model, few_pairs):
-    """Flags that a preset sets, too: train.py refuses a cache of other ones."""
+    """That holds for flags that a preset sets, too: train.py refuses a cache that was made with others."""
     argv = ["--model", small_model("sd"), "--data", few_pairs, "--device", "cpu", "--random_flip"]
     words = bench.encode_options(bench.train_args(argv))
     args = encode.encode_args([*words, "--data", few_pairs, "--out", "cache"])
@@ -127,7 +128,7 @@ def quick():
 
 
 def alone_quickly(function, *args):
-    """A process that has imported torch already, and builds a quick embedded task."""
+    """`bench.alone` in a process that has imported torch already and builds a quick embedded task."""
     with concurrent.futures.ProcessPoolExecutor(1, forks, quick) as process:
         return process.submit(function, *args).result()
 

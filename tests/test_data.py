@@ -12,8 +12,9 @@ from PIL import Image
 
 import data
 from common import InputError, keyed_generator
-from data import ImagePairs, collate, cross_pair_weights, crop_and_resize, read_image, stored_bytes
+from data import ImagePairs, collate, cross_pair_weights, crop_and_resize
 from loss import dpo_loss, rpo_loss
+from sources import read_image, stored_bytes
 
 WINNER, LOSER = (0, 200, 0), (200, 0, 0)  # green wins over red
 
@@ -29,7 +30,7 @@ def saved(image, kind="PNG", **options):
 
 
 def rows_of(*labels, changes=None):
-    """Pick-a-Pic rows whose green image is the winner by the label; {number: cells} are changed."""
+    """Pick-a-Pic rows whose label says that the green image wins. `changes` has {number: cells} that differ."""
     rows = []
     for number, label in enumerate(labels):
         first, second = (LOSER, WINNER) if label == 0 else (WINNER, LOSER)
@@ -138,7 +139,7 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(InputError, match="there is no such file or folder"):
         ImagePairs(str(tmp_path / "nosuch"), 16)
-    with pytest.raises(InputError, match="holds no parquet and no .jsonl file"):
+    with pytest.raises(InputError, match="holds no parquet file and no .jsonl file"):
         ImagePairs(str(tmp_path), 16)  # an empty folder
     with pytest.raises(InputError, match="holds no usable pair.*'ties': 2"):
         ImagePairs(parquet(tmp_path, rows_of(0.5, 0.5)), 16)
@@ -150,7 +151,7 @@ def test_what_cannot_be_used_ends_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "list" / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a.png"}\n')
     with pytest.raises(InputError, match="lacks 'rejected'"):
         ImagePairs(str(tmp_path / "list"), 16)
-    with pytest.raises(InputError, match="lacks jpg_1, label_0"):
+    with pytest.raises(InputError, match="lacks Pick-a-Pic's columns jpg_1, label_0"):
         ImagePairs(parquet(tmp_path / "table", [{"caption": "c", "jpg_0": b""}]), 16)
 
 
@@ -167,7 +168,7 @@ def test_an_unreadable_shard_is_named(tmp_path, damage):
         ImagePairs(str(tmp_path), 32)
 
 
-def test_of_own_lists_too_those_named_train_alone_are_read(tmp_path):
+def test_lists_have_splits_too(tmp_path):
     for name, lines in (("train-a.jsonl", 1), ("validation.jsonl", 2)):
         line = json.dumps({"prompt": "p", "chosen": "a.png", "rejected": "a.png"})
         (tmp_path / name).write_text("\n".join([line] * lines), encoding="utf-8-sig")
@@ -176,18 +177,18 @@ def test_of_own_lists_too_those_named_train_alone_are_read(tmp_path):
 
 
 def test_captions_that_are_no_strings_are_refused(tmp_path):
-    with pytest.raises(InputError, match="the caption of .* are of type int64, not strings"):
+    with pytest.raises(InputError, match="caption in .* has the type int64; strings are needed"):
         ImagePairs(parquet(tmp_path, [row | {"caption": 5} for row in rows_of(1.0)]), 16)
 
 
 def test_labels_that_are_no_numbers_are_refused(tmp_path):
     rows = [row | {"label_0": "first"} for row in rows_of(1.0)]
-    with pytest.raises(InputError, match="the label_0 of .* are of type string, not numbers"):
+    with pytest.raises(InputError, match="label_0 in .* has the type string; numbers are needed"):
         ImagePairs(parquet(tmp_path, rows), 16)
 
 
-def test_further_columns_are_read_of_parquet_and_of_ones_own_lists(tmp_path, monkeypatch):
-    """Those that COLUMNS names: a float32 for each pair, and a line that lacks one is named."""
+def test_further_columns_are_read_from_parquet_and_from_ones_own_lists(tmp_path, monkeypatch):
+    """COLUMNS names them, and each pair has its own number in float32."""
     monkeypatch.setattr(data, "COLUMNS", ("pair_weight",))
     rows = rows_of(1.0, 0.5, 0.0, changes={k: {"pair_weight": k + 1} for k in range(3)})
     (tmp_path / "a.png").write_bytes(encoded())
@@ -201,12 +202,37 @@ def test_further_columns_are_read_of_parquet_and_of_ones_own_lists(tmp_path, mon
         batch = collate([pairs[position] for position in range(len(pairs))])
         assert batch["pair_weight"].dtype == torch.float32
         assert dict(zip(batch["row"].tolist(), batch["pair_weight"].tolist())) == weights
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
-    with pytest.raises(InputError, match="lacks 'pair_weight'"):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line | {"pair_weight": "heavy"}))
+    with pytest.raises(InputError, match="line 1 of .*pairs.jsonl cannot be read: could not convert .*heavy"):
         ImagePairs(str(tmp_path / "pairs.jsonl"), 16)
     rows[0]["pair_weight"] = rows[1]["pair_weight"] = rows[2]["pair_weight"] = "heavy"
-    with pytest.raises(InputError, match="the pair_weight of .* are of type string, not numbers"):
+    with pytest.raises(InputError, match="pair_weight in .* has the type string; numbers are needed"):
         ImagePairs(parquet(tmp_path / "table", rows), 16)
+
+
+@pytest.mark.parametrize("lacking, named", [(range(4), "row 0 .*4 of 4 pairs"), ([2], "row 2 .*1 of 4 pairs")])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_column_is_wanted_only_if_a_loss_names_it(tmp_path, monkeypatch, kind, lacking, named):
+    """Then the first row without a number is named, whether all rows lack the column or one does."""
+    monkeypatch.setattr(data, "COLUMNS", ("pair_weight",))
+    weights = {k: {"pair_weight": float(k)} for k in range(4) if k not in lacking}
+    if kind == "parquet":
+        source = parquet(tmp_path, [rows_of(1.0)[0] | weights.get(k, {}) for k in range(4)])
+    else:
+        (tmp_path / "a.png").write_bytes(encoded())
+        line = {"prompt": "p", "chosen": "a.png", "rejected": "a.png"}
+        source = tmp_path / "pairs.jsonl"
+        source.write_text("\n".join(json.dumps(line | weights.get(k, {})) for k in range(4)))
+    pairs = ImagePairs(str(source), 16)
+    pairs.check_columns([])
+    with pytest.raises(InputError, match=f"the loss takes pair_weight, but {named}"):
+        pairs.check_columns(["pair_weight"])
+
+
+def test_a_pair_that_is_dropped_needs_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "COLUMNS", ("pair_weight",))
+    rows = rows_of(1.0, 0.5, 0.0, None, changes={k: {"pair_weight": 1.0} for k in (0, 2)})
+    ImagePairs(parquet(tmp_path, rows), 16).check_columns(["pair_weight"])
 
 
 # Images
@@ -254,7 +280,7 @@ def test_pixels_are_square_and_time_ids_are_the_images_own(size):
 
 
 def test_a_crop_is_the_resized_image_cut_at_time_ids():
-    """Cropping before scaling is what scaling and then cropping at the noted place gives."""
+    """Cropping and then scaling gives what scaling and then cropping there gives."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8))
     pixels, time_ids = crop_and_resize(image, 30, 0.5, 0.7, False)
     top, left = map(int, time_ids[2:4])
@@ -264,7 +290,7 @@ def test_a_crop_is_the_resized_image_cut_at_time_ids():
 
 
 def test_the_pair_is_cropped_and_flipped_as_one(tmp_path):
-    """Diffusion-DPO flips and crops the two images by separate coins."""
+    """Diffusion-DPO draws the flip and the crop of the two images separately."""
     gradient = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (32, 1, 3)))
     same = {k: {"jpg_0": saved(gradient), "jpg_1": saved(gradient)} for k in range(24)}
     source = parquet(tmp_path, rows_of(*[1.0] * 24, changes=same))
@@ -294,7 +320,7 @@ def messy(folder):
 
 def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path):
     pairs = ImagePairs(messy(tmp_path), 16)
-    assert pairs.report()["unreadable"] == {}  # as of a set too large to be looked through first
+    assert pairs.report()["unreadable"] == {}  # nothing was decoded yet
     items = [pairs[position] for position in range(10)]
     order = [pairs.row_at(position) for position in range(10)]
     for position, item in enumerate(items):
@@ -396,7 +422,7 @@ def test_tau_inf_is_the_limit_of_a_large_one_and_reads_no_embedding():
 
 
 def test_distinct_prompts_are_dpo_at_a_small_tau_and_not_at_one_half():
-    """Cosines of CLIP's order, 0.35 between prompts: at 0.01 a winner's own loser has all the weight."""
+    """CLIP gives prompts a cosine of about 0.35. At 0.01 a winner's own loser then has all the weight."""
     common = torch.ones(8, 1) * 0.35**0.5
     text = torch.cat([common, torch.eye(8) * 0.65**0.5], dim=1)
     weights = cross_pair_weights(text, None, None, 0.01, "text")
@@ -411,7 +437,7 @@ def test_distinct_prompts_are_dpo_at_a_small_tau_and_not_at_one_half():
 
 @pytest.mark.parametrize("tau", [0.01, 0.5, float("inf")])
 def test_an_image_never_stands_against_itself(tau):
-    """Pair 0: A over B, pair 1: C over A, pair 2: D over D; row by row, the rest of a row in its proportions."""
+    """Pair 0 is A over B, pair 1 C over A, pair 2 D over D. The rest of a row keeps its proportions."""
     image_ids = torch.tensor([[1, 2], [3, 1], [4, 4], [5, 6]])
     plain = cross_pair_weights(*embeddings(), tau, image_ids=torch.arange(8).view(4, 2))
     weights = cross_pair_weights(*embeddings(), tau, image_ids=image_ids)
@@ -432,7 +458,7 @@ def test_a_row_with_nothing_left_takes_its_own_loser():
 
 
 def test_image_ids_are_those_of_the_stored_bytes(tmp_path):
-    """Winner first; the same file has the same id, in whatever pair it lies."""
+    """The winner comes first. The same file has the same id in every pair."""
     batch = collate([ImagePairs(parquet(tmp_path, rows_of(1.0, 0.0)), 16)[position] for position in range(2)])
     ids = batch["image_ids"]
     assert ids.dtype == torch.int64 and torch.equal(ids[0], ids[1]) and ids[0, 0] != ids[0, 1]

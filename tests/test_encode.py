@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import random
 import resource
@@ -20,20 +21,23 @@ import encode
 import loss
 import models
 import options
+import run as run_room
+import sources
 import train
 from common import InputError
 from conftest import QUICK, fresh, launch, log_of
-from data import EncodedPairs, ImagePairs
-from encode import ReferenceErrors
+from data import ImagePairs
+from encode import EncodedPairs
 from extras import tiny
 from options import encode_args, train_args
+from reference import ReferenceErrors
 
 pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def write_cache(model, pairs, out, *options):
-    """encode.py, with a few pairs to a file, so that there are many files."""
+    """Runs encode.py with a few pairs per file, so that there are many files."""
     encode.SHARD, encode.BATCH = 5, 2
     argv = ["--model", model, "--data", str(pairs), "--out", str(out), "--clip", "tiny", "--device", "cpu"]
     try:
@@ -61,9 +65,9 @@ def encoded(tmp_path_factory, small_model, few_pairs):
 
 @pytest.fixture
 def run(tmp_path, small_model, monkeypatch):
-    """run(model, data, *options) -> its folder, all gradients of its first step, all weights of its end."""
+    """run(model, data, *options) -> its folder, all gradients of its first step, all its final weights."""
 
-    tiny.part("clip")  # whose training clips gradients, too
+    tiny.part("clip")  # before the patch below: its training clips gradients, too
 
     def run(model, pairs, *options, name="run"):
         first, clip = [], torch.nn.utils.clip_grad_norm_
@@ -89,7 +93,7 @@ def run(tmp_path, small_model, monkeypatch):
 
 @pytest.fixture
 def argv(tmp_path):
-    """argv(model, data): a command of train.py, of one step should it not be refused."""
+    """argv(model, data): a command of train.py that takes one step, if it is not refused."""
     fixed = "--steps 1 --batch_size 8 --micro_batch 4 --sample_every 0 --device cpu --out".split()
     return lambda model, pairs: ["--model", model, "--data", str(pairs), *fixed, str(tmp_path / "out")]
 
@@ -107,7 +111,7 @@ def parquet(file, rows, **options):
     return file
 
 
-# Training from it
+# Training from a cache
 
 
 RUNS = [("sd", "rpo"), ("sdxl", "rpo"), ("sd", "sft")]
@@ -116,11 +120,16 @@ RUNS += [slow("sd", "dpo"), slow("sdxl", "dpo"), slow("sdxl", "sft")]
 
 @pytest.mark.parametrize("model, loss", RUNS)
 def test_a_cache_trains_as_the_pairs_themselves(run, encoded, few_pairs, model, loss):
-    """The VAE's mean, no flip, no crop: the batches of the encoders differ, so to rounding."""
+    """With the VAE's mean, no flip and no crop they agree to rounding, because the batches of the encoders differ.
+
+    Rounding moves an image's gradient by 1e-6. A preference gradient is the difference of two that are ten times as
+    large, so it moves by more.
+    """
     options = ["--loss", loss, "--vae_sample", "mean"]
     plain = run(model, few_pairs, *options, name="plain")
     cached = run(model, encoded(model), *options, name="cached")
-    assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
+    tolerance = 1e-5 if loss == "sft" else 5e-5
+    assert (plain[1] - cached[1]).norm() <= tolerance * plain[1].norm() > 0
     assert json.loads((cached[0] / "config.json").read_text())["resolution"] == 32
     names = ["rows", "used", "ties", "unlabelled", "unreadable", "left_out"]
     reports = [json.loads((out / "data.json").read_text()) for out in (plain[0], cached[0])]
@@ -136,7 +145,7 @@ def test_the_posteriors_draw_comes_from_the_cache_too(run, encoded, few_pairs):
 
 
 def test_a_cache_streams_the_same_pairs_in_the_same_order(encoded, few_pairs):
-    """Epochs, replacement of unreadable rows, dropped prompts, size and crop; from processes as well."""
+    """Epochs, replaced rows, dropped prompts, sizes and crops agree; a process of the loader reads the same."""
     plain = ImagePairs(few_pairs, 32, seed=3, prompt_dropout=0.5)
     cached = EncodedPairs(encoded("sdxl"), seed=3, prompt_dropout=0.5)
     for position in range(2 * len(plain) + 3):
@@ -188,42 +197,83 @@ def test_every_prompt_is_encoded_once(encoded, few_pairs):
 
 
 def weighted_loss(err_w, err_l, ref_err_w, ref_err_l, beta, pair_weight):
-    value, _ = loss.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta)
-    return value * pair_weight.mean(), {"first": pair_weight[0], "last": pair_weight[-1]}
+    """Diffusion-DPO with a weight for each pair. It logs their sum, which no other eight pairs have."""
+    logits = -beta / 2 * ((err_w - ref_err_w) - (err_l - ref_err_l))
+    return -(pair_weight * torch.nn.functional.logsigmoid(logits)).mean(), {"sum": pair_weight.sum()}
 
 
-def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_model, monkeypatch):
-    """From pairs and from a cache alike, each pair its own; data without the column are refused."""
-    for module in (data, options, train):
+@pytest.fixture
+def weighted(tmp_path, monkeypatch):
+    """weighted("parquet" | "jsonl", numbers): twelve pairs; those with these numbers k have the pair_weight 2^k.
+
+    An image of pair 5 cannot be read.
+    """
+    for module in (data, options, run_room, train):
         monkeypatch.setattr(module, "COLUMNS", ("pair_weight",))
     monkeypatch.setattr(options, "VECTORS", options.VECTORS | {"pair_weight"})
     monkeypatch.setitem(loss.LOSSES, "weighted", weighted_loss)
-    rows = tiny.pair_rows(12)
-    rows[0] |= {"jpg_0": b""}
-    for k, row in enumerate(rows):
-        row["pair_weight"] = k / 2
-    source, cache = str(parquet(tmp_path / "weighted.parquet", rows)), tmp_path / "c"
+
+    def weighted(kind, numbers):
+        rows = tiny.pair_rows(12)
+        rows[5]["jpg_0"] = b""
+        for k in numbers:
+            rows[k]["pair_weight"] = 2.0**k
+        if kind == "parquet":
+            return parquet(tmp_path / "pairs.parquet", rows)
+        lines = []
+        for k, row in enumerate(rows):
+            for side in (0, 1):
+                (tmp_path / f"{k}-{side}.png").write_bytes(row[f"jpg_{side}"])
+            chosen = int(row["label_0"] == 0)
+            line = {"prompt": row["caption"], "chosen": f"{k}-{chosen}.png", "rejected": f"{k}-{1 - chosen}.png"}
+            lines.append(line | {name: row[name] for name in ("pair_weight",) if name in row})
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return tmp_path / "pairs.jsonl"
+
+    return weighted
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_model, weighted, kind):
+    """The pairs and a cache of them give each pair its own number."""
+    source, cache = weighted(kind, range(12)), tmp_path / "c"
     write_cache(small_model("sd"), source, cache)
-    fixed = "--loss weighted --steps 1 --micro_batch 8".split()
-    plain = run("sd", source, *fixed, name="plain")
-    cached = run("sd", cache, *fixed, name="cached")
+    options = "--loss weighted --steps 1".split()
+    plain = run("sd", source, *options, name="plain")
+    cached = run("sd", cache, *options, name="cached")
     assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
-    expected = [int(EncodedPairs(cache)[position]["row"]) / 2 for position in (0, 7)]
+    rows = [int(EncodedPairs(cache)[position]["row"]) for position in range(8)]
     for out in (plain[0], cached[0]):
-        assert [log_of(out)[0][name] for name in ("first", "last")] == expected
-    source = str(parquet(tmp_path / "plain.parquet", tiny.pair_rows(8)))
-    with pytest.raises(SystemExit, match=f"^train.py: weighted wants pair_weight, which --data {source} lacks$"):
-        run("sd", source, *fixed, name="refused")
+        assert 2 * log_of(out)[0]["sum"] == sum(2.0**row for row in rows)  # the mean of two micro-batches
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("numbers", [[], [0, 1, 2, *range(4, 12)]])
+def test_a_column_is_wanted_only_by_the_loss_that_names_it(run, tmp_path, small_model, weighted, kind, numbers):
+    """Data in which all pairs or one pair lack it train with any other loss, and so does their cache."""
+    source, cache = weighted(kind, numbers), tmp_path / "c"
+    write_cache(small_model("sd"), source, cache)
+    for name, pairs in (("plain", source), ("cached", cache)):
+        run("sd", pairs, "--loss", "sft", "--steps", "1", name=name)
+        lacking = "row 3 of the data has no number there .1 of 12" if numbers else "row 0 .*1[12] of 12"
+        with pytest.raises(SystemExit, match=f"^train.py: the loss takes pair_weight, but {lacking}.*$") as refused:
+            run("sd", pairs, "--loss", "weighted", name="refused")
+        assert "\n" not in str(refused.value) and not (tmp_path / "refused").exists()
+
+
+def test_a_cache_that_was_begun_with_other_columns_is_refused(tmp_path, small_model, weighted, monkeypatch):
+    source = weighted("parquet", range(12))
+    write_cache(small_model("sd"), source, tmp_path / "c")
     monkeypatch.setattr(data, "COLUMNS", ())
-    with pytest.raises(SystemExit, match="c was begun with columns .'pair_weight'., not ..; give another --out"):
-        write_cache(small_model("sd"), tmp_path / "weighted.parquet", cache)
+    with pytest.raises(SystemExit, match="c was begun with columns .'pair_weight'., not ...* Pass another --out"):
+        write_cache(small_model("sd"), source, tmp_path / "c")
 
 
-# Building it
+# Building a cache
 
 
 def faulty(fault, number, *arguments):
-    """encode.py, killed in the midst of writing its number-th file, or its disk full from there on."""
+    """Runs encode.py and kills it in the midst of its number-th file, or fills the disk from there on."""
     written, atomic_write = 0, encode.atomic_write
 
     def faulty_write(file, content, suffix=""):
@@ -249,7 +299,7 @@ def test_two_processes_write_the_same_files(tmp_path, small_model, few_pairs, en
 
 
 def test_killed_and_continued_gives_the_same_files(tmp_path, small_model, few_pairs, encoded, argv):
-    """In the midst of a file; the files that were whole are not written again."""
+    """The kill comes in the midst of a file. Whole files are not written again."""
     cache, before = tmp_path / "c", {}
     arguments = small_model("sd"), few_pairs, cache
     for number in (1, 3, 2):
@@ -258,7 +308,7 @@ def test_killed_and_continued_gives_the_same_files(tmp_path, small_model, few_pa
         now = {file: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")}
         assert before.items() <= now.items() and len(now) == len(before) + number - 1
         before = now
-    with pytest.raises(SystemExit, match="is not finished; the command of encode.py that began it goes on"):
+    with pytest.raises(SystemExit, match="is not finished. Run the encode.py command that began it once more"):
         train.main(argv(small_model("sd"), cache))
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, None, 0, *arguments)
     assert status == 0, text
@@ -271,14 +321,14 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, small_model, f
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, "disk", 3, *arguments)
     assert status == 1 and "Traceback" not in text
     assert "encode.py: " in text and "cannot be written" in text
-    assert "with more room the same command goes on" in text
+    assert "Free some space, then the same command goes on" in text
     assert not [*cache.glob("*.part")] and len([*cache.glob("*.safetensors")]) == 2
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, None, 0, *arguments)
     assert status == 0 and contents(cache) == contents(encoded("sd")), text
 
 
 def hub_of(files, monkeypatch):
-    """Lets every hub id name `files`; to download them is an error."""
+    """Lets every hub id name `files`. A download is an error."""
     class Builder:
         class config:
             data_files = {"train": files}
@@ -288,7 +338,7 @@ def hub_of(files, monkeypatch):
 
 
 def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encoded, monkeypatch, few_pairs):
-    """From a hub's filesystem as from a folder: each row group is read once, one is held, no copy is made."""
+    """A hub's filesystem gives what a folder gives. Each row group is read once, and one is held at a time."""
     plain = contents(encoded("sd"))
     memory, rows = fsspec.filesystem("memory"), datasets.load_dataset(few_pairs, split="train")
     names = [f"/hub/data/train-{k}.parquet" for k in (0, 1)]
@@ -306,7 +356,7 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
             self.number = number
 
         def to_table(self, columns):
-            assert images.number is None and images.table is None  # the one before was let go
+            assert images.number is None and images.table is None  # the group before was freed
             read.append(self.number)
             return groups[self.number].to_table(columns=columns)
 
@@ -317,7 +367,7 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
     assert read == [*range(8)]
 
     images.groups = groups
-    monkeypatch.setattr(encode, "stream_rows", lambda source: streamed)
+    monkeypatch.setattr(encode, "stream_rows", lambda source, extra: streamed)
     write_cache(small_model("sd"), few_pairs, tmp_path / "c")
     cache = contents(tmp_path / "c")
     assert cache.pop("manifest.json") != plain.pop("manifest.json")  # it names other files
@@ -326,7 +376,7 @@ def test_parquet_is_streamed_a_row_group_at_a_time(tmp_path, small_model, encode
 
 def test_files_that_cannot_be_streamed_are_refused(monkeypatch):
     hub_of(["hf://datasets/a/b/train.tar"], monkeypatch)
-    with pytest.raises(InputError, match="^--data a/b cannot be read: it is not kept as parquet"):
+    with pytest.raises(InputError, match="^--data a/b cannot be read: it is not stored as parquet"):
         encode.stream_rows("a/b")
 
 
@@ -340,7 +390,7 @@ def own_pairs(folder, n=3):
 
 
 def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
-    """Swapped, or with other pictures, they are other pairs; drawn ones are read as well."""
+    """Swapped pairs, or pairs with other pictures, are other pairs. The embedded task's pairs are read as well."""
     lines = own_pairs(tmp_path)
     arguments = small_model("sd"), tmp_path, tmp_path / "c"
     write_cache(*arguments)
@@ -358,7 +408,7 @@ def test_pairs_of_a_jsonl_are_encoded_and_told_apart(tmp_path, small_model):
 
 
 def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
-    """A whole file of unreadable pairs is an empty one; a null caption is no prompt, and the pair not used."""
+    """A file whose pairs are all unreadable is empty. A pair whose caption is null is not used."""
     rows = tiny.pair_rows(12)
     for k in range(5, 10):
         rows[k] |= {"jpg_0": b"no image"}
@@ -390,7 +440,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeyp
     source = parquet(tmp_path / "train.parquet", tiny.pair_rows(12), batch_size=6)
     streamed = encode.stream_rows(str(source))
     streamed.images.groups[1] = Damaged()
-    monkeypatch.setattr(encode, "stream_rows", lambda source: streamed)
+    monkeypatch.setattr(encode, "stream_rows", lambda source, extra: streamed)
     complaint = "row 6 is in train.parquet, which cannot be read: no bytes.*the same command goes on"
     with pytest.raises(SystemExit, match=complaint):
         write_cache(small_model("sd"), source, tmp_path / "c")
@@ -398,7 +448,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeyp
 
 
 def test_the_defaults_are_the_presets_and_what_was_taken_is_printed(tmp_path, small_model, few_pairs, capsys):
-    """So that a cache of sd15's pairs is mirrored as the run of sd15 would be."""
+    """A cache of sd15's pairs is mirrored as a run of sd15 would mirror them."""
     command = ["--model", "sd15", "--out", str(tmp_path / "x"), "--device", "cpu"]
     args, trained = encode_args(command), train_args(["--model", "sd15", "--device", "cpu"])
     assert args.random_flip is True and args.resolution == 512
@@ -438,7 +488,7 @@ def test_a_draw_from_means_alone_is_refused(encoded):
 
 
 def test_settings_come_from_the_cache_not_from_the_preset(encoded):
-    """sd15's preset has 512 pixels and flips; what the command line does not say is the cache's."""
+    """sd15's preset has 512 pixels and flips, but the cache decides what the command line does not say."""
     args = train_args(["--model", "sd15", "--data", str(encoded("sd"))])
     assert (args.resolution, args.random_flip, args.clip, args.vae_sample) == (32, False, "tiny", "sample")
 
@@ -452,25 +502,9 @@ def test_the_cache_of_another_model_is_refused(tmp_path, small_model, encoded, a
     tensors = load_file(file)
     tensors[max(tensors)] += 0.001
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match=f"were encoded by .*, whose {part} is not that of"):
+    with pytest.raises(SystemExit, match=f"was encoded with the {part} of .*, but --model is .* another one"):
         train.main(argv(str(folder), encoded(kind)))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_cache_of_the_first_edition_is_refused(tmp_path, small_model, encoded, few_pairs, argv):
-    """By train.py, and by encode.py that would go on with it."""
-    cache = tmp_path / "c"
-    shutil.copytree(encoded("sd"), cache)
-    manifest = json.loads((cache / "manifest.json").read_text())
-    del manifest["edition"]
-    (cache / "manifest.json").write_text(json.dumps(manifest))
-    before = contents(cache)
-    refusal = f"{cache} was encoded by the first edition; encode the pairs once more, by encode.py$"
-    with pytest.raises(SystemExit, match=f"^train.py: {refusal}"):
-        train.main(argv(small_model("sd"), cache))
-    with pytest.raises(SystemExit, match=f"^encode.py: {refusal}"):
-        write_cache(small_model("sd"), few_pairs, cache)
-    assert contents(cache) == before and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["pairs-00002.safetensors", slow("prompts-00000.safetensors"), "prompts.json"])
@@ -485,7 +519,7 @@ def test_a_damaged_cache_is_refused_and_mended(
     file.unlink()
     if fault == "truncated":
         file.write_bytes(content[:-7])
-    with pytest.raises(SystemExit, match=f"{name} {complaint}.*writes it anew"):
+    with pytest.raises(SystemExit, match=f"{name} {complaint}.*it writes the file anew"):
         train.main(argv(small_model("sd"), cache))
     write_cache(small_model("sd"), few_pairs, cache)
     assert contents(cache) == contents(encoded("sd"))
@@ -496,37 +530,37 @@ def test_a_manifest_of_something_else_makes_no_cache(tmp_path):
     (tmp_path / "manifest.json").write_text('{"images": []}')  # as evaluate.py writes
     assert not sources.is_cache(tmp_path) and len(ImagePairs(str(tmp_path), 32)) == 3
     (tmp_path / "manifest.json").write_text('{"encoders": ')
-    with pytest.raises(InputError, match="manifest.json cannot be read .*writes it anew"):
+    with pytest.raises(InputError, match="manifest.json cannot be read .*it writes the manifest anew"):
         train_args(["--model", "sd15", "--data", str(tmp_path)])
 
 
 def test_the_same_weights_in_another_configuration_are_another_model(
     tmp_path, small_model, encoded, run, few_pairs, argv
 ):
-    """Of an activation or a scale no tensor tells."""
+    """No tensor tells an activation or a scale."""
     for part, key, value in (("text_encoder", "hidden_act", "gelu"), ("vae", "scaling_factor", 1.0)):
         shutil.copytree(small_model("sd"), tmp_path / part)
         file = tmp_path / part / part / "config.json"
         config = json.loads(file.read_text())
         file.write_text(json.dumps(config | {key: value}))
-        with pytest.raises(SystemExit, match=f"whose {part} is not that of"):
+        with pytest.raises(SystemExit, match=f"was encoded with the {part} of .*, but --model is .* another one"):
             train.main(argv(str(tmp_path / part), encoded("sd")))
     file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
     run("sd", few_pairs, *file)
-    with pytest.raises(SystemExit, match="is of a run with vae .*, not"):
+    with pytest.raises(SystemExit, match="belongs to a run with vae .*, not"):
         run("sd", few_pairs, *file, "--model", str(tmp_path / "vae"), name="other")
 
 
 def test_a_cache_needs_room_before_it_is_begun(tmp_path, small_model, few_pairs, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 0, 10**5))
-    with pytest.raises(SystemExit, match="needs 0 GB more, 0 are free; --store fp16"):
+    with pytest.raises(SystemExit, match="needs 0 GB more, but 0 GB are free. --store fp16"):
         write_cache(small_model("sd"), few_pairs, tmp_path / "c")
 
 
 BAD_INPUT = {
     "--resolution 64": ".* was begun with resolution 32, not 64",
     "--store fp16": ".* was begun with store fp32, not fp16",
-    "--resolution 33": "--resolution 33 is no multiple of 8",
+    "--resolution 33": "--resolution 33: this model needs a multiple of 8",
     "--resolution 0": "argument --resolution: 0 is out of range",
     "--random_init": "--random_init knows sd15, sdxl, sd3.5-medium, flux-dev, not",
     "--device cuda:9": "--device cuda:9 is not there",
@@ -575,7 +609,7 @@ def test_a_wrong_label_is_refused_before_anything_is_encoded(tmp_path, small_mod
 
 
 def test_a_vae_in_bf16_is_the_same_to_its_precision(small_model, few_pairs):
-    """bf16 has 8 bits; what decodes samples stays as it was, and so does the default on a CPU."""
+    """bf16 has 8 bits. The decoder stays in float32, and so does the default on a CPU."""
     assert train_args(["--model", "sd15"]).vae_precision == "fp32" or torch.cuda.is_available()
     pixels = torch.stack([ImagePairs(few_pairs, 32)[k]["pixels"] for k in range(4)])
     exact, half = fresh(small_model("sdxl")), fresh(small_model("sdxl"))
@@ -587,21 +621,27 @@ def test_a_vae_in_bf16_is_the_same_to_its_precision(small_model, few_pairs):
     assert torch.equal(exact.decode(latents), half.decode(latents))
 
 
-def test_a_cache_decides_in_what_the_vae_encoded(tmp_path, run, small_model, few_pairs):
-    """From it as from the pairs by the same VAE; another precision, and errors of another, are refused."""
-    write_cache(small_model("sd"), few_pairs, tmp_path / "c", "--vae_precision", "bf16")
-    file = str(tmp_path / "errors")
+def test_a_cache_decides_in_what_the_vae_encoded(tmp_path, run, encoded, few_pairs):
+    """A cache in bf16 gives the errors of the pairs in bf16. Another precision, or a file of its errors, is refused."""
+    cache, file = encoded("sd", "--vae_precision", "bf16"), str(tmp_path / "errors")
     options = ["--vae_sample", "mean"]
-    cached, _, _ = run("sd", tmp_path / "c", *options, "--reference_errors", file, name="cached")
+    cached, _, _ = run("sd", cache, *options, "--reference_errors", file, name="cached")
     pairs, _, _ = run("sd", few_pairs, *options, "--vae_precision", "bf16", name="pairs")
     exact, _, _ = run("sd", few_pairs, *options, name="exact")
     errors = [log_of(out)[0]["mse/ref_w"] for out in (cached, pairs, exact)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-6) and errors[0] != pytest.approx(errors[2], rel=1e-6)
     assert json.loads((cached / "config.json").read_text())["vae_precision"] == "bf16"
     with pytest.raises(SystemExit, match="--vae_precision fp32: .* was encoded with bf16"):
-        run("sd", tmp_path / "c", "--vae_precision", "fp32", name="other")
-    with pytest.raises(SystemExit, match="is of a run with"):
+        run("sd", cache, "--vae_precision", "fp32", name="other")
+    with pytest.raises(SystemExit, match="belongs to a run with"):
         run("sd", few_pairs, *options, "--reference_errors", file, name="refused")
+
+
+def test_a_cache_goes_on_in_the_vae_precision_that_it_was_begun_with(encoded, small_model, few_pairs):
+    """Left out, the option means fp32 on a CPU. The files of one cache must not differ in it."""
+    cache = encoded("sd", "--vae_precision", "bf16")
+    with pytest.raises(SystemExit, match=f"^encode.py: {cache} was begun with vae_precision bf16, not fp32"):
+        write_cache(small_model("sd"), few_pairs, cache)
 
 
 # The reference's errors
@@ -633,7 +673,7 @@ METHODS = [slow([]), slow(["--loss", "dpo"]), ["--lora_rank", "2"], ["--group_si
 
 @pytest.mark.parametrize("options", METHODS)
 def test_cached_reference_errors_train_to_the_same_bits(run, encoded, tmp_path, monkeypatch, options):
-    """At the micro-batch of the run, in one pass and two; the second run finds them all, needs no reference."""
+    """This holds at the same micro-batch, in one pass and in two. The second run finds all and needs no reference."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     plain = run("sd", encoded("sd"), *options, name="plain")
     first = run("sd", encoded("sd"), *options, *file, name="first")
@@ -654,7 +694,7 @@ def test_reference_errors_at_another_micro_batch_agree_to_rounding(run, encoded,
 
 
 def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch):
-    """Loss, beta, tau, group, learning rate and rank are nothing that it sees; more steps are added to it."""
+    """The reference sees no loss, beta, tau, group, learning rate or rank. A longer run adds its steps to the file."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     run("sd", encoded("sd"), *file, name="first")
     puts = Puts(monkeypatch)
@@ -663,6 +703,28 @@ def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch
     assert puts.steps == []
     run("sd", encoded("sd"), *file, "--steps", "5", name="longer")
     assert puts.steps == [3, 4]
+
+
+def one_image_loss(err_w, ref_err_w, beta):
+    """A loss that takes the winner alone: mean_i -log sigmoid( -beta/2 * D_i^w )."""
+    d_w = err_w - ref_err_w
+    return -torch.nn.functional.logsigmoid(-beta / 2 * d_w).mean(), {"reward/chosen": (-beta / 2 * d_w).detach().mean()}
+
+
+def test_errors_that_a_loss_of_one_image_computed_serve_dpo(run, few_pairs, tmp_path, monkeypatch):
+    """A file holds both images' errors, whatever loss came first, so DPO's run is the same with and without it."""
+    monkeypatch.setitem(loss.LOSSES, "one_image", one_image_loss)
+    file = ["--reference_errors", str(tmp_path / "errors")]
+    plain = run("sd", few_pairs, "--loss", "dpo", name="plain")
+    first = run("sd", few_pairs, "--loss", "one_image", *file, name="first")
+    errors = load_file(tmp_path / "errors")["errors"]
+    assert errors.shape == (3, 8, 2) and (errors[..., 0] != errors[..., 1]).all()
+    assert log_of(first[0])[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    puts = Puts(monkeypatch)
+    served = run("sd", few_pairs, "--loss", "dpo", *file, name="served")
+    assert puts.steps == [] and lines(plain[0]) == lines(served[0]) and torch.equal(plain[2], served[2])
+    start = log_of(served[0])[0]
+    assert start["reward/margin"] == 0 and start["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -674,7 +736,7 @@ def test_processes_compute_the_same_reference_errors(run, encoded, small_model, 
         assert status == 0, text
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert one["errors"].shape == (3, 8, 2) and torch.equal(one["errors"], two["errors"])
-    assert one["records"].shape == (3, 8, 3) and torch.equal(one["records"], two["records"])
+    assert one["draw_ids"].shape == (3, 8, 3) and torch.equal(one["draw_ids"], two["draw_ids"])
 
 
 OTHER_RUNS = {
@@ -691,7 +753,7 @@ def test_reference_errors_of_another_run_are_refused(run, encoded, tmp_path):
     file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
     run("sd", encoded("sd"), *file)
     for other, difference in OTHER_RUNS.items():
-        with pytest.raises(SystemExit, match=f"is of a run with {difference}"):
+        with pytest.raises(SystemExit, match=f"belongs to a run with {difference}"):
             run("sd", encoded("sd"), *file, *other.split(), name="other")
         assert not (tmp_path / "other").exists()
 
@@ -701,9 +763,9 @@ def test_reference_errors_of_another_model_other_data_or_damaged_are_refused(
 ):
     file = ["--reference_errors", str(tmp_path / "errors"), "--steps", "1"]
     run("sd", few_pairs, *file)
-    with pytest.raises(SystemExit, match="is of a run with data"):
+    with pytest.raises(SystemExit, match="belongs to a run with data"):
         run("sd", encoded("sd"), *file, name="other")
-    with pytest.raises(SystemExit, match="is of a run with noise schedule"):
+    with pytest.raises(SystemExit, match="belongs to a run with noise schedule"):
         run("sd-v", few_pairs, *file, name="other")
     (tmp_path / "errors").write_bytes((tmp_path / "errors").read_bytes()[:-5])
     with pytest.raises(SystemExit, match="--reference_errors .* cannot be read"):
@@ -712,23 +774,25 @@ def test_reference_errors_of_another_model_other_data_or_damaged_are_refused(
         run("sd", few_pairs, *file, "--loss", "sft", name="other")
 
 
-def test_reference_errors_of_the_first_edition_are_refused_and_kept(run, encoded, tmp_path):
-    """They have no records of what they were drawn with."""
+@pytest.mark.parametrize("content", ["errors without draw_ids", "weights"])
+def test_a_file_that_holds_something_else_is_refused_and_kept(run, encoded, tmp_path, content):
+    """The user may have mistyped the name of a model. Errors that do not say how they were drawn are refused, too."""
     file = tmp_path / "errors"
     run("sd", encoded("sd"), "--reference_errors", str(file), "--steps", "1")
     with safe_open(file, "pt") as shard:
-        identity = json.loads(shard.metadata()["identity"])
-        errors = shard.get_tensor("errors")
-    del identity["edition"]
-    save_file({"errors": errors}, file, {"identity": json.dumps(identity)})
+        identity, errors = shard.metadata()["identity"], shard.get_tensor("errors")
+    if content == "weights":
+        save_file({"weight": errors}, file, {"format": "pt"})
+    else:
+        save_file({"errors": errors}, file, {"identity": identity})
     before = file.read_bytes()
-    with pytest.raises(SystemExit, match="^train.py: --reference_errors .*is of the first edition; give another"):
+    with pytest.raises(SystemExit, match="^train.py: --reference_errors .* cannot be read .*Pass another file"):
         run("sd", encoded("sd"), "--reference_errors", str(file), "--steps", "1", name="other")
     assert file.read_bytes() == before and not (tmp_path / "other").exists()
 
 
 def logit_normal(process, generator):
-    """Another DDPM.sample_t."""
+    """It takes the place of DDPM.sample_t."""
     share = torch.randn((), generator=generator).sigmoid()
     return (share * len(process.alphas_cumprod)).long()
 
@@ -736,24 +800,24 @@ def logit_normal(process, generator):
 def test_reference_errors_that_other_code_drew_are_refused_by_step_and_position(
     run, encoded, tmp_path, monkeypatch
 ):
-    """Before a network is placed, where the first step of the run differs; nothing is written."""
+    """The run's first step differs, so this is found before a network is placed. Nothing is written."""
     file = tmp_path / "errors"
     run("sd", encoded("sd"), "--reference_errors", str(file))
-    before, recorded = file.read_bytes(), load_file(file)["records"]
+    before, draw_ids = file.read_bytes(), load_file(file)["draw_ids"]
     monkeypatch.setattr(loss.DDPM, "sample_t", logit_normal)
     monkeypatch.setattr(train.Trainer, "place_models", never)
     complaint = "^train.py: --reference_errors .* was computed by other code or on other data"
     with pytest.raises(SystemExit, match=complaint) as refused:
         run("sd", encoded("sd"), "--reference_errors", str(file), "--lr", "1e-4", name="other")
-    t = int(recorded[0, 0, 1])
-    assert f"step 0, position 0 was drawn with timestep {t}, not " in str(refused.value)
+    t = int(draw_ids[0, 0, 1])
+    assert f"at step 0, position 0, it drew timestep {t}, not " in str(refused.value)
     assert "noise" not in str(refused.value) and "row" not in str(refused.value)
     assert file.read_bytes() == before and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("name", ["noise", "row"])
 def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tmp_path, monkeypatch, name):
-    """The noise or the pair of one position alone: the 5th of step 1, in its second micro-batch."""
+    """Only one position has another noise or another pair: position 5 of step 1, in its second micro-batch."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     run("sd", encoded("sd"), *file)
     get_item = data.Stream.__getitem__
@@ -766,23 +830,23 @@ def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tm
         else:
             item = stream.pairs[position] | stream.draw(position)
             item["noise"] = item["noise"] + 1
-        record = stream.record(item["row"], item["t"], item["noise"])
-        return item | {"record": record, "position": torch.tensor(position)}
+        draw_id = stream.draw_id(item["row"], item["t"], item["noise"])
+        return item | {"draw_id": draw_id, "position": torch.tensor(position)}
 
     monkeypatch.setattr(data.Stream, "__getitem__", other_item)
-    complaint = f"by other code .*: step 1, position 5 was drawn with {name} [0-9]+, not {name} [0-9]+\\."
+    complaint = f"by other code .*: at step 1, position 5, it drew {name} [0-9]+, not {name} [0-9]+\\."
     with pytest.raises(SystemExit, match=complaint):
         run("sd", encoded("sd"), *file, "--lr", "1e-4", name="other")
     assert len(log_of(tmp_path / "other")) == 1
 
 
 def test_reference_errors_go_on_where_they_were(run, encoded, tmp_path, monkeypatch):
-    """A run that ends while they are computed leaves those it saved; the next computes the rest alone."""
+    """A run that ends while they are computed leaves those that it saved, and the next one computes only the rest."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     whole = run("sd", encoded("sd"), "--reference_errors", str(tmp_path / "all"), name="whole")
 
     def fail_once(errors):
-        errors.saved = 0  # seconds: long ago
+        errors.saved_at = 0  # seconds: long ago
         if puts.steps == [0, 1]:
             raise KeyboardInterrupt
 
@@ -794,7 +858,7 @@ def test_reference_errors_go_on_where_they_were(run, encoded, tmp_path, monkeypa
 
 
 def test_a_signal_keeps_the_reference_errors_so_far(run, encoded, tmp_path, monkeypatch):
-    """Also of a FILE in the run's own folder."""
+    """The file may lie in the run's own folder."""
     def signal_once():
         if puts.steps == [0, 1]:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -808,7 +872,7 @@ def test_a_signal_keeps_the_reference_errors_so_far(run, encoded, tmp_path, monk
 
 
 def test_a_resumed_run_may_take_reference_errors(run, encoded, tmp_path):
-    """They are the starting model's, not the half-trained one's."""
+    """They are the starting model's, not the half-trained one's. A shorter run computes what this one left out."""
     plain = run("sd", encoded("sd"), "--steps", "4", name="plain")
     run("sd", encoded("sd"), "--steps", "2", name="resumed")
     file = ["--reference_errors", str(tmp_path / "errors")]
@@ -816,6 +880,9 @@ def test_a_resumed_run_may_take_reference_errors(run, encoded, tmp_path):
     assert torch.equal(plain[2], resumed[2]) and lines(plain[0]) == lines(resumed[0])
     errors = load_file(tmp_path / "errors")["errors"]
     assert errors.isnan().all(dim=(1, 2)).tolist() == [True, True, False, False]
+    run("sd", encoded("sd"), "--steps", "1", *file, name="shorter")
+    errors = load_file(tmp_path / "errors")["errors"]
+    assert errors.isnan().all(dim=(1, 2)).tolist() == [False, True, False, False]
 
 
 def test_a_reference_that_is_not_finite_ends_the_run(run, encoded, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,9 +22,13 @@ import evaluate
 import report
 from common import InputError
 from conftest import BROWSER, launch
-from data import read_image
 from extras import tiny
-from models import StableDiffusion, cast_for_autocast, load_model
+from loading import load_model
+from models import StableDiffusion, cast_for_autocast
+from evaluate import read_prompt_rows, read_prompts
+from sources import read_image
+from extras.scored_pairs import ranked_pairs
+from extras.style import frechet
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]
@@ -76,13 +79,13 @@ def same(one, other):
 def test_the_formats_of_prompts(tmp_path, name, text):
     """What PartiPrompts, HPDv2, DrawBench and people's own lists come as."""
     (tmp_path / name).write_bytes(text.encode())
-    assert evaluate.read_prompts(str(tmp_path / name)) == ["a cat", "two dogs"]
+    assert read_prompts(str(tmp_path / name)) == ["a cat", "two dogs"]
 
 
 def test_tab_separated_prompts_keep_their_quotes(tmp_path):
     """A prompt of PartiPrompts begins with one; csv's default quoting would drop it, and swallow lines."""
     (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"G I G G L E" painted\tx\n"Hi\ty\nend\tz\n')
-    assert evaluate.read_prompts(str(tmp_path / "p.tsv")) == ['"G I G G L E" painted', '"Hi', "end"]
+    assert read_prompts(str(tmp_path / "p.tsv")) == ['"G I G G L E" painted', '"Hi', "end"]
 
 
 @pytest.mark.parametrize(
@@ -91,11 +94,11 @@ def test_tab_separated_prompts_keep_their_quotes(tmp_path):
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.json", "[]", "holds no prompt"),
         ("p.json", "[1]", "row 1 has no prompt"),
-        ("p.json", '{"prompts": ["a cat"]}', "cannot be read: it is no list"),
+        ("p.json", '{"prompts": ["a cat"]}', "cannot be read: the JSON is not a list"),
         ("p.csv", "id,words\n1,x\n", "row 1 has no prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "row 2 has no prompt"),
         ("p.jsonl", "{", "cannot be read"),
-        ("p.docx", "x", "is none of txt"),
+        ("p.docx", "x", "the suffix must be txt"),
         (None, "", "cannot be read: there is no such file or folder"),
     ],
 )
@@ -104,7 +107,7 @@ def test_bad_prompts_are_refused_in_one_line(tmp_path, name, text, complaint):
     if name:
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=complaint) as refusal:
-        evaluate.read_prompts(str(tmp_path / (name or "no such file.txt")))
+        read_prompts(str(tmp_path / (name or "no such file.txt")))
     assert "\n" not in str(refusal.value)
 
 
@@ -117,12 +120,12 @@ def test_prompts_of_the_hub(monkeypatch):
     rows = datasets.Dataset.from_dict(columns, datasets.Features(features))
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("a/b", "test"): rows}[name, split])
-    prompts, others = evaluate.read_prompt_rows("a/b:test")
+    prompts, others = read_prompt_rows("a/b:test")
     assert prompts == ["a cat", "two dogs"]
     assert others == [{"score": "0.5", "kind": "wild"}, {"score": "1.5", "kind": "pets"}]
     for source in ("a/b", "a/b:dev"):
         with pytest.raises(InputError, match="a/b has the splits train, test; give a/b:SPLIT"):
-            evaluate.read_prompts(source)
+            read_prompts(source)
 
 
 # Generate
@@ -385,7 +388,7 @@ def test_a_stop_ends_in_one_line(generate, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["nan", "stop"])
 def test_what_was_scored_before_a_fault_is_kept(generate, monkeypatch, fault):
-    """A number that is none is refused, whoever computed it; JSON has no name for it."""
+    """A scorer refuses a score that is not a number, see test_scorers.py; earlier scores stay."""
     import scorers
 
     scored = []
@@ -393,9 +396,9 @@ def test_what_was_scored_before_a_fault_is_kept(generate, monkeypatch, fault):
     def failing(spec, device):
         def scorer(images, prompts):
             scored.extend(prompts)
-            if len(scored) == 4 and fault == "stop":
-                raise KeyboardInterrupt
-            return torch.full((len(images),), 1.0 if len(scored) < 4 else float("nan"))
+            if len(scored) == 4:
+                raise KeyboardInterrupt if fault == "stop" else InputError("other: not a finite number: nan")
+            return torch.ones(len(images))
 
         return "other", scorer, {"source": "here"}
 
@@ -403,7 +406,7 @@ def test_what_was_scored_before_a_fault_is_kept(generate, monkeypatch, fault):
     out = generate("images")
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
         score(out, metrics="other")
-    assert fault == "stop" or re.search(r"the other of .*00002.png is nan", str(ended.value))
+    assert fault == "stop" or str(ended.value) == "evaluate.py: other: not a finite number: nan"
     kept = json.loads((out / "scores.json").read_text())["images"]
     assert [row.get("other") for row in kept] == [1.0, 1.0, None, None, None]
 
@@ -485,7 +488,7 @@ def test_the_table_in_all_formats(tmp_path, capsys):
     paths = three_models(tmp_path)
     results, caption, texts = table_of(tmp_path, *paths)
     compared = [row for row in results if row["against"]]
-    assert len(compared) == 4 and "over the 4 comparisons" in caption and "fewer" not in caption
+    assert len(compared) == 4 and "over the 4 comparisons of 20 prompts or more" in caption
     assert ",40,0,0," in texts["csv"]  # whole numbers
     assert all(row["against"] == paths[0] and row["n"] == 40 for row in compared)
     certain = [row for row in compared if row["images"] == paths[1]]
@@ -607,6 +610,7 @@ def test_few_prompts_have_counts_alone(tmp_path, capsys):
     results, caption, _ = table_of(tmp_path, *three_models(tmp_path, n=19))
     compared = [row for row in results if row["against"]]
     assert all(row["p"] is row["difference_95"] is row["win_rate_95"] is None for row in compared)
+    assert "over the 0 comparisons of 20 prompts or more" in caption
     assert "fewer than 20 prompts there is no interval and no p" in caption and "19/0/0" in capsys.readouterr().out
 
 
@@ -772,8 +776,6 @@ def test_style_holds_everything_against_one_half_of_the_reference(tmp_path, caps
 
 def test_fid_is_the_frechet_distance_of_torch_fidelitys_features(tmp_path, monkeypatch):
     """At the N of all other columns, images of any size one by one; its network is stubbed, as it is downloaded."""
-    from stats import frechet
-
     def features(images):
         return torch.stack([torch.tensor(np.array(image).mean((0, 1))) for image in images])
 
@@ -901,7 +903,7 @@ def test_the_best_stands_against_the_worst(tmp_path, capsys):
     ],
 )
 def test_a_majority_of_scorers_prefers(scores, least, every, expected):
-    assert evaluate.ranked_pairs(np.array(scores), np.array(least), every) == expected
+    assert ranked_pairs(np.array(scores), np.array(least), every) == expected
 
 
 def test_scorers_with_gaps_of_their_own(tmp_path, capsys):

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import data
 import encode
 import evaluate
-import models
+import loading
+import sources
 import train
 from common import InputError
 from conftest import log_of
@@ -33,14 +34,14 @@ def saved(image, kind="PNG", **options):
 
 
 def pair(number, **changes):
-    """A row in Pick-a-Pic's schema; its images are told apart by their shade of grey."""
+    """A row in Pick-a-Pic's schema. Each image has its own shade of grey."""
     images = [saved(Image.new("RGB", (32, 32), (8 * number + side,) * 3)) for side in (0, 1)]
     row = {"caption": f"pair {number}", "jpg_0": images[0], "jpg_1": images[1], "label_0": 1.0}
     return row | changes
 
 
 def parquet(file, *numbers, **columns):
-    """A parquet file of some pairs; columns: what differs, as pyarrow arrays."""
+    """A parquet file of some pairs. `columns` replaces or adds columns, as pyarrow arrays."""
     table = pyarrow.Table.from_pylist([pair(number) for number in numbers])
     for name, column in columns.items():
         if name in table.column_names:
@@ -64,7 +65,7 @@ def jsonl(file, *numbers):
 
 
 def read_by_both(source):
-    """The pairs of a source as train.py and as encode.py read them; they agree."""
+    """The pairs of a source, after a check that train.py and encode.py read the same ones."""
     by_train = data.ImagePairs(str(source), 32)
     by_encode = data.ImagePairs(str(source), 32, source_rows=encode.stream_rows(str(source)))
     assert by_train.report() == by_encode.report() and by_train.digest() == by_encode.digest()
@@ -100,7 +101,7 @@ def test_held_out_pairs_are_not_trained_on(tmp_path, layout):
     assert [*pairs.report()["left_out"]] == [theirs] and f"{theirs} left out" in pairs.summary()
     assert captions(read_by_both(tmp_path / theirs)) == ["pair 3", "pair 4"]  # a file that is named is read
     (tmp_path / ours).unlink()
-    with pytest.raises(InputError, match=f"no training split, but {theirs}.* --data {tmp_path}/{theirs}"):
+    with pytest.raises(InputError, match=f"no training split, only .*name the file: --data {tmp_path}/{theirs}"):
         read_by_both(tmp_path)
 
 
@@ -132,7 +133,7 @@ def test_hidden_files_are_no_pairs(tmp_path, hidden, content):
 
 
 def test_a_file_by_two_names_counts_once(tmp_path):
-    """Whichever name is of the training split; a folder may be named as a file, or be a link."""
+    """The name in the training split counts. A folder may be named like a file, or be a link."""
     parquet(tmp_path / "pairs" / "train-a.parquet", 0, 1)
     (tmp_path / "pairs" / "a.parquet").symlink_to(tmp_path / "pairs" / "train-a.parquet")
     (tmp_path / "pairs" / "z-train.parquet").symlink_to(tmp_path / "pairs" / "train-a.parquet")
@@ -143,7 +144,7 @@ def test_a_file_by_two_names_counts_once(tmp_path):
     pairs = read_by_both(tmp_path / "pairs")
     assert captions(pairs) == ["pair 0", "pair 1", "pair 2", "pair 3"]
     assert pairs.left_out == {
-        "a.parquet": "not of the train split",
+        "a.parquet": "not in the train split",
         "z-train.parquet": "another name of a file that is read",
     }
 
@@ -156,7 +157,7 @@ def test_a_shard_that_is_gone_is_named(tmp_path):
 
 
 def test_lists_in_folders_are_one_data_set(tmp_path):
-    """Hidden parquet beside them does not hide them; of two kinds the one that is not read is told."""
+    """Hidden parquet files do not hide them. If there are both kinds, data.json says which one is left out."""
     jsonl(tmp_path / "train" / "pairs.jsonl", 0, 1), jsonl(tmp_path / "test.jsonl", 2)
     jsonl(tmp_path / "more" / "train.jsonl", 3), parquet(tmp_path / "._x.parquet", 4)
     assert captions(read_by_both(tmp_path)) == ["pair 0", "pair 1", "pair 3"]
@@ -197,7 +198,7 @@ TYPES = {
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("first", ["a.parquet", "c.parquet"])
 def test_shards_of_other_types_are_one_data_set(tmp_path, kind, first):
-    """Whichever comes first, and read alike by train.py and encode.py."""
+    """Either shard may come first, and train.py and encode.py read them alike."""
     parquet(tmp_path / first, 0, 1)
     parquet(tmp_path / "b.parquet", 2, 3, **TYPES[kind])
     if kind == "no rows":
@@ -225,7 +226,7 @@ def test_a_shard_of_a_type_that_cannot_be_meant_is_named(tmp_path):
     parquet(tmp_path / "a.parquet", 0, 1)
     parquet(tmp_path / "b.parquet", 2, label_0=pyarrow.array(["good"]))
     for read in (sources.read_rows, encode.stream_rows):
-        with pytest.raises(InputError, match="the label_0 of .*b.parquet are of type string, not numbers"):
+        with pytest.raises(InputError, match="label_0 in .*b.parquet has the type string; numbers are needed"):
             read(str(tmp_path))
 
 
@@ -234,7 +235,7 @@ def test_a_shard_of_a_type_that_cannot_be_meant_is_named(tmp_path):
 
 @pytest.fixture
 def small_run(tmp_path, small_model, few_pairs):
-    """small_run(steps): a run of a model and of pairs that can be changed, under tmp_path."""
+    """small_run(steps): runs train.py on copies of a model and of pairs under tmp_path, which a test may change."""
     shutil.copytree(small_model("sd"), tmp_path / "model")
     shutil.copytree(few_pairs, tmp_path / "pairs")
 
@@ -302,7 +303,7 @@ def another_pad(model):
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_run_does_not_go_on_with_another_reference(tmp_path, small_run, what):
-    """Under the same names: from then on the policy was held against another model, or trained on other pairs."""
+    """The names are the same. From then on the policy was compared with another model, or trained on other pairs."""
     small_run(1)
     before, log = left(tmp_path / "out")
     CHANGES[what](tmp_path)
@@ -312,7 +313,7 @@ def test_a_run_does_not_go_on_with_another_reference(tmp_path, small_run, what):
 
 
 def test_a_run_that_moved_goes_on(tmp_path, small_run):
-    """By other names of the same model and the same pairs: a checkpoint knows them by their content."""
+    """A checkpoint knows a model and pairs by their content, so they may get other names."""
     small_run(1)
     (tmp_path / "model").rename(tmp_path / "renamed")
     (tmp_path / "pairs").rename(tmp_path / "moved")
@@ -340,13 +341,13 @@ def test_encoded_pairs_of_another_encoder_are_not_trained_on(tmp_path, small_run
     )
     small_run(1, "--data", str(tmp_path / "cache"))
     CHANGES[what](tmp_path)
-    with pytest.raises(SystemExit, match=f"whose {what} is not that of"):
+    with pytest.raises(SystemExit, match=f"was encoded with the {what} of .*, but --model is .* another one"):
         small_run(1, "--data", str(tmp_path / "cache"), out="other")
 
 
 @pytest.mark.parametrize("layout", [dict(max_shard_size="300kB"), dict(safe_serialization=False)])
 def test_what_only_moved_goes_on(tmp_path, small_run, monkeypatch, layout):
-    """Folders touched, another cache, weights in several files or the old format: the same pairs and model."""
+    """Pairs and model stay the same when files are touched, in another cache, and in another layout of the weights."""
     options = ["--reference_errors", str(tmp_path / "errors")]
     whole = small_run(2, *options, out="whole")
     small_run(1, *options)
@@ -357,7 +358,7 @@ def test_what_only_moved_goes_on(tmp_path, small_run, monkeypatch, layout):
     shutil.rmtree(tmp_path / "model")
     (tmp_path / "again").rename(tmp_path / "model")
     log = small_run(2, *options)
-    assert [record["loss"] for record in log] == [record["loss"] for record in whole]
+    assert [line["loss"] for line in log] == [line["loss"] for line in whole]
 
 
 def test_the_same_pairs_elsewhere_are_the_same_pairs(tmp_path):
@@ -378,7 +379,7 @@ def test_the_same_pairs_elsewhere_are_the_same_pairs(tmp_path):
 
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler"])
 def test_images_are_not_drawn_with_another_schedule_than_the_manifest_says(tmp_path, small_model, scheduler):
-    """A zero-terminal-SNR model; both are named in its folder, and the first ignores the key."""
+    """The model has zero terminal SNR, and both schedulers ignore the key that says so."""
     shutil.copytree(small_model("sd-v"), tmp_path / "model")
     file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}
@@ -430,9 +431,9 @@ PROMPT_FILES = {
     "a line break cuts a prompt": (
         "p.csv",
         "prompt,category\na cat\nsitting,animals\n",
-        "row 1 has less fields",
+        "row 1 has fewer fields",
     ),
-    "a quoted tsv": ("p.tsv", 'Prompt\tCategory\n"two\nlines"\tx\n', "row 1 has less fields than the header"),
+    "a quoted tsv": ("p.tsv", 'Prompt\tCategory\n"two\nlines"\tx\n', "row 1 has fewer fields than the header"),
     "two columns of a name": ("p.csv", "prompt,Prompt\na,b\n", "an empty name, or one twice"),
     "a header that hides the cut": (
         "p.csv",
@@ -482,7 +483,7 @@ def test_images_are_not_scored_against_what_is_no_prompt(tmp_path, prompt):
 
 
 def test_a_caption_that_is_no_utf8_is_listed(tmp_path):
-    """Half a surrogate pair, as Java writes it."""
+    """Java may write half a surrogate pair."""
     captions = pyarrow.array([b"pair 0", b"a \xed\xa0\xbd"]).view(pyarrow.string())
     parquet(tmp_path / "a.parquet", 0, 1, caption=captions)
     pairs = read_by_both(tmp_path)
@@ -556,7 +557,7 @@ def test_a_picture_of_unknown_scale_is_listed_with_the_reason(tmp_path, value):
 
 
 def test_a_picture_with_a_long_text_beside_it_is_read():
-    """As workflow tools write them, compressed or not; PIL gives up over 1 MB."""
+    """Workflow tools write such texts, compressed or not. PIL gives up over 1 MB."""
     image = Image.fromarray(gradient(np.uint8, 255)).convert("RGB")
     for compressed in (True, False):
         info = PngImagePlugin.PngInfo()
@@ -568,7 +569,7 @@ def test_a_picture_with_a_long_text_beside_it_is_read():
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\0\0"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_picture_with_damaged_exif_is_read(exif, kind):
-    """And one that is cut off is not, whatever its EXIF."""
+    """A picture that is cut off is not read, whatever its EXIF."""
     content = saved(Image.new("RGB", (40, 30), (200, 0, 0)), kind, exif=exif)
     assert sources.read_image(content).size == (40, 30)
     with pytest.raises(Exception):
@@ -594,13 +595,13 @@ def test_a_model_that_does_not_say_its_size_takes_one(tmp_path, small_model, how
     file.write_text(json.dumps(config))
     model = loading.load_model(str(folder))
     assert model.resolution(64) == 64
-    with pytest.raises(InputError, match="give --resolution"):
+    with pytest.raises(InputError, match="pass --resolution"):
         model.resolution()
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_folder_with_the_fp16_variant_alone_is_loaded(tmp_path, small_model, kind):
-    """Its weights become float32, as those of any other."""
+    """Its weights become float32."""
     pipe = loading.load_model(small_model(kind)).pipe
     pipe.to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
     assert not (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
@@ -612,7 +613,7 @@ def test_a_folder_with_the_fp16_variant_alone_is_loaded(tmp_path, small_model, k
 
 
 def test_a_damaged_file_is_not_replaced_by_its_fp16_variant(tmp_path, small_model):
-    """Other weights than those that were asked for, without a word."""
+    """They would be other weights than those that were asked for."""
     folder = copy_of(small_model, tmp_path / "model")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copy(file, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
@@ -626,11 +627,11 @@ def test_a_model_that_wants_the_guidance_is_refused(tmp_path, small_model):
     pipe = loading.load_model(small_model("sd")).pipe
     pipe.unet = type(pipe.unet).from_config(pipe.unet.config, time_cond_proj_dim=8)
     pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="wants an embedding of the guidance"):
+    with pytest.raises(InputError, match="takes an embedding of the guidance"):
         loading.load_model(str(tmp_path / "model"))
 
 
-UNET_NAMES = {  # diffusers' -> the original's, of the small model's two blocks of one layer each; in this order
+UNET_NAMES = {  # diffusers' -> the original's, for the small model; replaced in this order
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
@@ -675,7 +676,7 @@ def original_names(pipe):
     """The weights of a pipeline under the names of the first Stable Diffusion checkpoints."""
     weights = {}
     for name, value in pipe.unet.state_dict().items():
-        is_attention = "attentions" in name  # whose norm1 is called so there, too
+        is_attention = "attentions" in name  # there norm1 keeps its name
         for old, new in UNET_NAMES.items():
             if name.startswith(old) or old[0] == "." and not is_attention:
                 name = name.replace(old, new, 1)
@@ -691,7 +692,7 @@ def original_names(pipe):
         for old, new in VAE_NAMES.items():
             name = name.replace(old, new)
         if is_attention and value.dim() == 2:
-            value = value[:, :, None, None]  # a convolution there
+            value = value[:, :, None, None]  # it is a convolution in the original
         weights[f"first_stage_model.{name}"] = value
     for name, value in pipe.text_encoder.state_dict().items():
         name = name if name.startswith("text_model.") else f"text_model.{name}"
@@ -708,7 +709,7 @@ def checkpoint(tmp_path, small_model):
 
 
 def test_a_checkpoint_in_one_file_is_a_model(tmp_path, checkpoint, small_model, few_pairs):
-    """With the configuration of a diffusers folder beside it; it trains, and what it leaves is a folder."""
+    """It takes the configuration of a diffusers folder. It trains and leaves a folder."""
     file, pipe = checkpoint
     model = loading.load_model(str(file), config=small_model("sd"))
     for name in ("unet", "vae", "text_encoder"):
@@ -763,7 +764,7 @@ def test_a_checkpoint_in_one_file_is_a_model(tmp_path, checkpoint, small_model, 
 
 def test_a_checkpoint_that_cannot_be_described_or_lacks_a_tensor_is_refused(tmp_path, checkpoint, small_model):
     file, _ = checkpoint
-    with pytest.raises(InputError, match=r"give its configuration by --config DIR"):
+    with pytest.raises(InputError, match=r"Pass its configuration: --config DIR"):
         loading.load_model(str(file))  # the hub is out of reach
     with pytest.raises(InputError, match="--config is for a --model in one file"):
         loading.load_model(small_model("sd"), config=small_model("sd"))
@@ -785,12 +786,12 @@ def test_a_checkpoint_that_cannot_be_described_or_lacks_a_tensor_is_refused(tmp_
 
 
 def test_a_crop_that_cuts_much_away_is_told(tmp_path, small_model, capsys):
-    """Of 300 x 100 pixels the square keeps a third."""
+    """The square keeps a third of 300 x 100 pixels."""
     wide = pyarrow.array([saved(Image.new("RGB", (300, 100))), pair(1)["jpg_0"]])
     parquet(tmp_path / "a.parquet", 0, 1, jpg_0=wide)
     pairs = data.ImagePairs(str(tmp_path), 32)
     words = data.crop_summary(data.collate([pairs[k] for k in range(2)])["time_ids"])
-    told = "the square crop keeps 83% of the first pictures; in 1 of 2 pairs one loses more than a third"
+    told = "the square crop keeps 83% of the first pictures; in 1 of 2 pairs it cuts more than a third off one"
     assert words == told
     argv = ["--model", small_model("sd"), "--data", str(tmp_path), "--device", "cpu", "--clip", "tiny"]
     encode.main([*argv, "--out", str(tmp_path / "cache")])
@@ -813,8 +814,9 @@ def test_a_crop_that_cuts_much_away_is_told(tmp_path, small_model, capsys):
     assert told in capsys.readouterr().out
 
 
-def test_samples_are_promised_where_there_are_some(small_run, capsys):
+def test_samples_are_there_only_if_they_are_wanted(tmp_path, small_run, capsys):
+    """The last line names what there is, the model."""
     small_run(1)
-    assert "samples shows it" not in capsys.readouterr().out
+    assert f"the result is {tmp_path}/out/model" in capsys.readouterr().out and not [*tmp_path.glob("out/samples/*")]
     small_run(1, "--sample_every", "1", "--sample_steps", "1", out="other")
-    assert "samples shows it" in capsys.readouterr().out
+    assert (tmp_path / "other" / "samples" / "000001.png").exists()

@@ -1,13 +1,15 @@
-"""The laboratory: what its regimes hold, that its engine is the project's, that nothing chosen is what is reported."""
+"""The laboratory: its regimes, its engine beside the project's, its choices, its tables, its statistics."""
 
 import json
 import math
 import random
+import re
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import stats
@@ -17,12 +19,13 @@ from extras.laboratory import ARMS, STUDIES, TRIED
 from loss import LOSSES, dpo_loss, rpo_loss
 
 EXTRAS = Path(laboratory.__file__).parent
+REPORT = (EXTRAS / "laboratory.md").read_text()
 COLUMNS = {"right": 0.0, "style": 0.5, "content": 0.5, "distance": 1.0}
 
 
 @pytest.fixture
 def few_bases(monkeypatch, tmp_path):
-    """Base models for vectors that have learnt nothing, for a few seeds."""
+    """Base models for vectors, for three seeds. They have learnt nothing."""
     monkeypatch.setattr(vectors, "SEEDS", [0, 1, 20])
     monkeypatch.setattr(vectors, "BASE_STEPS", 2)
     monkeypatch.setattr(vectors, "STEPS", 6)
@@ -36,7 +39,7 @@ def few_bases(monkeypatch, tmp_path):
 
 
 def test_the_regimes_of_vectors_hold_what_they_say():
-    """Style alone differs where nothing else is said; the share of swapped labels; 24 pairs, one a prompt."""
+    """Style alone differs unless the regime says otherwise. Counted: swapped labels, other contents, 24 pairs."""
     content, style = slice(0, vectors.CONTENT), vectors.CONTENT
     for regime in vectors.REGIMES:
         prompt, winner, loser = vectors.draw_pairs(regime, seed=3)
@@ -54,7 +57,7 @@ def test_the_regimes_of_vectors_hold_what_they_say():
 
 
 def test_the_losses_of_many_runs_are_those_of_the_project():
-    """A batch of runs gives each what loss.py gives it: groups of 8 for RPO, the whole batch for the others."""
+    """Each run of a batch gets the loss of loss.py: per group of 8 for RPO, on the whole batch for the others."""
     g = torch.Generator().manual_seed(0)
     runs, batch = 3, vectors.BATCH
     errors = {name: torch.rand(runs, batch, generator=g) for name in ("err_w", "err_l", "ref_err_w", "ref_err_l")}
@@ -86,7 +89,7 @@ def test_the_weights_of_a_stream_are_those_of_data():
 
 
 def test_runs_side_by_side_are_runs_alone(few_bases):
-    """A run's neighbours, their rates, betas and seeds, do not reach it."""
+    """The neighbours of a run do not change it, whatever their rates, betas and seeds."""
     settings = [(1e-3, 8.0, 0), (3e-3, 64.0, 1), (1e-4, 2.0, 20)]
     for name in ("DPO", "RPO tau .5", "SFT, then RPO uniform"):
         together = vectors.run(ARMS[name], "clean", settings, "tuning", few_bases)
@@ -96,7 +99,7 @@ def test_runs_side_by_side_are_runs_alone(few_bases):
 
 
 def test_the_optimizer_is_adam(few_bases):
-    """Ten steps of one run against torch.optim.Adam with the same warm-up."""
+    """Six steps of one run equal those of torch.optim.Adam with the same warm-up."""
     start = [param[:1] for param in vectors.base_models(few_bases)]
     batch = {name: value[None] for name, value in vectors.stream("clean", 0, {}).items()}
     ours = vectors.train("sft", {}, start, batch, torch.tensor([1e-3]), torch.tensor([0.0]), steps=6)
@@ -113,7 +116,7 @@ def test_the_optimizer_is_adam(few_bases):
 
 
 def test_the_distance_punishes_lost_diversity():
-    """Vectors as wished are nearest; the same with nuisance at 0 are as right, and further off."""
+    """Wished vectors are nearest. With nuisance set to 0 they are as right, but further off."""
     wished = vectors.draw(vectors.asked("report"), 1.0, torch.Generator().manual_seed(5))
     narrow = wished.clone()
     narrow[:, vectors.CONTENT + 1:] = 0
@@ -126,8 +129,8 @@ def test_the_distance_punishes_lost_diversity():
 # Drawings
 
 
-def test_drawings_lose_what_the_caption_names_no_more_than_what_it_does_not():
-    """The outline of a shape is where its filling is, in its color, on its background."""
+def test_an_outline_keeps_what_the_caption_names():
+    """An outline lies where the filled shape lies, in the shape's color, on the same background."""
     for scene in (("star", "red", "white"), ("ring", "blue", "yellow")):
         filled, outline = (drawings.draw(scene, is_outline, random.Random(3)) for is_outline in (False, True))
         boxes = []
@@ -143,7 +146,7 @@ def test_drawings_lose_what_the_caption_names_no_more_than_what_it_does_not():
 
 @pytest.mark.slow
 def test_a_run_of_drawings_is_one_of_train_py(quick_tiny, tmp_path, monkeypatch):
-    """From its command line to its columns; the same once more; losses that a fork adds run, too."""
+    """A whole run, twice with the same result, by three losses; one of them is such as a fork adds."""
     monkeypatch.setitem(LOSSES, "dpo_sft", laboratory.FURTHER_LOSSES["dpo_sft"])
     monkeypatch.setattr(drawings, "STEPS", 2)
     monkeypatch.setattr(drawings, "PAIRS", 32)
@@ -161,7 +164,7 @@ def test_a_run_of_drawings_is_one_of_train_py(quick_tiny, tmp_path, monkeypatch)
 
 
 def test_nothing_is_reported_on_what_chose_it():
-    """Else the better setting would be the luckier one: other seeds and other prompts."""
+    """The report has other seeds and other prompts than the tuning. Otherwise the luckiest setting would look best."""
     for study in STUDIES.values():
         assert not {*study.TUNING_SEEDS} & {*study.REPORT_SEEDS}
     train, tuning, report = ({*vectors.HALVES[half].tolist()} for half in ("train", "tuning", "report"))
@@ -171,7 +174,7 @@ def test_nothing_is_reported_on_what_chose_it():
 
 
 def stand_in(best_rate, best_beta):
-    """A study whose arms are all the best at one setting, by both criteria."""
+    """A study in which every arm is best at one setting, by both criteria."""
     made = []
 
     def run(arm, regime, lot, half, out):
@@ -190,7 +193,7 @@ def stand_in(best_rate, best_beta):
 
 
 def test_every_arm_is_tuned_alike_and_the_grid_grows_once(monkeypatch, tmp_path):
-    """As many runs each; beyond an edge at which the best lies, not beyond one at which it does not."""
+    """All arms get equally many runs. A grid grows at an edge where the best setting lies, and at no other."""
     for study in STUDIES.values():
         assert len(study.SFT_RATES) == len(study.RATES) * len(study.BETAS)
     study, made = stand_in(best_rate=8e-4, best_beta=2.0)
@@ -211,7 +214,7 @@ def test_every_arm_is_tuned_alike_and_the_grid_grows_once(monkeypatch, tmp_path)
 
 
 def test_of_equal_settings_the_nearest_is_chosen_then_the_first():
-    """One tuning seed of 180 samples gives equal shares often enough."""
+    """With one tuning seed of 180 samples, shares are often equal."""
     rows = [dict(zip(laboratory.KEYS, ("one", "DPO", rate, 1.0, 7, "tuning"))) | COLUMNS for rate in (1.0, 2.0, 3.0)]
     assert laboratory.choose(rows, "right") == (1.0, 1.0)
     rows[1]["distance"] = 0.5
@@ -221,7 +224,7 @@ def test_of_equal_settings_the_nearest_is_chosen_then_the_first():
 
 
 def test_what_is_measured_is_not_measured_again(monkeypatch, tmp_path):
-    """Killed, the same command goes on; but not with rows of other code."""
+    """A killed command goes on with its rows, but not with the rows of other code."""
     study, made = stand_in(best_rate=1e-4, best_beta=2.0)
     monkeypatch.setitem(STUDIES, "vectors", study)
     rows = laboratory.run_cell("vectors", "DPO", "one", tmp_path)
@@ -247,7 +250,7 @@ def test_a_second_run_that_differs_is_told(monkeypatch, tmp_path, capsys):
 
 
 def test_the_tables_say_what_the_rows_say(monkeypatch, tmp_path):
-    """By hand: three seeds at differences of 1, 2 and 6 points: 3 +- 4.303 * 2.646 / sqrt 3; the lower lr of two."""
+    """By hand: differences of 1, 2 and 6 points give 3 +- 4.303 * 2.646 / sqrt 3. The lower of two rates is chosen."""
     rows = []
     for arm, values in (("base", (0.1, 0.1, 0.1)), ("ideal", (1, 1, 1)), ("DPO", (0.5, 0.6, 0.7)),
                         ("RPO uniform", (0.51, 0.62, 0.76))):
@@ -266,30 +269,102 @@ def test_the_tables_say_what_the_rows_say(monkeypatch, tmp_path):
 
 
 def test_the_tables_of_the_report_are_those_of_the_committed_rows():
-    """Each table of laboratory.md, to the character, is what the rows beside it give."""
+    """The committed rows give each table of laboratory.md, to the character."""
     of_study = {name: laboratory.read_rows(EXTRAS / f"{name}.csv") for name in STUDIES}
-    report = (EXTRAS / "laboratory.md").read_text()
     for title, table in laboratory.tables(of_study).items():
-        assert table in report, title
+        assert table in REPORT, title
     for name, rows in of_study.items():
         cells = laboratory.Cells(name, rows)
         assert cells.arms == TRIED[name] and cells.regimes == [*STUDIES[name].REGIMES]
+
+
+def row_of(table, difference):
+    """[(mean, low, high, seeds, is_kept)], one per regime, of a row of a table of laboratory.md."""
+    _, line = REPORT.split(f"### {table}\n")[1].split(f"| {difference} |", 1)
+    row = []
+    for cell in line.split("\n")[0].strip(" |").split(" | "):
+        mean, low, high, seeds = re.fullmatch(r"\**([-+.\d]+)†?\** \[(.+), (.+)\] (\d+)/\d+", cell).groups()
+        row.append((float(mean), float(low), float(high), int(seeds), cell.startswith("**")))
+    return row
+
+
+def test_the_figures_of_the_summary_are_those_of_the_tables():
+    """The report begins with ranges, intervals and what Holm keeps; each is computed here from its row."""
+    summary = " ".join(REPORT.split("\n## ")[0].split())
+
+    def range_of(cells):
+        means = [abs(mean) for mean, *_ in cells]
+        return min(means), max(means)
+
+    *uniform, independent = row_of("Vectors, right, chosen by right: against DPO", "RPO uniform - DPO")
+    mean, low, high, seeds, is_kept = uniform.pop(2)
+    assert f"swapped it is ahead by {mean} [{low}, {high}] (not kept)" in summary and not is_kept
+    uniform.append(independent)
+    assert all(is_kept and seeds == 16 and mean > 0 for mean, _, _, seeds, is_kept in uniform)
+    assert "ahead by {} to {} points in four regimes, on 16 of 16 seeds (kept)".format(*range_of(uniform)) in summary
+
+    asked = "Vectors, right, chosen by right: questions"
+    weights = row_of(asked, "RPO tau .5 - RPO uniform")
+    assert all(mean < 0 for mean, *_ in weights) and sum(is_kept for *_, is_kept in weights) == 3
+    assert "ahead of tau 0.5 by {} to {} points; three of the five".format(*range_of(weights)) in summary
+    shuffled = row_of(asked, "RPO uniform - one shuffled loser")
+    assert not any(is_kept for *_, is_kept in shuffled) and range_of(shuffled)[1] < 3
+    others = row_of(asked, "RPO uniform - DPO + SFT") + row_of(asked, "RPO uniform - pointwise")
+    assert all(is_kept and mean < 0 for mean, *_, is_kept in others)
+    assert "ahead of uniform RPO by {:.0f} to {:.0f} points (kept)".format(*range_of(others)) in summary
+
+    of_drawings = "Drawings, right, chosen by right: against DPO"
+    clean, swapped = row_of(of_drawings, "RPO uniform - DPO")
+    assert not clean[-1] and not swapped[-1]
+    (mean, low, high, *_), (mean_s, low_s, high_s, *_) = clean, swapped
+    assert (f"Uniform RPO is ahead by {mean} [{low}, {high}], and with swapped labels by {mean_s} [{low_s}, {high_s}] "
+            "(not kept)") in summary
+    clean, swapped = row_of(of_drawings, "DPO + SFT - DPO")
+    assert clean[-1] and swapped[-1]
+    assert f"DPO plus SFT is ahead of DPO by {clean[0]} and {swapped[0]} points (kept)" in summary
+
+
+def test_every_figure_of_the_findings_stands_in_a_table():
+    """Alone or with its interval, in a table of the same study."""
+    findings, tables = REPORT.split("\n## What separates")[1].split("\n## Tables")
+    tables = re.sub(r"[+*†]", "", tables)
+    for study in ("Vectors", "Drawings"):
+        prose = re.sub(r"\+|[Tt]au [.\d]+", "", findings.split(f"\n### {study}\n")[1].split("\n### ")[0])
+        of_study = "".join(part for part in tables.split("\n### ") if part.startswith(study))
+        figures = re.findall(r"-?\d+\.\d+ \[.+?\]", " ".join(prose.split()))
+        numbers = re.findall(r"\d+\.\d+", prose)
+        assert len(figures) >= 2 and len(numbers) >= 10
+        for text in figures:
+            assert text in of_study, text
+        assert {*numbers} <= {*re.findall(r"\d+\.\d+", of_study)}
 
 
 # Statistics
 
 
 def test_holm_by_hand():
-    """Of 4 tests: .005 * 4, .01 * 3, then .03 * 2, and .04 not below the one before it."""
+    """Four tests: .005 * 4, .01 * 3, .03 * 2, then .04, which may not fall below the one before it."""
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([0.2]) == [0.2] and stats.holm([]) == []
 
 
-@pytest.mark.parametrize("n", [8, 16])
-def test_the_paired_interval_covers_the_difference_in_95_of_100(n):
-    """Simulated: seeds that share three times the spread of what differs; unpaired it would cover all."""
+@pytest.mark.parametrize("n", [2, 8, 16])
+def test_the_paired_interval_is_students(n):
+    """mean +- t(n - 1) s / sqrt n, and the two-sided p of t, by hand."""
+    ours, theirs = torch.randn(2, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).numpy()
+    error = (ours - theirs).std(ddof=1) / n ** 0.5
+    mean = (ours - theirs).mean()
+    half = scipy.stats.t.ppf(0.975, n - 1) * error
+    p = 2 * scipy.stats.t.sf(abs(mean) / error, n - 1)
+    assert stats.paired_difference(ours, theirs) == pytest.approx((mean, mean - half, mean + half, p))
+
+
+@pytest.mark.parametrize("n, trials", [(8, 400), pytest.param(8, 2000, marks=pytest.mark.slow),
+                                       pytest.param(16, 2000, marks=pytest.mark.slow)])
+def test_the_paired_interval_covers_the_difference_in_95_of_100(n, trials):
+    """The seeds share three times the spread of the difference. An unpaired interval would always cover it."""
     g = torch.Generator().manual_seed(n)
-    covered, trials = 0, 2000
+    covered = 0
     for _ in range(trials):
         shared = 3 * torch.randn(n, generator=g)
         ours = shared + 1 + torch.randn(n, generator=g)
@@ -297,18 +372,21 @@ def test_the_paired_interval_covers_the_difference_in_95_of_100(n):
         _, low, high, p = stats.paired_difference(ours, theirs)
         covered += low <= 1 <= high
         assert (p < 0.05) == (not low <= 0 <= high)
-    assert abs(covered / trials - 0.95) < 0.0147  # three standard errors
+    assert abs(covered / trials - 0.95) < 3 * (0.95 * 0.05 / trials) ** 0.5  # three standard errors
 
 
-def test_holm_errs_in_5_of_100_tables():
-    """Ten equal arms a table: the share of tables in which any seems to differ."""
+@pytest.mark.parametrize("clear", [0, 5])
+def test_holm_errs_in_5_of_100_tables(clear):
+    """Ten differences a table, some of them clear. In 5% of tables any of the others seems to be one, too."""
     g = torch.Generator().manual_seed(1)
-    wrong, trials = 0, 400
-    for _ in range(trials):
-        ours, theirs = torch.randn(2, 10, 8, generator=g)
-        p_values = [stats.paired_difference(a, b)[3] for a, b in zip(ours, theirs)]
-        wrong += min(stats.holm(p_values)) < 0.05
-    assert wrong / trials < 0.05 + 0.0327  # three standard errors
+    wrong, trials = 0, 4000
+    for p_values in torch.rand(trials, 10, generator=g, dtype=torch.float64).numpy():
+        p_values[:clear] = 1e-6
+        adjusted = stats.holm(p_values)
+        assert all(p < 0.05 for p in adjusted[:clear])
+        wrong += min(adjusted[clear:]) < 0.05
+    equal = 10 - clear
+    assert abs(wrong / trials - (1 - (1 - 0.05 / equal) ** equal)) < 3 * (0.05 * 0.95 / trials) ** 0.5
 
 
 def test_a_difference_without_spread_is_a_point_and_one_seed_has_no_interval():

@@ -1,4 +1,4 @@
-"""The curves of "is it learning" come from runs of train.py, and the guide's table from the committed rows."""
+"""The curves of "Is it learning" come from runs of train.py, and the guide's table comes from the committed rows."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_swapped_labels_are_the_same_pairs(quick_tiny, tmp_path):
 
 
 def test_a_run_gives_its_rows_and_a_killed_command_goes_on(quick_tiny, tmp_path, monkeypatch, capsys):
-    """What is there is not run again; the figure and the table need nothing else."""
+    """Runs that have their rows are not repeated. The figure and the table need the rows alone."""
     monkeypatch.setitem(options.PRESETS, "tiny", options.PRESETS["tiny"] | {"steps": 10})
     monkeypatch.setattr(learning, "PAIRS", 8)
     monkeypatch.setattr(tiny, "measure", lambda pipe: {"style": 0.5, "shape": 1.0})

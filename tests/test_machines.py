@@ -1,4 +1,6 @@
-"""Several machines: what one of them loses ends the run on all, soon and in one line, and the same command goes on."""
+"""Several machines: if one of them is lost, the run ends on all, soon and in one line, and the same command goes on."""
+
+import distributed  # first: it notes the launcher
 
 import contextlib
 import os
@@ -9,11 +11,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-import common
+import run
 import train
-from common import torchrun_env
 from conftest import launch, log_of
+from distributed import torchrun_env
 
 pytestmark = pytest.mark.usefixtures("quick_tiny")
 
@@ -37,7 +40,7 @@ def quicker():
 
 
 class Line:
-    """A store until it is cut."""
+    """A store that works until the line to it is cut."""
 
     cut = threading.Event()
 
@@ -60,14 +63,14 @@ def with_a_line_to_cut(store):
 
 
 def without_a_way_out(*batch):
-    """In its first step; it ends after the others, so that its closed connections are not what they notice."""
+    """Cuts the line in the first step. It ends after the others, so that they do not notice its closed connections."""
     distributed.SILENCE = 8
     Line.cut.set()
     threading.Event().wait()
 
 
 def last_is_cut_off(argv):
-    """The last process loses its way to the others: it neither sends nor hears, and its step waits for ever."""
+    """The last process loses its way to the others. It neither sends nor hears, and its step waits for ever."""
     quicker()
     rank, _, world_size = torchrun_env()
     if rank == world_size - 1:
@@ -76,13 +79,13 @@ def last_is_cut_off(argv):
     train.main(argv)
 
 
-def test_what_is_not_heard_of_any_more_ends_all_in_one_line(tmp_path, options):
-    """The first process waits in a collective that never ends, the second never comes to it."""
+def test_a_silent_process_ends_all_in_one_line(tmp_path, options):
+    """The first process waits in a collective that never ends. The second never comes to it."""
     argv = [*options, "--out", str(tmp_path / "out")]
     for rank, (status, text) in enumerate(launch(tmp_path, 2, last_is_cut_off, argv)):
         (line,) = lines_of(text)
         assert status == 1 and line == (
-            f"train.py: process {rank}: nothing was heard of process {1 - rank} for {(2, 8)[rank]} s: a machine or the "
+            f"train.py: process {rank}: process {1 - rank} was silent for {(2, 8)[rank]} s: a machine or the "
             "network is gone. The same command goes on from the last checkpoint")
 
 
@@ -92,20 +95,20 @@ def test_the_first_process_tells_the_others_who_is_lost(tmp_path, options):
     assert [status for status, _ in ended] == [1, 1, 1]
     for rank in (0, 1):
         (line,) = lines_of(ended[rank][1])
-        assert line.startswith(f"train.py: process {rank}: nothing was heard of process 2 for 2 s")
+        assert line.startswith(f"train.py: process {rank}: process 2 was silent for 2 s")
 
 
 def busy_first(argv):
-    """The first process draws its samples for three times as long as a silent one is waited for."""
+    """The first process draws its samples for three times as long as the others wait for a silent one."""
     quicker()
-    draw = train.Output.draw
+    draw = run.Output.draw
 
     def long_draw(output):
         never = threading.Event()
         never.wait(3 * distributed.SILENCE)
         return draw(output)
 
-    train.Output.draw = long_draw
+    run.Output.draw = long_draw
     train.main(argv)
 
 
@@ -124,17 +127,48 @@ def killed_second(argv):
 
 
 def test_a_process_that_dies_is_noticed_at_once(tmp_path, options):
-    """Without a launcher that would end the others: by the connection to it."""
+    """No launcher ends the others here; they notice it by their connection."""
     first, second = launch(tmp_path, 2, killed_second, [*options, "--out", str(tmp_path / "out")])
     (line,) = lines_of(first[1])
-    assert first[0] == 1 and line.startswith("train.py: another process, or the way to it, is lost (") and second[0] == -9
+    assert first[0] == 1 and second[0] == -9
+    assert line.startswith("train.py: another process or the network is lost (")
+
+
+# The gradient of all processes
+
+
+def save_gradients(argv, folder):
+    """train.main; every process keeps the gradient that its optimizer gets in the last step."""
+    sum_gradients, (rank, _, _) = distributed.sum_gradients, torchrun_env()
+
+    def sum_and_save(params):
+        sum_gradients(params)
+        torch.save(torch.cat([param.grad.flatten() for param in params]), folder / f"{rank}.pt")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "sum_gradients", sum_and_save)
+        train.main(argv)
+
+
+@pytest.mark.parametrize("loss", ["rpo --group_size 8", "dpo"])
+def test_two_processes_and_several_chunks_have_the_gradient_of_one_process(tmp_path, options, loss):
+    """The second step counts: in the first one the policy is the reference, and no error reaches the gradient."""
+    argv = [*options, *"--batch_size 16 --steps 2 --optimizer sgd --lr 0.1 --loss".split(), *loss.split()]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    save_gradients([*argv, "--micro_batch", "16", "--out", str(one / "out")], one)
+    for status, text in launch(two, 2, save_gradients, [*argv, "--micro_batch", "2", "--out", str(two / "out")], two):
+        assert status == 0, text
+    expected = torch.load(one / "0.pt")
+    for rank in (0, 1):
+        assert (torch.load(two / f"{rank}.pt") - expected).norm() < 1e-4 * expected.norm()
 
 
 # What all machines must see
 
 
 def with_folder_of_its_own(argv, own):
-    """The second process has another --out, as where it lies on each machine's own disk."""
+    """The second process sees another --out, as if it lay on each machine's own disk."""
     rank, _, _ = torchrun_env()
     train.main([*argv, "--out", own if rank else f"{own}-first"])
 
@@ -175,7 +209,7 @@ def test_other_pairs_or_reference_errors_on_another_machine_are_refused(tmp_path
 
 @pytest.fixture
 def two_machines():
-    """two_machines(): {rank: the words that run a command there}; their names are 10.77.0.1 and .2."""
+    """{rank: name of a network namespace}; their addresses are 10.77.0.1 and 10.77.0.2."""
     names = {rank: f"diffusion-rpo-{rank}" for rank in (0, 1)}
 
     def ip(*words):
@@ -204,7 +238,7 @@ def two_machines():
 
 
 def on_two_machines(names, folder, argv):
-    """torchrun on each; their Popens."""
+    """Starts torchrun on each machine and returns the two Popens."""
     nodes = []
     for rank, name in names.items():
         words = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
@@ -216,7 +250,7 @@ def on_two_machines(names, folder, argv):
 
 
 def ends(nodes, folder, seconds):
-    """How torchrun ended on each machine, within some seconds of now, and what it said."""
+    """(exit status, output) of torchrun on each machine, as two lists. It fails if one does not end in time."""
     try:
         statuses = [node.wait(seconds) for node in nodes]
     except subprocess.TimeoutExpired:
@@ -229,8 +263,8 @@ def ends(nodes, folder, seconds):
 
 @pytest.mark.slow
 def test_two_machines_agree_with_one_and_a_cut_between_them_ends_both(tmp_path, options, two_machines):
-    """Twelve steps; then the link goes down in a longer run, which goes on once it is up again."""
-    options += "--tau inf --beta 100".split()  # which wants no CLIP of its own
+    """Twelve steps agree. Then the link goes down in a longer run, which goes on once it is up again."""
+    options += "--tau inf --beta 100".split()  # uniform weights need no CLIP
     more = ["--steps", "12", "--out"]
     statuses, texts = ends(on_two_machines(two_machines, tmp_path, [*options, *more, str(tmp_path / "two")]),
                            tmp_path, 200)
@@ -250,10 +284,10 @@ def test_two_machines_agree_with_one_and_a_cut_between_them_ends_both(tmp_path, 
     assert statuses == [1, 1], texts
     for rank, text in enumerate(texts):
         lines = [line for line in text.splitlines() if line.startswith("train.py: process")]
-        assert lines == [f"train.py: process {rank}: nothing was heard of process {1 - rank} for 40 s: a machine or the "
+        assert lines == [f"train.py: process {rank}: process {1 - rank} was silent for 40 s: a machine or the "
                          "network is gone. The same command goes on from the last checkpoint"]
     subprocess.run(["ip", "-n", two_machines[1], "link", "set", "link1", "up"], check=True)
-    kept = int(run_room.newest_checkpoint(out).stem.split("-")[1])
+    kept = int(run.newest_checkpoint(out).stem.split("-")[1])
     nodes = on_two_machines(two_machines, tmp_path, [*argv, str(kept + 4)])
     statuses, texts = ends(nodes, tmp_path, 200)
     assert statuses == [0, 0] and f"going on after {kept} steps" in texts[0]

@@ -1,12 +1,15 @@
 """Whatever ends a run, the same command goes on to the same bits, and nothing that was saved is lost.
 
-As a script it is train.py with a fault: `python tests/test_resume.py FAULT NUMBER [options of train.py]`.
+Run as a script, this file is train.py with a fault: `python tests/test_resume.py FAULT NUMBER [options of train.py]`.
 """
 
-import common  # first, to know the launcher
+import distributed  # first: it notes the launcher
 
+import argparse
 import gc
 import io
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -23,14 +26,21 @@ import pytest
 import torch
 from PIL import Image
 
+import begin
+import common
 import data
 import models
+import options as options_file
+import reference
+import run
 import train
-from common import InputError, one_line_errors, torchrun_env
+from common import InputError, one_line_errors
 from conftest import QUICK, launch, log_of
+from distributed import torchrun_env
 from extras import tiny
 
-STEPS, LINES = 8, 8000  # of a run: steps; about so many lines of train.py and common.py are run by it
+STEPS, LINES = 8, 8000  # steps of a run; about so many lines of the files in TRACED are executed in it
+TRACED = [module.__file__ for module in (train, begin, run, reference, distributed, common)]
 pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
 
 
@@ -38,9 +48,9 @@ pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
 
 
 def faulty(fault, number, argv):
-    """train.main with a fault: at a line of ours, in a save, or in a step, each given by its number.
+    """train.main with a fault at a line of our code, in a save or in a step; `number` says at which one.
 
-    "line VICTIM" and "half VICTIM", of a save, kill this process, its launcher, or everything.
+    "line VICTIM" and "half VICTIM" kill this process ("self"), its launcher, or everything. "half" means half a save.
     """
     fault, _, victim = str(fault).partition(" ")
     launcher = os.getppid()
@@ -49,9 +59,9 @@ def faulty(fault, number, argv):
     if fault == "half":
         torch.save = killed_in_save(number, victim, launcher)
     if fault == "unscanned":
-        train.SCAN_LIMIT = 0
+        data.ImagePairs.scan = lambda pairs: None
     if fault == "model":
-        train.Output.save_model = without_room(train.Output.save_model)
+        run.Output.save_model = without_room(run.Output.save_model)
     if fault == "unmount":
         train.Trainer.place_models = without_images(train.Trainer.place_models, argv)
     train.Trainer.prepare = struck_in_step(train.Trainer.prepare, fault, number)
@@ -67,12 +77,12 @@ def strike(victim, launcher):
 
 
 def killed_at_line(number, victim, launcher):
-    """A trace function that strikes at the number-th line of train.py and common.py that is run."""
+    """A trace function that strikes when the number-th line of the files in TRACED is executed."""
     lines = 0
 
     def trace(frame, event, _):
         nonlocal lines
-        if frame.f_code.co_filename not in (train.__file__, common.__file__):
+        if frame.f_code.co_filename not in TRACED:
             return None
         if event == "line":
             lines += 1
@@ -84,7 +94,7 @@ def killed_at_line(number, victim, launcher):
 
 
 def killed_in_save(number, victim, launcher):
-    """A torch.save of which the number-th call strikes when half of its bytes are written."""
+    """A torch.save whose number-th call strikes when half of its bytes are written."""
     torch_save, saves = torch.save, 0
 
     def half_a_save(state, stream):
@@ -103,15 +113,15 @@ def killed_in_save(number, victim, launcher):
 
 
 def struck_in_step(prepare, fault, number):
-    """Trainer.prepare, which a step calls for each micro-batch, with a fault at its first call in a step."""
+    """Trainer.prepare, which a step calls for each micro-batch, with a fault at its first call in step `number`."""
     calls = 0
 
-    def prepare_and_strike(trainer, batch):
+    def prepare_and_strike(trainer, batch, images):
         nonlocal calls
         if calls == number * trainer.args.batch_size // (trainer.args.micro_batch * trainer.world_size):
             step_fault(fault, trainer.rank)
         calls += 1
-        return prepare(trainer, batch)
+        return prepare(trainer, batch, images)
 
     return prepare_and_strike
 
@@ -119,7 +129,7 @@ def struck_in_step(prepare, fault, number):
 def step_fault(fault, rank):
     if fault in ("SIGTERM", "SIGINT"):
         os.kill(os.getpid(), getattr(signal, fault))
-    elif fault == "group":  # as torchrun and Slurm signal: all processes, the loader's too, and twice
+    elif fault == "group":  # torchrun and Slurm signal all processes, the loader's too, and twice
         for process in multiprocessing.active_children() * 2:
             os.kill(process.pid, signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -139,7 +149,7 @@ def step_fault(fault, rank):
 
 
 def take_lock_of_loader():
-    """As a reader does that is killed while it asks whether the loader has ended: nobody gives the lock back."""
+    """Takes the lock that a reader holds while it asks whether the loader has ended. Killed then, it never gives it back."""
     loaders = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     (loader,) = [thing for thing in gc.get_objects() if isinstance(thing, loaders)]
     loader._workers_done_event._cond.acquire()
@@ -159,7 +169,7 @@ def without_room(save_model):
 
 
 def without_images(place_models, argv):
-    """Trainer.place_models, after which the last --data has lost its pictures."""
+    """Trainer.place_models; after it the last --data has lost its pictures."""
     last = len(argv) - argv[::-1].index("--data")
 
     def place(trainer):
@@ -182,7 +192,7 @@ def options(small_model, few_pairs):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, options):
-    """unbroken(world_size, ...): the folder of a run, with more options, that nobody killed."""
+    """unbroken(world_size, *more): the folder of a run that nobody killed; `more` are further options."""
     runs = {}
 
     def unbroken(world_size, *more):
@@ -201,15 +211,15 @@ def left(out):
     """The checkpoint and the log of a folder, the log without its times."""
     (file,) = out.glob("checkpoint-*.pt")
     log = log_of(out)
-    for record in log:
-        del record["pairs_per_second"]
+    for line in log:
+        del line["pairs_per_second"]
     return torch.load(file, weights_only=True), log
 
 
 def same_bits(out, expected):
     """Two folders hold the same run: log, weights, optimizer, average, model/."""
     (state, log), (expected_state, expected_log) = left(out), left(expected)
-    assert [record["step"] for record in log] == list(range(len(expected_log)))
+    assert [line["step"] for line in log] == list(range(len(expected_log)))
     assert log == expected_log
     for part in ("weights", "optimizer", "ema"):
         a, b = (torch.utils._pytree.tree_leaves(kept[part]) for kept in (state, expected_state))
@@ -239,20 +249,24 @@ def one_line_of(text):
 # Killed
 
 
-def killed(run, out, expected, kills):
-    """Kills at random moments of the run, from set-up to ending, and, one in four, in the midst of a save; then
-    lets it end. A run that ends before counts for nothing, and the next begins anew."""
+def killed(attempt, out, expected, kills):
+    """Kills a run at random moments from its set-up to its end, every fourth time in the midst of a save. Then lets it end.
+
+    A run that ends before it is killed does not count, and the next one begins anew.
+
+    attempt  (fault, number) -> (exit status, output) of the run
+    """
     rng, count = random.Random(0), 0
     while count < kills:
         moment = ("line", rng.randrange(1, LINES)) if count % 4 else ("half", rng.choice((1, 2)))
-        status, text = run(*moment)
+        status, text = attempt(*moment)
         assert status in (0, -signal.SIGKILL), text
         if status == 0:
             same_bits(out, expected)
             shutil.rmtree(out)
         else:
             count += 1
-    status, text = run(None, 0)
+    status, text = attempt(None, 0)
     assert status == 0, text
     same_bits(out, expected)
     names = {file.name for file in (out / "model").iterdir()}
@@ -269,15 +283,15 @@ SLOW = pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, unbroken, options, kills, more):
     argv = [*options, *more, "--out", str(tmp_path / "out")]
 
-    def run(fault, number):
+    def attempt(fault, number):
         (ended,) = launch(tmp_path, 1, faulty, f"{fault} self", number, argv)
         return ended
 
-    killed(run, tmp_path / "out", unbroken(1, *more), kills)
+    killed(attempt, tmp_path / "out", unbroken(1, *more), kills)
 
 
 def by_torchrun(folder, fault, number, options, world_size=2):
-    """Runs until the launcher and every process that writes to its pipes have ended."""
+    """A run by torchrun. It returns once the launcher and every process that writes to its pipes have ended."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
     command += [__file__, str(fault), str(number), *options, "--out", str(folder / "out")]
     environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
@@ -287,13 +301,13 @@ def by_torchrun(folder, fault, number, options, world_size=2):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["launcher", "everything"])
 def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
-    """The launcher alone, which leaves its processes running but for our watch; and all of them at once."""
+    """The launcher alone, whose processes would go on if they did not watch it; and all of them at once."""
 
-    def run(fault, number):
+    def attempt(fault, number):
         ended = by_torchrun(tmp_path, f"{fault} {victim}", number, options)
         return ended.returncode, ended.stderr
 
-    killed(run, tmp_path / "out", unbroken(2), 4)
+    killed(attempt, tmp_path / "out", unbroken(2), 4)
 
 
 # Signals
@@ -301,7 +315,7 @@ def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
 
 @pytest.mark.parametrize("workers, fault", [("0", "SIGINT"), ("2", "group")])
 def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options, workers, fault):
-    """Also one that torchrun or Slurm sends to the loader's processes and more than once."""
+    """So does a signal that torchrun or Slurm sends to the loader's processes, too, and more than once."""
     argv = [*options, "--workers", workers, "--save_every", "0", "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path, 1, faulty, fault, 2, argv)
     assert status == 1 and one_line_of(text) == "train.py: saved after 3 steps; the same command goes on"
@@ -312,7 +326,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options
 
 
 def test_processes_agree_on_the_step_that_a_signal_ends(tmp_path, unbroken, options):
-    """Only the second one gets it; and on another number of processes the run goes on."""
+    """Only the second one gets the signal. The run goes on with another number of processes."""
     argv = [*options, "--out", str(tmp_path / "out")]
     first, second = launch(tmp_path, 2, signalled_second, argv)
     assert first[0] == second[0] == 1 and "saved after 4 steps" in first[1], first[1]
@@ -334,7 +348,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path, unbroken, options):
     train.main([*options, "--steps", "4", "--out", str(out)])
     assert (out / "model").is_dir()
     for change, complaint in [
-        ("--lr 2e-3", "holds a run with --lr 0.001, not 0.002; give another --out"),
+        ("--lr 2e-3", "holds a run with --lr 0.001, not 0.002. Pass another --out"),
         ("--seed 1", "--seed 0, not 1"),
         ("--loss dpo", "--loss rpo, not dpo"),
         ("--group_size 4", "--group_size 8, not 4"),
@@ -354,7 +368,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path, unbroken, options):
 
 
 def test_what_was_trained_on_is_not_decoded_again(tmp_path, options, monkeypatch):
-    monkeypatch.setattr(train, "SCAN_LIMIT", 0)
+    monkeypatch.setattr(data.ImagePairs, "scan", lambda pairs: None)
     argv = [*options, "--out", str(tmp_path / "out")]
     train.main([*argv, "--steps", "2"])
     decoded, get = [], data.Pairs.__getitem__
@@ -400,27 +414,27 @@ def test_a_run_that_is_done_says_so_and_is_left_alone(tmp_path, options, capsys)
     train.main(argv)
     before = times()
     train.main(argv)
-    assert "holds all 1 steps of this run; to train it again remove" in capsys.readouterr().out
+    assert "holds all 1 steps of this run. To go on, pass more --steps. To train again, remove the folder" in capsys.readouterr().out
     assert times() == before
 
 
 @pytest.mark.parametrize("name, text", [("thesis.tex", "precious"), ("config.json", '{"hidden_size": 8}')])
 def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, options, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit, match=f"^train.py: .*holds something else .{name}.; give another --out"):
+    with pytest.raises(SystemExit, match=f"^train.py: .*holds something else .{name}.. Pass another --out"):
         train.main([*options, "--out", str(tmp_path)])
     assert (tmp_path / name).read_text() == text
 
 
 def test_a_resumed_run_lets_go_of_the_old_checkpoint(tmp_path, options, monkeypatch):
-    """A file that is still mapped takes its room on the disk until the run ends."""
+    """A file that is still mapped would take its room on the disk until the run ends."""
     argv = [*options, "--out", str(tmp_path / "out")]
     train.main([*argv, "--steps", "2"])
     prepare, calls = train.Trainer.prepare, []
 
-    def prepare_and_look(trainer, batch):
+    def prepare_and_look(trainer, batch, images):
         calls.append("checkpoint-" in Path("/proc/self/maps").read_text())
-        return prepare(trainer, batch)
+        return prepare(trainer, batch, images)
 
     monkeypatch.setattr(train.Trainer, "prepare", prepare_and_look)
     train.main([*argv, "--steps", "3"])
@@ -434,7 +448,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, options):
     datasets.Dataset.from_list(tiny.pair_rows(8)).to_parquet(folder / "train-0.parquet")
     train.main([*argv, "--steps", "1"])
     datasets.Dataset.from_list(tiny.pair_rows(9)).to_parquet(folder / "train-0.parquet")
-    with pytest.raises(SystemExit, match="^train.py: .*was begun with 8 pairs; .* now holds 9"):
+    with pytest.raises(SystemExit, match="^train.py: .*was begun with 8 pairs, but .* now holds 9"):
         train.main([*argv, "--steps", "2"])
 
 
@@ -457,28 +471,168 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, options):
     assert file.read_bytes() == damaged
 
 
-def test_a_checkpoint_of_the_first_edition_is_refused_and_kept(tmp_path, options):
-    """It holds "unet" and no records of what was drawn."""
-    first_edition = {"args": {"loss": "rpo"}, "step": 1, "unet": {}, "optimizer": {}, "scaler": {}, "pairs": 24}
+def test_a_checkpoint_without_what_identifies_a_run_is_refused_and_kept(tmp_path, options):
+    """Another program's checkpoint may have the same name."""
+    run.Output.write_json(argparse.Namespace(out=tmp_path), "config.json", vars(train.train_args(options)))
+    foreign = {"step": 1, "weights": {}, "optimizer": {}, "digests": {}}
     file = tmp_path / "checkpoint-000001.pt"
-    torch.save(first_edition, file)
+    torch.save(foreign, file)
     with pytest.raises(SystemExit) as refused:
         train.main([*options, "--out", str(tmp_path)])
-    assert str(refused.value) == f"train.py: {file} was written by the first edition; give another --out"
-    assert torch.load(file, weights_only=True) == first_edition
+    assert str(refused.value).startswith(f"train.py: {file} cannot be read (") and "no draw_ids" in str(refused.value)
+    assert torch.load(file, weights_only=True) == foreign
+
+
+# Every option of a run that goes on
+
+
+OTHERS = {  # two values of each option; neither is its default or the preset's
+    "model": ("sdxl", "tiny-flow"), "config": ("folder", "other"), "random_init": (True, False),
+    "init_lora": ("lora", "other"), "data": ("pairs", "other"), "clip": ("ViT-B-32:laion2b", "ViT-B-32:openai"),
+    "resolution": (64, 96), "random_flip": (True, False), "random_crop": (True, False), "vae_sample": ("mean", "sample"),
+    "vae_precision": ("bf16", "fp32"), "loss": ("dpo", "sft"), "beta": (10.0, 20.0), "group_size": (4, 2),
+    "tau": (0.1, 0.2), "similarity": ("text", "image"), "weight_position": ("inside", "outside"),
+    "group_noise": ("both", "timestep"), "loss_args": ("gamma=2", "gamma=3"), "prompt_dropout": (0.3, 0.4),
+    "timestep_sampling": ("uniform", "logit_normal"), "timestep_mean": (1.0, 2.0), "timestep_scale": (2.0, 3.0),
+    "timestep_shift": (2.0, 3.0), "train_guidance": (2.0, 3.0), "steps": (7, 9), "batch_size": (32, 64),
+    "micro_batch": (4, 2), "optimizer": ("sgd", "adafactor"), "lr": (1e-3, 2e-3), "warmup": (5, 6),
+    "weight_decay": (0.1, 0.2), "max_grad_norm": (2.0, 3.0), "lora_rank": (4, 8), "ema": (0.5, 0.6), "seed": (1, 2),
+    "validate": ("held_out", "other"), "validate_every": (3, 4), "validate_pairs": (5, 6), "device": ("mps", "cpu"),
+    "precision": ("bf16", "fp32"), "workers": (3, 4), "gradient_checkpointing": (True, False), "compile": (True, False),
+    "reference_errors": ("file", "other"), "data_timeout": (5, 6), "save_minutes": (1.0, 2.0), "save_every": (3, 4),
+    "sample_every": (3, 4), "sample_prompts": ("file", "other"), "sample_steps": (3, 4), "guidance": (1.5, 2.5)}
+SAME_AS_A_DEFAULT = [("tiny", "steps", 1000), ("tiny", "prompt_dropout", 0.2), ("sdxl", "gradient_checkpointing", False),
+                     ("sd15", "random_flip", False), ("sdxl", "optimizer", "adamw")]  # (model, option, value)
+
+
+def gamma_loss(err_w, gamma=1.0):
+    return gamma * err_w.mean(), {}
+
+
+def words(name, value):
+    return [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+
+
+def begin_run(out, argv):
+    """Leaves what a run leaves of its arguments, and returns them."""
+    args = vars(train.train_args([*argv, "--out", str(out)]))
+    out.mkdir(exist_ok=True)
+    (out / "config.json").write_text(json.dumps(args))
+    return args
+
+
+@pytest.fixture
+def any_option(monkeypatch):
+    """Every option can be resolved here: there is a second device, and a loss with a hyperparameter of its own."""
+    monkeypatch.setattr(options_file, "get_device", lambda name=None: torch.device(name or "cpu"))
+    monkeypatch.setitem(train.LOSSES, "gamma", gamma_loss)
+
+
+def test_every_option_is_among_those_that_are_tested():
+    assert OTHERS.keys() == options_file.train_options().defaults.keys() - {"out", "dry_run"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_option_that_is_left_out_is_the_recorded_one(tmp_path, any_option, name):
+    """Typed again with another value, it is taken if it may change, and refused by name if not."""
+    first, second = OTHERS[name]
+    model = {"random_init": ["--model", "sd15"], "loss_args": ["--loss", "gamma"]}.get(name, [])
+    before = begin_run(tmp_path, [*model, *words(name, first)])
+    plain = train.train_args([*model, "--out", str(tmp_path / "plain")])
+    assert before[name] != getattr(plain, name)
+
+    assert vars(train.train_args(["--out", str(tmp_path)])) == before
+    assert vars(train.train_args([*words(name, first), "--out", str(tmp_path)])) == before
+    changed = [*words(name, second), "--out", str(tmp_path)]
+    if name in options_file.MAY_CHANGE:
+        assert vars(train.train_args(changed)) == before | {name: second}
+        return
+    with pytest.raises(InputError, match=f"holds a run with --{name} .*, not .*. Pass another --out"):
+        train.train_args(changed)
+    (tmp_path / "checkpoint-000001.pt").touch()
+    if name in options_file.MAY_MOVE:  # a checkpoint knows the content, so the name may change
+        assert getattr(train.train_args(changed), name) == second
+        return
+    with pytest.raises(InputError, match=f"holds a run with --{name} .*, not .*. Pass another --out"):
+        train.train_args(changed)
+
+
+@pytest.mark.parametrize("model, name, value", SAME_AS_A_DEFAULT)
+def test_a_recorded_option_counts_before_a_preset(tmp_path, any_option, model, name, value):
+    """It does so even if its value is the option's default, and the preset's is another."""
+    before = begin_run(tmp_path, ["--model", model, *words(name, value)])
+    assert before[name] == value != options_file.PRESETS[model][name]
+    assert vars(train.train_args(["--model", model, "--out", str(tmp_path)])) == before
+
+
+@pytest.mark.parametrize("before, now", [("0.5", "0.25"), ("0.5", "held_out"), ("held_out", "0.5")])
+def test_a_share_of_held_out_prompts_stays(tmp_path, before, now):
+    """Another share would train on other pairs. Pairs of their own may change."""
+    begin_run(tmp_path, ["--validate", before])
+    with pytest.raises(InputError, match="held out a share of .* of the prompts .--validate., not "):
+        train.train_args(["--validate", now, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("steps_taken", [0, 1])
+def test_sgd_that_is_left_out_stays_sgd(tmp_path, options, monkeypatch, steps_taken):
+    """It does so before the first checkpoint, too, when config.json alone knows it."""
+    out, sgd = tmp_path / "out", ["--optimizer", "sgd"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="saved after 1|the storage is gone"):
+        if steps_taken:
+            patch.setattr(train.Trainer, "prepare", struck_in_step(train.Trainer.prepare, "SIGTERM", 0))
+        else:
+            patch.setattr(train.Trainer, "prepare", without_storage)
+        train.main([*options, *sgd, "--steps", "2", "--out", str(out)])
+    assert len([*out.glob("checkpoint-*.pt")]) == steps_taken
+    train.main([*options, "--steps", "2", "--out", str(out)])
+    train.main([*options, *sgd, "--steps", "2", "--out", str(tmp_path / "unbroken")])
+    same_bits(out, tmp_path / "unbroken")
+
+
+def without_storage(*inputs):
+    raise InputError("the storage is gone")
+
+
+# The learning rate
+
+
+def cosine(step, args):
+    return args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
+
+
+def test_a_schedule_that_depends_on_steps_goes_on_with_the_same_steps_alone(tmp_path, options, monkeypatch):
+    """With more of them, the steps that were taken would have had other learning rates."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(train, "learning_rate", cosine)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="saved after 2 steps"):
+        patch.setattr(train.Trainer, "prepare", struck_in_step(train.Trainer.prepare, "SIGTERM", 1))
+        train.main([*options, "--steps", "4", "--out", str(out)])
+    with pytest.raises(SystemExit, match="^train.py: with this --steps the learning rates of the 2 steps .* Pass the"):
+        train.main([*options, "--steps", "5", "--out", str(out)])
+    train.main([*options, "--steps", "4", "--out", str(out)])
+    train.main([*options, "--steps", "4", "--out", str(tmp_path / "unbroken")])
+    same_bits(out, tmp_path / "unbroken")
+
+
+def test_the_schedule_goes_on_with_more_steps(tmp_path, options):
+    """Its warm-up does not depend on --steps."""
+    options = [*options, "--warmup", "3"]
+    for steps, name in (("2", "out"), ("4", "out"), ("4", "unbroken")):
+        train.main([*options, "--steps", steps, "--out", str(tmp_path / name)])
+    same_bits(tmp_path / "out", tmp_path / "unbroken")
 
 
 # No room
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, unbroken, options):
-    """From step 3 on: the second checkpoint fails in the midst of its bytes."""
+    """There is no room from step 3 on, so the second checkpoint fails in the midst of its bytes."""
     out = tmp_path / "out"
     argv = [*options, "--out", str(out)]
     ((status, text),) = launch(tmp_path, 1, faulty, "disk", 3, argv)
     line = one_line_of(text)
     assert status == 1 and "checkpoint-000004.pt cannot be written" in line
-    assert "Kept: " in line and "checkpoint-000002.pt. With more room the same command goes on" in line
+    assert "Kept: " in line and "checkpoint-000002.pt. Free some space, then the same command goes on" in line
     assert left(out)[0]["step"] == 2 and not list(out.glob("*.part"))
     ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
     assert status == 0, text
@@ -490,12 +644,13 @@ def test_a_full_disk_under_the_log(tmp_path, options):
     argv = [*options, "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path, 1, faulty, "log", 3, argv)
     assert status == 1
-    assert "there is no room to write ([Errno 28] No space left on device). With more room" in one_line_of(text)
+    line = one_line_of(text)
+    assert "there is no room to write ([Errno 28] No space left on device). Free some space, then the same command" in line
     assert left(tmp_path / "out")[0]["step"] == 2
 
 
 def test_a_full_disk_under_the_model(tmp_path, unbroken, options):
-    """That is safetensors' own error; all steps are in the checkpoint."""
+    """The error is safetensors' own. All steps are in the checkpoint."""
     out = tmp_path / "out"
     argv = [*options, "--out", str(out)]
     ((status, text),) = launch(tmp_path, 1, faulty, "model", 0, argv)
@@ -514,13 +669,13 @@ def test_a_full_disk_under_the_model(tmp_path, unbroken, options):
     [
         ("VAE", "the VAE's latents of rows 4, 20, 16, 12"),
         ("CLIP", "the CLIP embeddings of rows 4, 20, 16, 12"),
-        ("reference", "the reference's errors of rows 4, 20, 16, 12"),
+        ("reference", "the reference's errors on winners of rows 4, 20, 16, 12"),
         ("policy", "the policy's errors of rows 4, 20, 16, 12"),
-        ("gradient", "the loss or its gradient, at finite errors"),
+        ("gradient", "the loss or its gradient, although all errors are finite"),
     ],
 )
 def test_a_step_that_goes_bad_names_its_term_and_rows(tmp_path, options, monkeypatch, term, complaint):
-    """The first pair of each micro-batch goes bad from the third step on, also when that is computed again."""
+    """The first pair of each micro-batch goes bad from the third step on, also when that step is computed again."""
     pairs = data.ImagePairs(options[options.index("--data") + 1], 32)
     assert [int(pairs[position]["row"]) for position in range(16, 24, 2)] == [4, 20, 16, 12]
     argv = [*options, "--out", str(tmp_path / "out")]
@@ -529,7 +684,7 @@ def test_a_step_that_goes_bad_names_its_term_and_rows(tmp_path, options, monkeyp
     calls = 0
 
     def is_bad(name):
-        """Counts the calls of the term, of which a pass of a step makes four."""
+        """Counts the calls of the term. A pass of a step makes four."""
         nonlocal calls
         if term != name:
             return False
@@ -553,7 +708,7 @@ def test_a_step_that_goes_bad_names_its_term_and_rows(tmp_path, options, monkeyp
         is_policy = any(param.requires_grad for param in network.parameters())
         err = denoising(predict, network, *args, **inputs)
         if torch.is_grad_enabled() and is_bad("gradient"):
-            err.register_hook(lambda slope: slope * float("nan"))
+            err.register_hook(lambda dloss_derr: dloss_derr * float("nan"))
         return spoiled(err, "policy" if is_policy else "reference")
 
     monkeypatch.setattr(models.StableDiffusion, "encode_images", encode_images)
@@ -574,7 +729,7 @@ def test_a_bad_pair_of_one_process_ends_all_and_the_first_names_it(tmp_path, opt
 
 
 def bad_second(argv):
-    """The second process's latents go bad from its third micro-batch, that is from step 1, on."""
+    """train.main; the second process's latents go bad from its third micro-batch on, which is in step 1."""
     encode, calls = models.StableDiffusion.encode_images, 0
     rank, _, _ = torchrun_env()
 
@@ -591,7 +746,7 @@ def bad_second(argv):
 
 
 def test_fp16s_skipped_steps_are_counted_and_shown(tmp_path, options, monkeypatch, capsys):
-    """On the CPU, past the refusal of fp16 there: a scale of 2^127 overflows until the scaler has halved it."""
+    """A CPU's fp16 is refused, so the test passes that by. A scale of 2^127 overflows until the scaler has halved it."""
     train_args, scaler = train.train_args, torch.amp.GradScaler
 
     def fp16_args(argv):
@@ -636,8 +791,10 @@ class Failing(torch.utils.data.Dataset):
         raise self.error
 
 
-def read(error, workers=0):
-    for _ in torch.utils.data.DataLoader(Failing(error), num_workers=workers):
+def read(error, workers=0, has_workers=True):
+    """Reads the batches of a loader whose data raise an error. In a worker's place, that error is the loader's own."""
+    loader = torch.utils.data.DataLoader(Failing(error), num_workers=workers)
+    for _ in distributed.guarded(iter(loader), has_workers):
         pass
 
 
@@ -654,11 +811,13 @@ def test_a_reader_that_dies_while_it_hands_over_a_tensor_is_named_too(error, mea
         read(error)
     assert str(ended.value).startswith(f"train.py: reading the data broke off: {meaning}")
     with pytest.raises(type(error)), one_line_errors("train.py"):
+        read(error, has_workers=False)
+    with pytest.raises(type(error)), one_line_errors("train.py"):
         raise error.with_traceback(None)
 
 
 def test_an_error_of_a_reader_keeps_its_meaning():
-    """The loader hands it on with its traceback: the message is the last line; a fault of code stays whole."""
+    """The loader hands it on with its traceback. The message is the last line; a fault of the code stays whole."""
     with pytest.raises(SystemExit) as ended, one_line_errors("train.py"):
         read(InputError("8 pairs in a row"), workers=1)
     assert str(ended.value) == "train.py: 8 pairs in a row"
@@ -686,7 +845,7 @@ def image_of_pairs(folder, rejected):
 
 
 def test_storage_that_hangs_ends_the_run_in_one_line(tmp_path, options):
-    """An image is a pipe that nobody writes to, so that to open it waits for ever."""
+    """An image is a pipe that nobody writes to, so opening it waits for ever."""
     image_of_pairs(tmp_path, "b.png")
     os.mkfifo(tmp_path / "b.png")
     argv = [*options, "--data", str(tmp_path), "--workers", "2", "--data_timeout", "1"]
@@ -702,13 +861,13 @@ def test_storage_that_goes_away_ends_the_run_in_one_line(tmp_path, options, work
     image_of_pairs(tmp_path, "a.png")
     argv = [*options, "--data", str(tmp_path), "--workers", workers, "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, "unmount", 0, argv)
-    expected = "train.py: 8 pairs in a row cannot be decoded any more (no such file): is the storage gone?"
+    expected = "train.py: 8 pairs in a row cannot be decoded (no such file). Is the storage gone?"
     assert status == 1 and one_line_of(text) == expected
 
 
 @pytest.mark.slow
 def test_a_rank_that_fails_brings_the_others_down(tmp_path, options):
-    """By torchrun, as a user meets it: the message of the one that failed, an end of all within the time limit."""
+    """Under torchrun a user sees the message of the rank that failed, and all end within the time limit."""
     ended = by_torchrun(tmp_path, "rank", 2, options)
     assert ended.returncode == 1 and "ValueError: this rank fails" in ended.stderr
 

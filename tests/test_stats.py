@@ -5,7 +5,8 @@ import pytest
 import scipy.stats
 import torch
 
-from stats import adjust, by_prompt, cmmd, diversity, frechet, hold_against, published_cmmd, win_rate
+from extras.style import cmmd, diversity, frechet, published_cmmd
+from stats import adjust, by_prompt, hold_against, win_rate
 
 
 def test_a_win_rate_is_antisymmetric_and_ties_count_half():

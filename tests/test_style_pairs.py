@@ -1,4 +1,4 @@
-"""The builder of style pairs: the styled image comes from the plain one, and no prompt is on both sides."""
+"""The builder of style pairs: the styled image comes from the plain one, and no held-out prompt is in a pair."""
 
 import inspect
 import json
@@ -11,9 +11,10 @@ from PIL import Image
 
 import data
 import evaluate
-import models
 from conftest import launch
 from extras import style_pairs
+from loading import load_model
+from evaluate import read_prompts
 
 PROMPTS = ["a red fox", "a blue bird", "snow\nand ice", "a red fox", "two dogs", "a cat"]
 
@@ -33,7 +34,7 @@ def contents(folder):
 
 
 def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, arguments):
-    """What train.py reads; a prompt given twice counts once, or it could be in a pair and in the reference."""
+    """train.py reads them. A repeated prompt counts once, or it could be in a pair and in the reference."""
     out = tmp_path / "out"
     style_pairs.main([*arguments, "--out", str(out)])
     rows = datasets.load_dataset("parquet", data_files=str(out / "pairs" / "*.parquet"), split="train")
@@ -43,7 +44,7 @@ def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, 
     pairs = data.ImagePairs(str(out / "pairs"), 32)
     counts = {"rows": 3, "used": 3, "ties": 0, "unlabelled": 0}
     assert pairs.report() == counts | {"unreadable": {}, "left_out": {}}
-    assert evaluate.read_prompts(str(out / "prompts.json")) == held_out
+    assert read_prompts(str(out / "prompts.json")) == held_out
     (winner, _), (loser, _) = pairs.load(0)
     prompts = list(dict.fromkeys(PROMPTS))
     for kind, image in (("styled", winner), ("plain", loser)):
@@ -52,7 +53,7 @@ def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, 
 
 
 def test_the_plain_image_is_the_models_own_and_the_styled_one_comes_from_it(tmp_path, arguments, small_model):
-    """Plain: as `evaluate.py generate` draws the prompt. Styled: the nearer to it the lower the strength."""
+    """The plain image is that of `evaluate.py generate`. At a lower strength the styled image is nearer to it."""
     distance = {}
     for strength in ("0.25", "1"):
         out = tmp_path / strength
@@ -76,7 +77,7 @@ def test_the_plain_image_is_the_models_own_and_the_styled_one_comes_from_it(tmp_
 
 
 def test_a_builder_that_was_stopped_goes_on(tmp_path, arguments, monkeypatch):
-    """The same images as unbroken, also on two processes; images of other settings are not mixed in."""
+    """It makes the images of an unbroken run, also on two processes. Images of other settings are refused."""
     style_pairs.main([*arguments, "--out", str(tmp_path / "unbroken")])
     save, saved = evaluate.save_png, []
 
@@ -110,11 +111,11 @@ def test_a_builder_that_was_stopped_goes_on(tmp_path, arguments, monkeypatch):
 
 
 def test_sdxl_restyles_latents_that_are_already_scaled(small_model):
-    """Image-to-image takes the plain latents as they are: at hardly any strength it gives them back."""
+    """Image-to-image takes the plain latents as they are: at almost no strength it returns them."""
     from diffusers import AutoPipelineForImage2Image
 
     for kind in ("sd", "sdxl"):
-        model = loading.load_model(small_model(kind))
+        model = load_model(small_model(kind))
         restyle = AutoPipelineForImage2Image.from_pipe(model.pipe)
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         noise = [torch.Generator().manual_seed(1)]
@@ -125,13 +126,13 @@ def test_sdxl_restyles_latents_that_are_already_scaled(small_model):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--style", "oil"], "--style oil is none of van-gogh, sketch, winter and has no {} for the prompt"),
-        (["--strength", "0.1"], "--strength 0.1 of 4 steps leaves none"),
-        (["--held_out", "5"], "--held_out 5 leaves no pair of 5 different prompts"),
+        (["--style", "oil"], "--style oil: give van-gogh, sketch, winter, or words with a {} for the prompt"),
+        (["--strength", "0.1"], "--strength 0.1 leaves none of 4 steps"),
+        (["--held_out", "5"], "--held_out 5: 5 different prompts would leave no pair"),
     ],
 )
 def test_wrong_options_end_in_one_line(tmp_path, arguments, options, complaint):
-    """Before anything is drawn."""
+    """They end before anything is drawn."""
     with pytest.raises(SystemExit, match=f"^style_pairs.py: {complaint}"):
         style_pairs.main([*arguments, "--out", str(tmp_path / "out"), *options])
     assert not (tmp_path / "out").exists()
@@ -144,7 +145,7 @@ def small_editor(folder, small_model, kind):
     """The small model as an InstructPix2Pix pipeline: its UNet sees the image's latents beside the noise."""
     import diffusers
 
-    pipe = loading.load_model(small_model(kind)).pipe
+    pipe = load_model(small_model(kind)).pipe
     torch.manual_seed(1)
     unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
     editor_class = getattr(diffusers, f"StableDiffusion{'XL' if kind == 'sdxl' else ''}InstructPix2PixPipeline")
@@ -157,7 +158,7 @@ def small_editor(folder, small_model, kind):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_an_editor_styles_the_models_own_images(tmp_path, arguments, small_model, kind):
-    """The plain image is that of a run without an editor; the styled one is what the stock pipeline makes of it."""
+    """The plain image is that of a run without an editor. The styled one is what the stock pipeline makes of it."""
     from diffusers import DiffusionPipeline
 
     editor = small_editor(tmp_path, small_model, kind)
@@ -189,7 +190,7 @@ def test_an_editor_styles_the_models_own_images(tmp_path, arguments, small_model
 
 
 def test_an_editor_styles_a_folder_of_images(tmp_path, arguments, small_model):
-    """Of any size and shape; the rejected image is the folder's own, in the order of the names."""
+    """The images have any size and shape. The rejected image is the folder's own, in the order of the names."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(len(PROMPTS)):
@@ -197,21 +198,21 @@ def test_an_editor_styles_a_folder_of_images(tmp_path, arguments, small_model):
     editor = small_editor(tmp_path, small_model, "sd")
     argv = [*arguments, "--editor", editor, "--images", str(photos), "--resolution", "32"]
     style_pairs.main([*argv, "--out", str(tmp_path / "out")])
-    for i, number in enumerate((0, 1, 2, 4, 5)):  # the second "a red fox" counts no more
+    for i, number in enumerate((0, 1, 2, 4, 5)):  # the second "a red fox" does not count
         plain = np.array(Image.open(tmp_path / "out" / "images" / f"{i:05d}-plain.png"), int)
         assert plain.shape == (32, 32, 3) and np.abs(plain - (40 * number, 0, 0)).max() <= 3
     Image.new("RGB", (40, 40)).save(photos / "9.png")
-    with pytest.raises(SystemExit, match=r"photos holds 7 images, .*prompts.json 6 prompts"):
+    with pytest.raises(SystemExit, match=r"photos holds 7 images, but .*prompts.json has 6 prompts"):
         style_pairs.main([*argv, "--out", str(tmp_path / "other")])
     (photos / "9.png").unlink()
     (photos / "2.jpg").write_bytes(b"<html>404</html>")
-    with pytest.raises(SystemExit, match=r"2.jpg cannot be read .*take it and its prompt out"):
+    with pytest.raises(SystemExit, match=r"2.jpg cannot be read .*remove it and its prompt"):
         style_pairs.main([*argv, "--out", str(tmp_path / "third")])
 
 
 def test_what_is_no_editor_is_refused(tmp_path, arguments, small_model):
     for options, complaint in (
-        (["--editor", small_model("sd")], "it is a StableDiffusionPipeline, not a pipeline of InstructPix2Pix"),
+        (["--editor", small_model("sd")], "it is a StableDiffusionPipeline, not an InstructPix2Pix pipeline"),
         (["--editor", str(tmp_path / "nowhere")], "--editor .*nowhere cannot be loaded"),
         (["--images", str(tmp_path)], "--images needs --editor"),
     ):

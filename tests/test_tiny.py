@@ -1,4 +1,4 @@
-"""What the embedded task promises. Its networks get two steps of training here; whole runs are slow."""
+"""The promises of the embedded task. Its networks get two steps of training here; tests of whole runs are slow."""
 
 import json
 import os
@@ -14,11 +14,12 @@ import torch
 
 import data
 import evaluate
-import models
 import train
 from common import clip_tokenizer, digest
-from data import Clip, cross_pair_weights, read_image
+from data import Clip, cross_pair_weights
 from extras import tiny, tiny_flow
+from loading import add_lora, load_model, save_model
+from sources import read_image
 
 
 def test_pairs_differ_in_style_alone_and_the_sketch_wins():
@@ -29,14 +30,14 @@ def test_pairs_differ_in_style_alone_and_the_sketch_wins():
             np.asarray(read_image(row[f"jpg_{side}"])).astype(float)
             for side in (int(row["label_0"] == 0), int(row["label_0"] == 1))
         )
-        assert np.abs(winner[0, 0] - tiny.PAPER).max() < 1  # the winner lies on paper
-        assert np.abs(loser[0, 0] - winner[0, 0]).max() > 5  # the loser on its own background
+        assert np.abs(winner[0, 0] - tiny.PAPER).max() < 1  # the winner is drawn on paper
+        assert np.abs(loser[0, 0] - winner[0, 0]).max() > 5  # the loser is drawn on the caption's background
         assert row["label_0"] + row["label_1"] == 1 and row["caption"] not in captions
     assert 5 < sum(row["label_0"] for row in rows) < 35  # the winner stands on either side
 
 
 def test_the_pairs_are_a_folder_like_any_other(quick_tiny):
-    """Pick-a-Pic's schema, all of it usable, and a file of prompts that are in no pair."""
+    """The pairs have Pick-a-Pic's schema and all are usable. The prompts of the file are in no pair."""
     folder = tiny.part("pairs")
     pairs = data.ImagePairs(str(folder), tiny.SIZE)
     counts = {"rows": 1500, "used": 1500, "ties": 0, "unlabelled": 0}
@@ -62,7 +63,7 @@ def test_the_same_seed_draws_the_same():
 
 
 def test_style_leaves_the_geometry_alone():
-    """A filled shape and its outline cover the same box, give or take the pen."""
+    """A filled shape and its outline cover the same box, up to the width of the pen."""
     for scene in (("star", "red", "white"), ("ring", "blue", "white"), ("cross", "green", "yellow")):
         boxes = []
         for sketch in (False, True):
@@ -98,7 +99,7 @@ def test_another_recipe_is_another_folder(quick_tiny, monkeypatch):
 
 @torch.no_grad()
 def test_a_part_is_built_wherever_it_is_first_asked_for(quick_tiny, monkeypatch):
-    """Also where gradients are off, as they are when the judge first judges."""
+    """Gradients are off when the judge first judges; it is trained all the same."""
     monkeypatch.setattr(tiny, "STEPS", tiny.STEPS | {"judge": 5})
     assert set(tiny.judge_accuracy(10)) == {"style", "shape"}
 
@@ -141,7 +142,7 @@ def test_the_tokenizer_is_clips(quick_tiny):
 
 
 def test_measure_asks_for_held_out_prompts_with_fixed_noise(quick_tiny):
-    pipe = loading.load_model("tiny").pipe
+    pipe = load_model("tiny").pipe
     asked = []
 
     class Pipe:
@@ -155,13 +156,13 @@ def test_measure_asks_for_held_out_prompts_with_fixed_noise(quick_tiny):
 
 
 def test_the_command_judges_diffusers_folders_and_lora_weights(quick_tiny, tmp_path, monkeypatch, capsys):
-    """A line each; an adapter is put on the base model."""
-    model = loading.load_model("tiny")
-    model.add_lora(2, seed=0)
+    """Every model gets a line. An adapter is put on the base model."""
+    model = load_model("tiny")
+    add_lora(model, 2, seed=0)
     for name, parameter in model.denoiser.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
-    model.save(tmp_path / "lora")
+    save_model(model, tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
     seen = {}
 
@@ -196,8 +197,8 @@ def test_the_command_judges_diffusers_folders_and_lora_weights(quick_tiny, tmp_p
 
 @torch.no_grad()
 def test_one_token_stands_for_many_alike(quick_tiny):
-    """The small transformer, with 256 zeros behind the tokens of a prompt as its pipeline has them, and with one."""
-    model = loading.load_model("tiny-flow")
+    """The transformer predicts the same with 256 zeros behind a prompt, as in its pipeline, and with one for all."""
+    model = load_model("tiny-flow")
     encoders = [model.pipe.text_encoder, model.pipe.text_encoder_2]
     ids = model.pipe.tokenizer(["a red star", ""], padding="max_length", return_tensors="pt").input_ids
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([200.0, 800.0])
@@ -215,7 +216,7 @@ def test_one_token_stands_for_many_alike(quick_tiny):
 
 
 def test_the_flow_model_trains_and_is_evaluated_like_any_other(quick_tiny, tmp_path, monkeypatch, capsys):
-    """Built when it is asked for; an adapter for it finds its base; images of all are compared."""
+    """It is built when it is asked for. An adapter finds its base. Images of all three are compared."""
     monkeypatch.chdir(tmp_path)
     train.main("--model tiny-flow --steps 2 --lora_rank 0 --sample_every 0 --tau inf --out out/whole".split())
     train.main("--model tiny-flow --steps 1 --sample_every 1 --sample_steps 1 --tau inf".split())
@@ -237,7 +238,7 @@ def test_the_flow_model_trains_and_is_evaluated_like_any_other(quick_tiny, tmp_p
 @pytest.mark.parametrize("loss", ["rpo", "dpo", "sft"])
 @pytest.mark.parametrize("model", ["tiny", "tiny-flow"])
 def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, model, loss):
-    """The README's first command, from an empty cache for the first of all."""
+    """The README's first command. The first of these runs starts from an empty cache."""
     cache = tmp_path_factory.getbasetemp() / "whole-run"
     out = tmp_path_factory.mktemp("run") / loss
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
@@ -254,7 +255,7 @@ def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, mo
     final = tiny.measure(tiny.load(out / "model"))
     print(model, loss, judge, base, final, f"{seconds:.0f} s")
     assert judge["style"] >= 0.98 and judge["shape"] >= 0.98
-    if loss == "sft":  # reported, whatever it is
+    if loss == "sft":  # the README reports it without a promise
         return
     assert final["style"] >= 0.8
     assert final["shape"] >= base["shape"] - 0.1
@@ -262,8 +263,8 @@ def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, mo
 
 @pytest.mark.slow
 def test_pairs_of_the_models_own_images_raise_its_score(tmp_path, tmp_path_factory):
-    """Generate, score, pairs, train: by the embedded CLIP's score, on prompts that are held out."""
-    cache = tmp_path_factory.getbasetemp() / "whole-run"  # that of the default run
+    """Generate, score, pairs, train. The gain is in the embedded CLIP's score, on held-out prompts."""
+    cache = tmp_path_factory.getbasetemp() / "whole-run"  # the cache of the default run
     scenes = [scene for scene in tiny.SCENES if scene not in tiny.HELD_OUT][:96]
     (tmp_path / "prompts.txt").write_text("\n".join(map(tiny.caption, scenes)))
     four, pairs, before, after = (str(tmp_path / name) for name in ("four", "pairs", "before", "after"))
