@@ -243,7 +243,9 @@ def denoiser_flops(model, resolution):
 
 def example_inputs(model, resolution, pairs):
     """What `predict` takes beside the network for some pairs: x_t, t, cond. Shapes are right, values mean nothing."""
-    embeds = {name: torch.empty(value.shape) for name, value in model.encode_prompts([""] * pairs).items()}
+    with torch.no_grad():
+        embeds = model.encode_prompt([""] * pairs, model.pipe.text_encoder.device)
+    embeds = {name: torch.empty(value.shape) for name, value in embeds.items()}
     cond = model.conditioning(embeds, torch.empty(pairs, 2, 6))
     return torch.empty(2 * pairs, *model.latent_shape(resolution)), torch.ones(2 * pairs), cond
 

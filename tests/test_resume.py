@@ -39,7 +39,7 @@ from conftest import QUICK, launch, log_of
 from distributed import torchrun_env
 from extras import tiny
 
-STEPS, LINES = 8, 8000  # steps of a run; about so many lines of the files in TRACED are executed in it
+STEPS, LINES = 8, 22_000  # steps of a run; so many lines of the files in TRACED it executes with --ema, else 15,000
 TRACED = [module.__file__ for module in (train, begin, run, reference, distributed, common)]
 pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
 
