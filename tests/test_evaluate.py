@@ -22,7 +22,7 @@ import evaluate
 import report
 from common import InputError
 from conftest import BROWSER, launch
-from extras import tiny
+from extras import style, tiny
 from loading import load_model
 from models import StableDiffusion, cast_for_autocast
 from evaluate import read_prompt_rows, read_prompts
@@ -284,7 +284,7 @@ def test_an_image_that_is_not_finite_is_not_saved_as_black(generate, monkeypatch
         (["--steps", "0"], "--steps must be at least 1"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--scheduler", "UNet2DModel"], "--scheduler UNet2DModel is none of .*DDIMScheduler"),
-        (["--resolution", "30"], "--resolution 30 is no multiple of 4"),
+        (["--resolution", "30"], "--resolution 30: this model needs a multiple of 4"),
         (["--device", "tpu"], "--device tpu is not there; this machine has .*cpu"),
         (["--sed", "1"], "unrecognized arguments: --sed"),
     ],
@@ -779,7 +779,7 @@ def test_fid_is_the_frechet_distance_of_torch_fidelitys_features(tmp_path, monke
     def features(images):
         return torch.stack([torch.tensor(np.array(image).mean((0, 1))) for image in images])
 
-    monkeypatch.setattr(evaluate, "inception", lambda device: features)
+    monkeypatch.setattr(style, "inception", lambda device: features)
     reference, styled = drawn(tmp_path / "reference", 20, True, 0), drawn(tmp_path / "styled", 10, True, 1)
     argv = ["style", str(styled), "--reference", str(reference), "--out", str(tmp_path / "style.json")]
     evaluate.main(argv)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import evaluate
+import report
 from conftest import launch
 from extras import style_pairs
 from loading import load_model
@@ -79,14 +80,14 @@ def test_the_plain_image_is_the_models_own_and_the_styled_one_comes_from_it(tmp_
 def test_a_builder_that_was_stopped_goes_on(tmp_path, arguments, monkeypatch):
     """It makes the images of an unbroken run, also on two processes. Images of other settings are refused."""
     style_pairs.main([*arguments, "--out", str(tmp_path / "unbroken")])
-    save, saved = evaluate.save_png, []
+    save, saved = report.save_png, []
 
     def stopped(*some):
         saved.append(save(*some))
         if len(saved) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "save_png", stopped)
+    monkeypatch.setattr(report, "save_png", stopped)
     with pytest.raises(KeyboardInterrupt):
         style_pairs.main([*arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "pairs").exists()
