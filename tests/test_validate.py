@@ -1,4 +1,4 @@
-"""Held-out pairs are measured, and nothing else changes; a step that stands out is skipped."""
+"""Held-out pairs are measured, and nothing else changes."""
 
 import json
 import math
@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import data
+import reference
+import sources
 import train
 from conftest import launch, log_of
-from data import HeldOutStream, ImagePairs
+from data import ImagePairs
 from extras import tiny
 from loss import DDPM
 from models import StableDiffusion
 from options import train_args
+from reference import HeldOutStream
 from stats import rate_interval, wilson
 from test_encode import write_cache
 from test_resume import faulty, left, same_bits
@@ -85,17 +88,18 @@ def test_the_figures_are_those_of_the_definition(run, held_out, small_model, mon
     errors = {}
     for name, folder in (("policy", str(out / "model")), ("ref", small_model("sd"))):
         args = train_args(["--model", folder, "--data", held_out, "--out", "x", *FIXED, "--vae_sample", "mean"])
-        trainer = train.set_up(args, None, {})
+        trainer = train.Trainer(args, None, {})
+        trainer.set_up(None, {})
         pairs = ImagePairs(held_out, 32)
         stream = HeldOutStream(pairs, trainer.model.process, (4, 8, 8), 10)
         items = {}
-        for item in (stream[place] for place in range(10)):
+        for item in (stream[position] for position in range(10)):
             items.setdefault(int(item["row"]), item)  # one stands for the pair that cannot be read: it counts once
         errors[name] = []
         for row in sorted(items):
             with torch.no_grad():
-                batch = trainer.encoded(data.collate([items[row]]), images=2)
-                errors[name].append(trainer.policy_error(batch))
+                batch = trainer.encode(data.collate([items[row]]), 2)
+                errors[name].append(trainer.policy_error(batch.inputs))
     policy, ref = torch.stack(errors["policy"]), torch.stack(errors["ref"])                     # [9, 2]
     assert len(policy) == 9
     d = policy - ref
@@ -111,8 +115,8 @@ def test_the_figures_are_those_of_the_definition(run, held_out, small_model, mon
 
 
 def test_to_measure_is_one_forward_of_each_image(run, held_out, monkeypatch):
-    """Once more before the first step, for the reference; the pairs are encoded then alone. By SFT, whose own
-    forwards all have a graph; ten pairs are three forwards of four."""
+    """The pairs are encoded once, before the first step, when the reference is measured. SFT's own forwards all have
+    a graph, so those without one are the measurement's. Ten pairs are three forwards of four."""
     predict, encode_images = StableDiffusion.predict, StableDiffusion.encode_images
     measured_rows, encoded = [], []
 
@@ -133,7 +137,7 @@ def test_to_measure_is_one_forward_of_each_image(run, held_out, monkeypatch):
 
 
 def test_a_model_that_has_learnt_nothing_is_at_one_half(run, held_out):
-    """At a rate that moves no float32 weight: every margin is exactly 0."""
+    """At a rate that moves no float32 weight, every margin is exactly 0."""
     for values in measured(run("--validate", held_out, "--validate_every", "1", "--lr", "1e-30")).values():
         assert values["margin"] == 0 and values["accuracy"] == 0.5
         assert all(values[f"accuracy_t{quarter}"] == 0.5 for quarter in range(4))
@@ -142,16 +146,16 @@ def test_a_model_that_has_learnt_nothing_is_at_one_half(run, held_out):
 
 @pytest.mark.parametrize("steps", [1000, 10, 7])
 def test_timesteps_are_spread_over_four_quarters(few_pairs, steps):
-    """Whatever the length of the schedule; pair k is in quarter k % 4, and any step of it may come."""
+    """Pair k is in quarter k % 4, whatever the length of the schedule, and every step of the quarter may come."""
     process = DDPM(torch.linspace(0.99, 0.01, steps))
     stream = HeldOutStream(ImagePairs(few_pairs, 32), process, (4, 8, 8), 400)
-    t = [int(stream.draw(place)["t"]) for place in range(400)]
+    t = [int(stream.draw(position)["t"]) for position in range(400)]
     assert all(steps * (k % 4) // 4 <= t[k] < steps * (k % 4 + 1) // 4 for k in range(400))
     assert len(set(t)) == steps if steps <= 10 else len(set(t)) > 200
 
 
 def test_draws_are_the_same_whatever_the_run(run, held_out):
-    """Seed, batch, micro-batch, dropout, flip and crop are the run's, not the measurement's."""
+    """Seed, batch, micro-batch, dropout, flip and crop belong to the run, not to the measurement."""
     options = "--seed 7 --batch_size 4 --micro_batch 1 --prompt_dropout 0.9 --random_flip --random_crop --group_size 4"
     one = run("--validate", held_out, "--lr", "1e-30", name="one")
     other = run("--validate", held_out, "--lr", "1e-30", *options.split(), name="other")
@@ -169,7 +173,7 @@ def test_a_pair_that_cannot_be_read_does_not_count(run, held_out, capsys):
 
 
 def test_at_most_so_many_pairs(run, held_out, capsys):
-    """Five places; one may stand for the pair that cannot be read."""
+    """Five pairs are asked for, and one of them may replace the pair that cannot be read."""
     values = measured(run("--validate", held_out, "--validate_pairs", "5"))[4]
     (n,) = {n for n in (4, 5) if f"{n} are measured" in capsys.readouterr().out}
     assert values["accuracy"] * n == pytest.approx(round(values["accuracy"] * n))
@@ -182,7 +186,7 @@ def test_fewer_pairs_than_quarters(run, held_out):
 
 
 def test_an_average_is_measured_where_there_is_one(run, held_out):
-    """The figures of --ema are those of a run that starts from its average and does not move."""
+    """A run that starts from the average of --ema and does not move measures the same."""
     out = run("--ema", "0.5", "--validate", held_out)
     average = measured(out)[4]
     still = ["--model", str(out / "model"), "--lr", "1e-30", "--steps", "1", "--validate", held_out]
@@ -193,7 +197,7 @@ def test_an_average_is_measured_where_there_is_one(run, held_out):
 
 @pytest.mark.parametrize("options", [(), ("--ema", "0.5")])
 def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_out, options):
-    """Nine pairs on two processes and micro-batches of four: the last forward is filled up."""
+    """With ten pairs on two processes and micro-batches of four, the last forward is filled up."""
     argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, "--validate", held_out, *options]
     found = []
     for world_size in (1, 2):
@@ -209,7 +213,7 @@ def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_
 
 
 def test_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, held_out, few_pairs):
-    """Both what is trained on and what is held out, in each of the four ways."""
+    """What is trained on and what is held out may each be pairs or a cache."""
     write_cache(small_model("sd"), held_out, tmp_path / "held-out")
     write_cache(small_model("sd"), few_pairs, tmp_path / "cache")
     found = []
@@ -227,7 +231,7 @@ def test_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, held_out, fe
 def test_no_prompt_is_on_both_sides(few_pairs):
     pairs = ImagePairs(few_pairs, 32)
     rows = pairs.rows
-    held = pairs.hold_out(0.3)
+    held = reference.hold_out(pairs, 0.3)
     assert sorted([*held, *pairs.rows]) == sorted(rows) and 0 < len(held) < len(rows)
     captions = [{pairs.caption(row).casefold() for row in side} for side in (held, pairs.rows)]
     assert not captions[0] & captions[1]
@@ -236,23 +240,23 @@ def test_no_prompt_is_on_both_sides(few_pairs):
 
 def test_case_and_blanks_make_no_other_prompt():
     for share in np.linspace(0.05, 0.95, 19):
-        told = {data.is_held_out(text, share) for text in ("A red  circle", "a Red circle ", "a red\tcircle\n")}
+        told = {reference.is_held_out(text, share) for text in ("A red  circle", "a Red circle ", "a red\tcircle\n")}
         assert len(told) == 1
-    held = np.mean([data.is_held_out(f"prompt {k}", 0.1) for k in range(5000)])
+    held = np.mean([reference.is_held_out(f"prompt {k}", 0.1) for k in range(5000)])
     assert abs(held - 0.1) < 0.02
-    smaller = [k for k in range(500) if data.is_held_out(f"prompt {k}", 0.05)]
-    assert all(data.is_held_out(f"prompt {k}", 0.1) for k in smaller)  # a larger share holds the smaller one
+    smaller = [k for k in range(500) if reference.is_held_out(f"prompt {k}", 0.05)]
+    assert all(reference.is_held_out(f"prompt {k}", 0.1) for k in smaller)  # a larger share holds the smaller one
 
 
 def test_a_share_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, few_pairs, capsys):
-    """Also with pairs that cannot be read: the same rows are trained on, and held out."""
+    """The same rows are trained on and held out, also with pairs that cannot be read."""
     write_cache(small_model("sd"), few_pairs, tmp_path / "cache")
     options = ["--validate", "0.3", "--vae_sample", "mean"]
     one = run(*options, name="pairs")
     other = run(*options, "--data", str(tmp_path / "cache"), name="from-cache")
     reports = [json.loads((out / "data.json").read_text()) for out in (one, other)]
     assert reports[0]["held_out"] == reports[1]["held_out"] > 0 and reports[0]["used"] == reports[1]["used"]
-    assert torch.equal(left(one)[0]["records"], left(other)[0]["records"])
+    assert torch.equal(left(one)[0]["draw_ids"], left(other)[0]["draw_ids"])
     assert measured(one)[4] == pytest.approx(measured(other)[4], rel=1e-2, abs=1e-4)
     text = capsys.readouterr().out
     assert text.count("prompts, 0 of which are trained on") == 2
@@ -267,7 +271,7 @@ def test_another_share_is_another_run(tmp_path, run, small_model, few_pairs):
     file = tmp_path / "errors"
     cached = ["--data", str(tmp_path / "cache"), "--reference_errors", str(file)]
     run(*cached, "--validate", "0.3", name="share")
-    with pytest.raises(SystemExit, match="is of a run with data"):
+    with pytest.raises(SystemExit, match="belongs to a run with data"):
         run(*cached, name="whole")
 
 
@@ -275,7 +279,7 @@ def test_another_share_is_another_run(tmp_path, run, small_model, few_pairs):
 
 
 def test_a_run_that_goes_on_measures_the_same(tmp_path, run, held_out):
-    """Also by other micro-batches, and where the file of the reference's errors was lost."""
+    """It does so, too, if the file of the reference's errors was lost."""
     options = ["--validate", held_out, "--validate_every", "1"]
     whole = run(*options, name="whole")
     parts = run(*options, "--steps", "2", name="parts")
@@ -290,7 +294,7 @@ def test_a_run_that_goes_on_measures_the_same(tmp_path, run, held_out):
 
 
 def test_held_out_pairs_may_come_later_but_not_become_others(tmp_path, run, held_out, few_pairs):
-    """Nothing of the training follows from them; the curve of a folder is of one set of pairs."""
+    """Training does not depend on them, but the curve of a folder belongs to one set of pairs."""
     out = run("--steps", "2")
     run("--validate", held_out)
     assert [*measured(out)] == [4]
@@ -298,13 +302,13 @@ def test_held_out_pairs_may_come_later_but_not_become_others(tmp_path, run, held
     shutil.copytree(held_out, moved)
     run("--validate", str(moved), "--steps", "5")
     assert [*measured(out)] == [4, 5]
-    with pytest.raises(SystemExit, match="validation.safetensors is of a run with held-out pairs"):
+    with pytest.raises(SystemExit, match="validation.safetensors belongs to a run with held-out pairs"):
         run("--validate", few_pairs, "--steps", "6")
 
 
 def test_changed_draws_are_refused(run, held_out, monkeypatch):
     run("--validate", held_out, "--steps", "2")
-    monkeypatch.setattr(HeldOutStream, "sample_t", lambda self, generator, place: torch.tensor(3))
+    monkeypatch.setattr(HeldOutStream, "sample_t", lambda self, generator, index: torch.tensor(3))
     with pytest.raises(SystemExit, match="validation.safetensors was computed by other code"):
         run("--validate", held_out)
 
@@ -312,13 +316,13 @@ def test_changed_draws_are_refused(run, held_out, monkeypatch):
 # What --validate names
 
 
-def test_of_a_folder_the_held_out_split_is_read(tmp_path):
+def test_the_held_out_split_of_a_folder_is_read(tmp_path):
     for name, n in (("train-0.parquet", 3), ("validation-0.parquet", 4), ("test-0.parquet", 5)):
         datasets.Dataset.from_list(tiny.pair_rows(n)).to_parquet(tmp_path / name)
-    assert len(sources.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 4
+    assert len(sources.read_rows(str(tmp_path), sources.TO_VALIDATE).columns) == 4
     assert len(sources.read_rows(str(tmp_path)).columns) == 3
     (tmp_path / "validation-0.parquet").unlink()
-    assert len(sources.read_rows(str(tmp_path), data.TO_VALIDATE).columns) == 5
+    assert len(sources.read_rows(str(tmp_path), sources.TO_VALIDATE).columns) == 5
 
 
 @pytest.mark.parametrize(
@@ -335,7 +339,7 @@ def test_what_cannot_be_held_out_is_refused(tmp_path, run, value, complaint):
 
 
 def test_a_cache_that_does_not_fit_is_refused(tmp_path, run, small_model, held_out):
-    """Of another size, whether the run's is typed or the model's own; another model's; of means; not finished."""
+    """It may have another size than is typed or than the model's own, another model, other latents, or no end."""
     for name, model, *options in (("small", "sd", "--resolution", "16"), ("other", "sdxl"),
                                   ("mean", "sd", "--vae_sample", "mean"), ("half", "sd")):
         write_cache(small_model(model), held_out, tmp_path / name, *options)
@@ -360,106 +364,11 @@ def test_prompts_that_are_trained_on_too_are_said(run, few_pairs, capsys):
     assert words in capsys.readouterr().out
 
 
-# Spikes
-
-
-def spiked(monkeypatch, steps, factor):
-    """The gradients of some steps are multiplied, as by a bad batch."""
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def clip_spiked(params, limit):
-        params = list(params)
-        if len(calls) in steps:
-            for param in params:
-                param.grad *= factor
-        calls.append(1)
-        return clip(params, limit)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spiked)
-
-
-LONG = ["--steps", "26", "--batch_size", "2", "--group_size", "2", "--micro_batch", "2", "--save_every", "4"]
-
-
-def test_a_step_that_stands_out_is_skipped(run, monkeypatch, capsys):
-    """Its weights stay; the steps around it are taken; the checkpoint before it stays to the end."""
-    tiny.part("clip")  # whose training clips gradients, too
-    seen = []
-    after = train.Output.after_step
-
-    def observed(output, step, record, progress):
-        seen.append([param.detach().clone() for param in output.trainer.params.values()])
-        after(output, step, record, progress)
-
-    monkeypatch.setattr(train.Output, "after_step", observed)
-    spiked(monkeypatch, {22}, 1000)
-    out = run(*LONG, "--skip_above", "20")
-    moved = [any(not torch.equal(a, b) for a, b in zip(x, y)) for x, y in zip(seen, seen[1:])]
-    assert [step + 1 for step, has_moved in enumerate(moved) if not has_moved] == [22]
-    assert [record["skipped"] for record in log_of(out)] == [0] * 22 + [1] * 4
-    assert sorted(file.name for file in out.glob("checkpoint-*")) == ["checkpoint-000020.pt", "checkpoint-000026.pt"]
-    assert "step 22 is skipped" in capsys.readouterr().out
-
-
-def test_without_the_option_no_step_is_skipped(run, monkeypatch):
-    tiny.part("clip")
-    spiked(monkeypatch, {22}, 1000)
-    out = run(*LONG)
-    assert "skipped" not in log_of(out)[-1]
-    assert [file.name for file in out.glob("checkpoint-*")] == ["checkpoint-000026.pt"]
-
-
-def test_a_spike_before_the_first_checkpoint(run, monkeypatch, capsys):
-    """There is none to be kept; the next spike keeps the one before it."""
-    tiny.part("clip")
-    spiked(monkeypatch, {21, 23}, 1000)
-    out = run(*LONG, "--save_every", "22", "--skip_above", "20")
-    assert "no checkpoint is kept" in capsys.readouterr().out
-    assert sorted(file.name for file in out.glob("checkpoint-*")) == ["checkpoint-000022.pt", "checkpoint-000026.pt"]
-
-
-def test_to_go_on_without_the_guard_is_another_run(run):
-    run("--skip_above", "20", "--steps", "2")
-    for options in ([], ["--skip_above", "10"]):
-        with pytest.raises(SystemExit, match="holds a run with --skip_above 20"):
-            run(*options)
-    with pytest.raises(SystemExit, match="would skip half of the steps"):
-        run("--skip_above", "0.5", name="other")
-
-
-def test_processes_skip_the_same_step(tmp_path, small_model, few_pairs):
-    argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, *LONG]
-    argv += ["--micro_batch", "1", "--skip_above", "1.05"]
-    skipped = []
-    for world_size in (1, 2):
-        out = tmp_path / str(world_size)
-        ended = launch(tmp_path / f"log-{world_size}", world_size, faulty, None, 0, [*argv, "--out", str(out)])
-        assert all(status == 0 for status, _ in ended), ended
-        skipped.append([record["skipped"] for record in log_of(out)])
-    assert skipped[0] == skipped[1] and skipped[0][-1] > 0
-
-
-def test_a_run_that_goes_on_remembers_what_is_usual(run, monkeypatch):
-    tiny.part("clip")
-    with monkeypatch.context() as patch:
-        spiked(patch, {22}, 1000)
-        whole = run(*LONG, "--skip_above", "20", name="whole")
-    parts = run(*LONG, "--steps", "21", "--skip_above", "20", name="parts")
-    with monkeypatch.context() as patch:
-        spiked(patch, {1}, 1000)
-        run(*LONG, "--skip_above", "20", name="parts")
-    (log, whole_log) = ([{k: v for k, v in record.items() if k != "pairs_per_second"} for record in log_of(out)]
-                        for out in (parts, whole))
-    assert log == whole_log
-    names = [sorted(file.name for file in out.glob("checkpoint-*")) for out in (parts, whole)]
-    assert names[0] == ["checkpoint-000021.pt", "checkpoint-000026.pt"] and len(names[1]) == 2
-
-
 # Where it is logged
 
 
 def test_weights_and_biases_gets_every_step(run, held_out, tmp_path, monkeypatch):
-    """A run that goes on is the same run there."""
+    """A run that goes on is the same run for Weights & Biases."""
     begun, logged = [], []
 
     class Run:
@@ -497,7 +406,7 @@ def test_a_project_without_the_package_is_said(run, monkeypatch, capsys):
 
 
 def test_the_interval_counts_prompts():
-    """One outcome a prompt: Wilson's own. Copies of an outcome tell nothing new; coverage is simulated."""
+    """With one outcome a prompt it is Wilson's. Copies of an outcome tell nothing new. Coverage is simulated."""
     rng = np.random.default_rng(0)
     outcomes = (rng.random(40) < 0.7).astype(float)
     rate, *interval = rate_interval(outcomes, np.arange(40))
@@ -515,7 +424,7 @@ def test_the_interval_counts_prompts():
 
 
 def test_the_interval_is_wilsons():
-    """Against the roots of the score equation |rate - p| = z sqrt(p (1 - p) / n)."""
+    """Its ends are the roots of the score equation |rate - p| = z sqrt(p (1 - p) / n)."""
     for rate, n in ((0.5, 10), (0.9, 30), (0.0, 7), (1.0, 7)):
         for p in wilson(rate, n):
             assert abs(rate - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-6)
