@@ -143,7 +143,7 @@ class Family:
         return embeds
 
     def sampling_embeds(self, prompts, dtype=torch.float32):
-        """Keyword arguments of the pipeline in the place of N prompts: their embeddings, and that of "" for guidance."""
+        """The pipeline's arguments in the place of N prompts: their embeddings, and that of "" for its guidance."""
         embeds = self.encode_prompts(prompts, dtype)
         for name, value in self.encode_prompts([""], dtype).items():
             embeds[f"negative_{name}"] = value.expand_as(embeds[name])

@@ -84,24 +84,25 @@ def check_coupling(args, pairs, process):
         known = np.unique(pairs.columns[name][pairs.rows])  # the first rows may be all alike, or have no number
         known = torch.from_numpy(known[~np.isnan(known)])
         given[name] = known[torch.randint(len(known), (8,), generator=generator)]
-    found = []
-    for exponent in range(7):
-        for _ in range(4):
-            for name in ("err_w", "err_l", "ref_err_w", "ref_err_l"):
-                given[name] = 0.5 + 10.0 ** -exponent * torch.rand(8, generator=generator, dtype=torch.float64)
-            errors = [given[name].requires_grad_() for name in ("err_w", "err_l")]
-            losses = []
-            for part in (slice(8), slice(4), slice(4, 8)):
-                inputs = {name: value[part] for name, value in given.items() if name in wants(loss_fn)}
-                losses.append(loss_fn(**inputs, **hyperparameters(args))[0])
-            for loss in (losses[0], (losses[1] + losses[2]) / 2):
-                gradients = torch.autograd.grad(loss, errors, allow_unused=True, materialize_grads=True)
-                found.append(torch.cat([loss.detach()[None], *gradients]))
-    whole, halves = torch.stack(found).unflatten(0, (-1, 2)).unbind(1)                  # [28, 1 + 2 * 8]
-    is_finite = (whole + halves).isfinite().all(dim=1)
-    for name, numbers in (("value", slice(1)), ("gradient", slice(1, None))):
-        difference, size = ((x[is_finite, numbers]).abs() for x in (whole - halves, whole))
-        if is_finite.any() and difference.max() > 1e-4 * size.max():
+
+    def value_and_gradient(part):
+        inputs = {name: value[part] for name, value in given.items() if name in wants(loss_fn)}
+        loss, _ = loss_fn(**inputs, **hyperparameters(args))
+        errors = given["err_w"], given["err_l"]
+        gradients = torch.autograd.grad(loss, errors, allow_unused=True, materialize_grads=True)
+        return torch.cat([loss.detach()[None], *gradients])                             # [1 + 2 * 8]
+
+    whole, halves = [], []
+    for exponent in [*range(7)] * 4:
+        for name in ("err_w", "err_l", "ref_err_w", "ref_err_l"):
+            errors = 0.5 + 10.0 ** -exponent * torch.rand(8, generator=generator, dtype=torch.float64)
+            given[name] = errors.requires_grad_()
+        whole.append(value_and_gradient(slice(8)))
+        halves.append((value_and_gradient(slice(4)) + value_and_gradient(slice(4, 8))) / 2)
+    size, difference = torch.stack(whole).abs(), (torch.stack(whole) - torch.stack(halves)).abs()
+    is_finite = (size + difference).isfinite().all(dim=1)                               # [28]
+    for name, columns in (("value", slice(1)), ("gradient", slice(1, None))):
+        if is_finite.any() and difference[is_finite, columns].max() > 1e-4 * size[is_finite, columns].max():
             raise InputError(f"--loss {args.loss} couples pairs: its {name} on eight pairs is not the mean of those on "
                              "its halves. Let it take `group_size` or `weights` as an argument; then it is called on "
                              "one whole group of --group_size pairs")
@@ -114,12 +115,12 @@ def check_same_content(out, state, now):
     """
     for name, value in state["digests"].items():
         if now["digests"].get(name) != value:
-            raise InputError(f"{out} was begun with another {name} ({value}, now {now['digests'].get(name)}). Give back "
-                             "what it was begun with, or pass another --out")
+            raise InputError(f"{out} was begun with another {name} ({value}, now {now['digests'].get(name)}). Give "
+                             "back what it was begun with, or pass another --out")
     reference.check_draws(f"{out} was trained", state["draw_ids"], now["draw_ids"], state["step"] - 1)
     if now["learning_rates"] != state["learning_rates"]:
-        raise InputError(f"with this --steps or this code the learning rates of the {state['step']} steps that {out} has taken would "
-                         "be others. Pass the --steps that it was begun with, or another --out")
+        raise InputError(f"with this --steps or this code, the {state['step']} steps that {out} has taken would have "
+                         "other learning rates. Pass the --steps that it was begun with, or another --out")
 
 
 def make_optimizer(args, params):
