@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import run
+import common
 import train
 from conftest import launch, log_of
 from distributed import torchrun_env
@@ -287,7 +288,7 @@ def test_two_machines_agree_with_one_and_a_cut_between_them_ends_both(tmp_path, 
         assert lines == [f"train.py: process {rank}: process {1 - rank} was silent for 40 s: a machine or the "
                          "network is gone. The same command goes on from the last checkpoint"]
     subprocess.run(["ip", "-n", two_machines[1], "link", "set", "link1", "up"], check=True)
-    kept = int(run.newest_checkpoint(out).stem.split("-")[1])
+    kept = int(common.newest_checkpoint(out).stem.split("-")[1])
     nodes = on_two_machines(two_machines, tmp_path, [*argv, str(kept + 4)])
     statuses, texts = ends(nodes, tmp_path, 200)
     assert statuses == [0, 0] and f"going on after {kept} steps" in texts[0]

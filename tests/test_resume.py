@@ -26,7 +26,6 @@ import pytest
 import torch
 from PIL import Image
 
-import begin
 import common
 import data
 import models
@@ -40,7 +39,7 @@ from distributed import torchrun_env
 from extras import tiny
 
 STEPS, LINES = 8, 22_000  # steps of a run; so many lines of the files in TRACED it executes with --ema, else 15,000
-TRACED = [module.__file__ for module in (train, begin, run, reference, distributed, common)]
+TRACED = [module.__file__ for module in (train, run, reference, distributed, common)]
 pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-import begin
+import common
 import data
 import models
 import options as options_file
@@ -52,7 +52,7 @@ def test_adafactor_steps_by_the_learning_rate_alone():
     steps = []
     for size in (1.0, 100.0):
         param = torch.full((4, 4), size, requires_grad=True)
-        optimizer = begin.make_optimizer(args, [param])
+        optimizer = run.make_optimizer(args, [param])
         assert type(optimizer) is transformers.Adafactor
         param.grad = torch.ones(4, 4)
         optimizer.step()
@@ -73,7 +73,7 @@ def test_all_param_groups_get_the_learning_rate_of_the_step(tmp_path, command, m
     def two_groups(args, params):
         return Watched([{"params": params[:3]}, {"params": params[3:], "lr": 7.0}], lr=args.lr)
 
-    monkeypatch.setattr(begin, "make_optimizer", two_groups)
+    monkeypatch.setattr(run, "make_optimizer", two_groups)
     train.main(command("--warmup 3", tmp_path / "out"))
     learning_rates = [line["lr"] for line in log_of(tmp_path / "out")]
     assert learning_rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
@@ -185,7 +185,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, command, monkeyp
     train.main(command(f"--micro_batch 4 {options}", tmp_path / "four"))
     assert numbers_of(tmp_path / "auto", ["loss", "grad_norm"]) == numbers_of(tmp_path / "four", ["loss", "grad_norm"])
     assert recorded_run(tmp_path / "auto")["micro_batch"] == 4
-    monkeypatch.setattr(begin, "largest_micro_batch", None)  # calling it would raise
+    monkeypatch.setattr(distributed, "largest_micro_batch", None)  # calling it would raise
     train.main(command(f"--micro_batch auto --steps 4 {options}", tmp_path / "auto"))
     assert len(log_of(tmp_path / "auto")) == 4
 
@@ -274,13 +274,13 @@ def test_an_adapter_is_switched_without_a_search(small_model):
 
 def test_checkpoints_by_the_minute_and_by_the_step(tmp_path, command, monkeypatch):
     """The clock of the first process counts beside --save_every. By default a run this short saves only its last step."""
-    saved, save = [], run.save_checkpoint
+    saved, save = [], common.save_checkpoint
 
     def noted(folder, state):
         saved.append(state["step"])
         save(folder, state)
 
-    monkeypatch.setattr(run, "save_checkpoint", noted)
+    monkeypatch.setattr(common, "save_checkpoint", noted)
     for options, steps in (("", [3]), ("--save_every 2", [2, 3]), ("--save_minutes 1e-9", [1, 2, 3]),
                            ("--save_minutes 0", [3])):
         saved.clear()
@@ -291,21 +291,21 @@ def test_checkpoints_by_the_minute_and_by_the_step(tmp_path, command, monkeypatc
 def test_a_checkpoint_holds_its_step_however_late_it_is_written(tmp_path, command, monkeypatch):
     """The thread waits until the weights have moved on, and it still writes the copies."""
     train.main(command("--steps 1 --ema 0.5", tmp_path / "one"))
-    expected = run.load_checkpoint(tmp_path / "one")
+    expected = run.load_checkpoint(tmp_path / "one", 1)
     moved_on, states = threading.Event(), []
-    save, after_step = run.save_checkpoint, run.Output.after_step
+    save, after_step = common.save_checkpoint, run.Output.after_step
 
     def late(folder, state):
         assert state["step"] > 1 or moved_on.wait(60)
         save(folder, state)
-        states.append(torch.load(run.newest_checkpoint(folder), weights_only=True))
+        states.append(torch.load(common.newest_checkpoint(folder), weights_only=True))
 
     def noted(output, step, *rest):
         if step == 1:  # the optimizer has stepped again
             moved_on.set()
         after_step(output, step, *rest)
 
-    monkeypatch.setattr(run, "save_checkpoint", late)
+    monkeypatch.setattr(common, "save_checkpoint", late)
     monkeypatch.setattr(run.Output, "after_step", noted)
     train.main(command("--save_every 1 --ema 0.5", tmp_path / "out"))
     assert [state["step"] for state in states] == [1, 2, 3]
