@@ -232,8 +232,8 @@ def augmentation(seed, epoch, row):
 def crop_and_resize(image, size, y, x, flip):
     """The square of side `size` pixels at (y, x), in [0, 1], of the image scaled to that short side.
 
-    It crops before it scales, so a picture of 3 x 4000 pixels is never scaled as a whole. Returns pixels [3, size, size] uint8 and
-    SDXL's time_ids [6]. The crop is counted in the scaled, flipped image, as SDXL was trained.
+    It crops before it scales, so a picture of 3 x 4000 pixels is never scaled as a whole. Returns pixels
+    [3, size, size] uint8 and SDXL's time_ids [6]. The crop is counted in the scaled, flipped image, as in SDXL's training.
     """
     image = ImageOps.mirror(image) if flip else image
     scale = size / min(image.size)

@@ -138,8 +138,8 @@ def check_cache(source, model, name):
     manifest, digests = read_manifest(source), encoder_digests(model)
     for part in digests | manifest["encoders"]:
         if manifest["encoders"].get(part) != digests.get(part):
-            raise InputError(f"{source} was encoded with the {part} of {manifest['model']}, but --model is {name}, which "
-                             "has another one. Pass the model that it was encoded with, or run encode.py again")
+            raise InputError(f"{source} was encoded with the {part} of {manifest['model']}, but --model is {name}, "
+                             "which has another one. Pass the model that it was encoded with, or run encode.py again")
 
 
 # Writing
@@ -301,8 +301,8 @@ def write_shard(file, tensors, unreadable, columns):
     try:
         atomic_write(file, save(tensors, {"about": json.dumps(note)}))  # one entry, because their order is not kept
     except OSError as error:
-        raise InputError(f"{file} cannot be written ({brief(error)}). What is written is kept. Free some space, then the "
-                         "same command goes on")
+        raise InputError(f"{file} cannot be written ({brief(error)}). What is written is kept. Free some space, then "
+                         "the same command goes on")
 
 
 def shard_note(file):

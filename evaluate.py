@@ -149,7 +149,10 @@ def checked_manifest(out, manifest):
 
 def draw_images(args, model, out, entries, dtype):
     """Draw this process's share of the images that a folder lacks."""
-    for indices in distributed.pending_batches(len(entries), args.batch_size, lambda i: [out / entries[i]["file"]], out.name):
+    def files(i):
+        return [out / entries[i]["file"]]
+
+    for indices in distributed.pending_batches(len(entries), args.batch_size, files, out.name):
         batch = [entries[i] for i in indices]
         generators = [torch.Generator().manual_seed(entry["seed"]) for entry in batch]
         prompts = [entry["prompt"] for entry in batch]

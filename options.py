@@ -30,7 +30,7 @@ PRESETS = {  # by model, then by model and loss
     "tiny sft": dict(lr=1e-4),
     "tiny-flow": TINY | dict(lora_rank=16, lr=1e-3, beta=20.0),
     "tiny-flow sft": dict(lr=3e-3),
-    # sd15 and sdxl are Diffusion-DPO's launchers, which multiply 1e-8 by the batch. (Its paper: 2.048e-8 * 2000 / beta.)
+    # sd15 and sdxl are Diffusion-DPO's launchers, which multiply 1e-8 by the batch. Its paper has 2.048e-8 * 2000 / beta.
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
                  random_flip=True, resolution=512, optimizer="adamw"),
     "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=200,
@@ -197,7 +197,7 @@ def train_options():
 
 
 def train_args(argv=None):
-    """The resolved run of train.py. InputError for an unknown option, a value out of range or a batch that does not fit."""
+    """The resolved run of train.py. InputError if an option is unknown, a value is out of range, a batch does not fit."""
     options = train_options()
     typed = vars(options.parser.parse_args(argv))
     model, loss = (typed.get(name, options.defaults[name]) for name in ("model", "loss"))

@@ -64,8 +64,8 @@ def check_draws(what, before, now, step, first=0):
         names = ("row {:.0f}", "timestep {:g}", "noise {:.0f}")
         drawn = [f"{name.format(a)}, not {name.format(b)}" for name, a, b in zip(names, old, new) if a != b]
         raise InputError(f"{what} by other code or on other data: at step {step}, position {first + index}, it drew "
-                         f"{'; '.join(drawn)}. Use the code and the data that it was begun with, or remove it and begin "
-                         "anew")
+                         f"{'; '.join(drawn)}. Use the code and the data that it was begun with, or remove it and "
+                         "begin anew")
 
 
 class ReferenceErrors:
@@ -181,7 +181,7 @@ def open_held_out(args, pairs):
 
 
 def hold_out(pairs, share):
-    """Takes the pairs of a share of the prompts away from `pairs`; returns their rows. InputError if one side is empty."""
+    """Takes a share of the prompts' pairs away from `pairs`; returns their rows. InputError if one side is empty."""
     is_held = np.array([is_held_out(pairs.caption(row), share) for row in pairs.rows])
     if is_held.all() or not is_held.any():
         raise InputError(f"--validate {share:g} would hold out {is_held.sum()} of {len(pairs)} pairs. Pass another "

@@ -411,8 +411,9 @@ def check_finite(output, step, scalars, terms):
     if math.isfinite(scalars["loss"]) and (is_overflow or math.isfinite(scalars["grad_norm"])):
         return
     output.checkpoints.wait()
-    words = {"latents": "the VAE's latents", "clip_embeds": "the CLIP embeddings", "ref_err_w": "the reference's errors",
-             "ref_err_l": "the reference's errors", "err": "the policy's errors"}  # in the order of computation
+    words = {  # in the order of computation
+        "latents": "the VAE's latents", "clip_embeds": "the CLIP embeddings", "ref_err_w": "the reference's errors",
+        "ref_err_l": "the reference's errors", "err": "the policy's errors"}
     faults = []
     for rows, values in terms(step):
         for order, (key, name) in enumerate(words.items()):

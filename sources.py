@@ -328,7 +328,7 @@ def read_jsonl(files, extra):
 
 
 def as_text(value):
-    """A string, or UTF-8 bytes, as a string that can be written. None for anything else (half a surrogate pair, too)."""
+    """A string, or UTF-8 bytes, as a string that can be written; None for anything else, also half a surrogate pair."""
     try:
         return value.decode() if isinstance(value, bytes) else value.encode().decode()
     except (AttributeError, UnicodeError):

@@ -246,7 +246,7 @@ class Trainer:
         if not self.is_encoded:
             place_encoders(self.model, self.device, self.dtype, args.lora_rank > 0)
         faster_on = ("cuda",) if args.lora_rank else ("cuda", "cpu")
-        if self.device.type in faster_on:  # before the reference is copied: with another layout it would round otherwise
+        if self.device.type in faster_on:  # before the reference is copied: another layout would round differently
             denoiser.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
