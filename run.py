@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
@@ -22,7 +21,7 @@ from data import COLUMNS, ImagePairs
 from encode import EncodedPairs, check_cache
 from loading import EMBEDDED, find_model, fuse_lora, load_model, save_model
 from loss import LOSSES, wants
-from options import H14, hyperparameters, needs_groups, recorded_run
+from options import H14, recorded_run
 from sources import is_cache
 
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
@@ -64,48 +63,8 @@ def open_parts(args, out, state, device):
     model.set_times(args)
     args.optimizer = args.optimizer or model.optimizer
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
-    check_coupling(args, pairs, model.process)
+    importlib.import_module("extras.check_loss").check_coupling(args, pairs, model.process)
     return pairs, held_out, model
-
-
-def check_coupling(args, pairs, process):
-    """InputError if a loss couples pairs but names neither `weights` nor `group_size`.
-
-    Such a loss would depend on --micro_batch. The loss and its gradient are computed on the same random errors of eight
-    pairs, whole and in halves. Errors of seven scales are tried, because a sigmoid hides a batch's mean where it is
-    saturated or nearly straight. A difference counts if it is larger than the rounding of the largest value.
-    """
-    loss_fn, generator = LOSSES[args.loss], torch.Generator().manual_seed(0)
-    if needs_groups(loss_fn):
-        return
-    t = torch.stack([process.sample_t(generator) for _ in range(8)])
-    given = {"t": t, "snr": process.snr(t)}
-    for name in sorted(wants(loss_fn).keys() & pairs.columns.keys()):
-        known = np.unique(pairs.columns[name][pairs.rows])  # the first rows may be all alike, or have no number
-        known = torch.from_numpy(known[~np.isnan(known)])
-        given[name] = known[torch.randint(len(known), (8,), generator=generator)]
-
-    def value_and_gradient(part):
-        inputs = {name: value[part] for name, value in given.items() if name in wants(loss_fn)}
-        loss, _ = loss_fn(**inputs, **hyperparameters(args))
-        errors = given["err_w"], given["err_l"]
-        gradients = torch.autograd.grad(loss, errors, allow_unused=True, materialize_grads=True)
-        return torch.cat([loss.detach()[None], *gradients])                             # [1 + 2 * 8]
-
-    whole, halves = [], []
-    for exponent in [*range(7)] * 4:
-        for name in ("err_w", "err_l", "ref_err_w", "ref_err_l"):
-            errors = 0.5 + 10.0 ** -exponent * torch.rand(8, generator=generator, dtype=torch.float64)
-            given[name] = errors.requires_grad_()
-        whole.append(value_and_gradient(slice(8)))
-        halves.append((value_and_gradient(slice(4)) + value_and_gradient(slice(4, 8))) / 2)
-    size, difference = torch.stack(whole).abs(), (torch.stack(whole) - torch.stack(halves)).abs()
-    is_finite = (size + difference).isfinite().all(dim=1)                               # [28]
-    for name, columns in (("value", slice(1)), ("gradient", slice(1, None))):
-        if is_finite.any() and difference[is_finite, columns].max() > 1e-4 * size[is_finite, columns].max():
-            raise InputError(f"--loss {args.loss} couples pairs: its {name} on eight pairs is not the mean of those on "
-                             "its halves. Let it take `group_size` or `weights` as an argument; then it is called on "
-                             "one whole group of --group_size pairs")
 
 
 def check_same_content(out, state, now):

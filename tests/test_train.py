@@ -30,7 +30,7 @@ import sources
 import train
 from common import InputError
 from conftest import fresh, log_of
-from extras import tiny
+from extras import check_loss, tiny
 from loss import DDPM, denoising_error, wants
 from options import encode_args, train_args
 from test_resume import left, same_bits
@@ -689,7 +689,7 @@ def check_coupling(monkeypatch, loss_fn, beta=5000.0, **columns):
     monkeypatch.setattr(options, "VECTORS", options.VECTORS | columns.keys())
     columns = {name: np.array(values, dtype=np.float32) for name, values in columns.items()}
     rows = np.arange(max(map(len, columns.values()), default=8))
-    run_room.check_coupling(SimpleNamespace(loss="tried", beta=beta, loss_args={}),
+    check_loss.check_coupling(SimpleNamespace(loss="tried", beta=beta, loss_args={}),
                             SimpleNamespace(rows=rows, columns=columns), fresh_process())
 
 
