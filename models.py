@@ -18,8 +18,6 @@ from common import InputError
 from distributed import to_device
 from loss import DDPM
 
-TOY = 1e8  # parameters; a smaller denoiser is a toy, and the embedded CLIP is good enough for it
-
 
 class Family:
     """The contract of a family: all members that train.py and the other files use.
@@ -72,7 +70,7 @@ class Family:
         self.denoiser = getattr(pipe, self.denoiser_name)
         self.process = self.make_process()
         self.num_parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
-        self.is_toy = self.num_parameters < TOY
+        self.is_toy = self.num_parameters < 1e8  # the embedded CLIP is good enough for a toy
         pipe.set_progress_bar_config(disable=True)
         for network in self.networks().values():
             network.eval().requires_grad_(False)  # with dropout the policy would differ from its reference

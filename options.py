@@ -66,7 +66,6 @@ def number(kind, least, most=math.inf, above=False, may_be_inf=False):
 COUNT = number(int, 1)
 NATURAL = number(int, 0)
 POSITIVE = number(float, 0, above=True)
-SHARE = number(float, 0, 1)
 
 
 def count_or_auto(text):
@@ -147,7 +146,7 @@ def train_options():
     options.defaults["loss_args"] = []
     options.section.add_argument("--loss_args", nargs="+", action="extend", metavar="NAME=VALUE",
                                  help="hyperparameters of the loss that have no option [their defaults]")
-    add("prompt_dropout", 0.2, SHARE, "share of the pairs that are trained without their prompt")
+    add("prompt_dropout", 0.2, number(float, 0, 1), "share of the pairs that are trained without their prompt")
     add("timestep_sampling", None, ["uniform", "logit_normal"], "flow matching: distribution of times before the shift "
         "[logit_normal]")
     add("timestep_mean", None, number(float, -math.inf), "flow matching: mean of the logit [0]")

@@ -146,18 +146,15 @@ class Output:
         self.checkpoints, self.saved_at = CheckpointWriter(out), time.time()
         self.is_writer = distributed.torchrun_env()[0] == 0
         if self.is_writer:
-            self.write_json("config.json", vars(args))
+            atomic_write(out / "config.json", json.dumps(vars(args), indent=1))
             if args.ema:
                 self.ema = EMAModel(params.values(), decay=args.ema, foreach=True)
-
-    def write_json(self, name, content):
-        atomic_write(self.out / name, json.dumps(content, indent=1))
 
     def write_report(self):
         report = self.pairs.report()
         if self.held_out:
             report["validate"] = self.held_out.report()
-        self.write_json("data.json", report)
+        atomic_write(self.out / "data.json", json.dumps(report, indent=1))
 
     def draw_base_grid(self, pairs):
         """Samples from the starting model for eight prompts: those of --sample_prompts, else captions of the data."""
@@ -333,7 +330,7 @@ class Output:
 
 
 def is_due(done, every, at_once):
-    return bool(at_once or every and done % every == 0)
+    return at_once or every and done % every == 0
 
 
 def copy_in_layout(value, param):
