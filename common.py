@@ -34,8 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def brief(error):
     """The first line of an exception's text, for messages of one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

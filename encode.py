@@ -277,7 +277,7 @@ class Encoder:
         prompt = sum(value.numel() for value in self.model.encode_prompts([""], self.dtype).values())
         numbers += len(self.prompts) * prompt
         written = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))  # these are whole and stay
-        return int(numbers) * (2 if self.args.store == "fp16" else 4) - written
+        return numbers * (2 if self.args.store == "fp16" else 4) - written
 
     def manifest(self):
         settings = {name: getattr(self.args, name) for name in SETTINGS}

@@ -5,7 +5,6 @@ Run as a script, this file is train.py with a fault: `python tests/test_resume.p
 
 import distributed  # first: it notes the launcher
 
-import argparse
 import gc
 import io
 import json
@@ -472,7 +471,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, options):
 
 def test_a_checkpoint_without_what_identifies_a_run_is_refused_and_kept(tmp_path, options):
     """Another program's checkpoint may have the same name."""
-    run.Output.write_json(argparse.Namespace(out=tmp_path), "config.json", vars(train.train_args(options)))
+    (tmp_path / "config.json").write_text(json.dumps(vars(train.train_args(options))))
     foreign = {"step": 1, "weights": {}, "optimizer": {}, "digests": {}}
     file = tmp_path / "checkpoint-000001.pt"
     torch.save(foreign, file)
