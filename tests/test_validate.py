@@ -263,10 +263,16 @@ def test_a_share_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, few_
 
 
 def test_another_share_is_another_run(tmp_path, run, small_model, few_pairs):
-    run("--validate", "0.3")
-    for other in (["--validate", "0.2"], [], ["--validate", few_pairs]):
+    out = run("--validate", "0.3")
+    for other in ("0.2", few_pairs):
         with pytest.raises(SystemExit, match="held out a share of 0.3"):
-            run(*other, "--steps", "6")
+            run("--validate", other, "--steps", "6")
+    report = (out / "data.json").read_text()
+    run("--steps", "6")  # the option is left out, so the recorded share stays held out
+    assert json.loads(report)["held_out"] > 0 and (out / "data.json").read_text() == report and 6 in measured(out)
+    run("--steps", "2", name="all")
+    with pytest.raises(SystemExit, match="held out a share of 0 of the prompts"):
+        run("--validate", "0.2", name="all")
     write_cache(small_model("sd"), few_pairs, tmp_path / "cache")
     file = tmp_path / "errors"
     cached = ["--data", str(tmp_path / "cache"), "--reference_errors", str(file)]
@@ -319,10 +325,10 @@ def test_changed_draws_are_refused(run, held_out, monkeypatch):
 def test_the_held_out_split_of_a_folder_is_read(tmp_path):
     for name, n in (("train-0.parquet", 3), ("validation-0.parquet", 4), ("test-0.parquet", 5)):
         datasets.Dataset.from_list(tiny.pair_rows(n)).to_parquet(tmp_path / name)
-    assert len(sources.read_rows(str(tmp_path), sources.TO_VALIDATE).columns) == 4
+    assert len(sources.read_rows(str(tmp_path), wanted_splits=sources.TO_VALIDATE).columns) == 4
     assert len(sources.read_rows(str(tmp_path)).columns) == 3
     (tmp_path / "validation-0.parquet").unlink()
-    assert len(sources.read_rows(str(tmp_path), sources.TO_VALIDATE).columns) == 5
+    assert len(sources.read_rows(str(tmp_path), wanted_splits=sources.TO_VALIDATE).columns) == 5
 
 
 @pytest.mark.parametrize(
@@ -346,7 +352,7 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path, run, small_model, held_o
     for typed in ([], ["--resolution", "32"]):
         with pytest.raises(SystemExit, match="encoded with --resolution 16, not 32"):
             run("--validate", str(tmp_path / "small"), *typed)
-    with pytest.raises(SystemExit, match="were encoded by"):
+    with pytest.raises(SystemExit, match="other was encoded with the .* but --model is .* which has another one"):
         run("--validate", str(tmp_path / "other"))
     with pytest.raises(SystemExit, match="encoded with --vae_sample mean, not sample"):
         run("--validate", str(tmp_path / "mean"))
