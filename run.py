@@ -273,7 +273,7 @@ class Output:
                 self.say_what_weights(step, scalars["weights/own"])
             shown = self.measured | scalars
             progress.set_postfix({SHOWN[name]: shown[name] for name in SHOWN if name in shown})
-            if is_due(done, args.sample_every, is_last and args.sample_every > 0):
+            if is_due(done, args.sample_every, is_last and args.sample_every):
                 self.save_samples(done)
         if is_due(done, args.save_every, is_last or flags["stop"] or flags["save"]):
             self.save_checkpoint(done, identity(done))
