@@ -154,7 +154,7 @@ def save_gradients(argv, folder):
 @pytest.mark.parametrize("loss", ["rpo --group_size 8", "dpo"])
 def test_two_processes_and_several_chunks_have_the_gradient_of_one_process(tmp_path, options, loss):
     """The second step counts: in the first one the policy is the reference, and no error reaches the gradient."""
-    argv = [*options, *"--batch_size 16 --steps 2 --optimizer sgd --lr 0.1 --loss".split(), *loss.split()]
+    argv = [*options, *"--batch_size 16 --steps 2 --optimizer sgd --lr 0.1 --beta 100 --loss".split(), *loss.split()]
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     save_gradients([*argv, "--micro_batch", "16", "--out", str(one / "out")], one)
@@ -162,7 +162,7 @@ def test_two_processes_and_several_chunks_have_the_gradient_of_one_process(tmp_p
         assert status == 0, text
     expected = torch.load(one / "0.pt")
     for rank in (0, 1):
-        assert (torch.load(two / f"{rank}.pt") - expected).norm() < 1e-4 * expected.norm()
+        assert (torch.load(two / f"{rank}.pt") - expected).norm() < 5e-5 * expected.norm()
 
 
 # What all machines must see
