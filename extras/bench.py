@@ -140,6 +140,7 @@ def peers(argv, micro_batch):
     """The Row of the peers' step with `micro_batch` pairs per forward."""
     args = train_args(argv)
     trainer = train.Trainer(args, None, {})
+    trainer.set_up(None, {})
     model, params = trainer.model, [*trainer.params.values()]
     for network in model.networks().values():
         if network is not model.denoiser:

@@ -123,7 +123,7 @@ def test_a_process_that_is_busy_is_waited_for(tmp_path, options):
 def killed_second(argv):
     rank, _, _ = torchrun_env()
     if rank == 1:
-        train.Trainer.loss_values = lambda *_: os.kill(os.getpid(), 9)
+        train.Trainer.loss_inputs = lambda *_: os.kill(os.getpid(), 9)
     train.main(argv)
 
 

@@ -605,7 +605,7 @@ def test_a_schedule_that_depends_on_steps_goes_on_with_the_same_steps_alone(tmp_
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="saved after 2 steps"):
         patch.setattr(train.Trainer, "prepare", struck_in_step(train.Trainer.prepare, "SIGTERM", 1))
         train.main([*options, "--steps", "4", "--out", str(out)])
-    with pytest.raises(SystemExit, match="^train.py: with this --steps the learning rates of the 2 steps .* Pass the"):
+    with pytest.raises(SystemExit, match="^train.py: with this --steps or this code, the 2 steps .* have other learning rates. Pass the"):
         train.main([*options, "--steps", "5", "--out", str(out)])
     train.main([*options, "--steps", "4", "--out", str(out)])
     train.main([*options, "--steps", "4", "--out", str(tmp_path / "unbroken")])
@@ -667,7 +667,7 @@ def test_a_full_disk_under_the_model(tmp_path, unbroken, options):
     [
         ("VAE", "the VAE's latents of rows 4, 20, 16, 12"),
         ("CLIP", "the CLIP embeddings of rows 4, 20, 16, 12"),
-        ("reference", "the reference's errors on winners of rows 4, 20, 16, 12"),
+        ("reference", "the reference's errors of rows 4, 20, 16, 12"),
         ("policy", "the policy's errors of rows 4, 20, 16, 12"),
         ("gradient", "the loss or its gradient, although all errors are finite"),
     ],

@@ -8,6 +8,8 @@ import json
 import math
 import threading
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -332,8 +334,11 @@ def test_nothing_travels_that_is_not_used(small_model, few_pairs, tmp_path, comm
     shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in sent}
     assert ((8, 3, 32, 32), torch.uint8) in shapes
     assert not any(shape[1:2] == (2,) for shape, dtype in shapes if dtype == torch.float32)
-    stream = Stream(ImagePairs(few_pairs, 32), fresh(small_model("sd")).process, (4, 8, 8), 0, 8, 8, "own", "mean")
-    assert stream[3].keys() == Stream(*vars_of(stream))[3].keys() - {"vae_noise"}
+    pairs, process = ImagePairs(few_pairs, 32), fresh(small_model("sd")).process
+    settings = dict(seed=0, batch_size=8, group_size=8, group_noise="own")
+    mean, sample = (Stream(pairs, process, (4, 8, 8), SimpleNamespace(**settings, vae_sample=vae_sample))
+                    for vae_sample in ("mean", "sample"))
+    assert mean[3].keys() == sample[3].keys() - {"vae_noise"}
 
 
 @torch.no_grad()
@@ -369,10 +374,6 @@ def test_threads_do_not_change_a_prompt(small_model, kind):
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], rtol=1e-5, atol=1e-5)
 
-
-def vars_of(stream):
-    """What makes the same stream with samples of the VAE's posterior."""
-    return stream.pairs, stream.process, stream.latent_shape, 0, 8, 8, "own"
 
 
 @pytest.mark.parametrize("options, memory, expected", [
