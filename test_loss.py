@@ -171,7 +171,7 @@ def test_the_metrics_of_rpo_are_those_of_dpo():
 
 
 def test_weight_metrics_of_one_hot_and_of_equal_weights():
-    """1 and 1 where each winner has its own loser alone; 1 / B and B where all count alike."""
+    """They are 1 and 1 where each winner has its own loser alone, and 1 / B and B where all losers count alike."""
     for weights, own, losers in ((torch.eye(4), 1, 1), (torch.full((4, 4), 0.25), 0.25, 4)):
         metrics = rpo_loss(*errors(4), BETA, weights)[1]
         assert metrics["weights/own"] == own and metrics["weights/losers"] == pytest.approx(losers)
@@ -222,7 +222,7 @@ def test_the_readmes_own_loss_is_whole():
 
 
 def test_every_parameter_of_a_loss_is_known():
-    """A vector or number that the step can give, or an option's; a misspelt one would be asked of the user."""
+    """The step or an option gives it. The user would be asked for a misspelt one."""
     from options import VECTORS, train_args
 
     options = vars(train_args(["--device", "cpu"]))
@@ -279,7 +279,7 @@ def test_timesteps_are_uniform():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policy_and_reference_agree_to_the_last_bit(dtype):
-    """The peers' reference, held whole in half precision, is off by many logits at beta 5000."""
+    """A reference that is held whole in half precision, as others hold it, is off by many logits at beta 5000."""
     net, inputs = net_and_inputs()
     reference = frozen_reference(net, dtype)
     err = denoising_error(predict, net, **inputs, dtype=dtype)

@@ -210,7 +210,7 @@ def test_the_group_is_seen(run, small_model, optimizer):
 
 
 def test_the_noise_of_a_pair_is_its_own_on_any_process(run):
-    """The peers seed every rank alike, so that pairs of one step share their noise."""
+    """Other trainers seed every rank alike, so pairs of one step share their noise."""
     (alone,) = run(1, 16, "rpo", 16, "sgd", "sd")["noise"]
     first, second = run(2, 2, "rpo", 16, "sgd", "sd")["noise"]
     assert not first.keys() & second.keys()

@@ -60,7 +60,7 @@ def run(tmp_path, small_model, few_pairs, quick_tiny, quick_models):
 
 @pytest.mark.parametrize("model, optimizer", [("sd", "adamw"), ("sdxl", "adafactor"), ("sd-v", "sgd")])
 def test_a_run_leaves_what_it_promises(run, small_model, model, optimizer):
-    """Also that the result is a stock pipeline in which the UNet alone, all of it in float32, has moved."""
+    """The result is a stock pipeline. Its UNet alone has moved, and all of it is float32."""
     options = "--sample_every 1 --sample_steps 2 --precision bf16 --workers 2 --lr 1e-3"
     flags = "--gradient_checkpointing --random_flip --random_crop"
     out = run(model, "--optimizer", optimizer, *options.split(), *flags.split())
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run):
 
 
 def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quick_tiny):
-    """From the label to mse/policy_w: the errors of step 0 are those of the known winner and loser."""
+    """The errors of step 0 in the log are those of the images that the labels call winner and loser."""
     import datasets
 
     rows = tiny.pair_rows(8)
@@ -174,7 +174,7 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quic
 
 
 def test_weights_as_older_libraries_wrote_them_load(tmp_path, small_model):
-    """As SD 1.5 itself: a text_model. prefix that transformers 5 dropped, position_ids, .bin files."""
+    """SD 1.5 itself has a text_model. prefix that transformers 5 dropped, position_ids, and .bin files."""
     folder = tmp_path / "model"
     shutil.copytree(small_model("sd"), folder)
     (file,) = (folder / "text_encoder").glob("*.safetensors")
@@ -217,7 +217,7 @@ def test_a_model_with_a_hole_is_refused(tmp_path, small_model, fault):
 
 
 def test_a_resume_after_the_draw_was_changed_is_refused(run, monkeypatch):
-    """By step and position: the first of the last step whose timestep the new code would draw otherwise."""
+    """The message names the first position of the last step whose timestep the new code draws otherwise."""
     run("sd", "--steps", "2")
     sample_t = DDPM.sample_t
     timesteps = draw(range(8, 16), seed=0)["t"].tolist()
@@ -236,7 +236,7 @@ def fresh_process():
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind):
-    """By the formula of diffusers' EMAModel, whose decay warms up: 0, 2/11, 3/12, ..., at most --ema."""
+    """The decay of diffusers' EMAModel warms up: it is 0, 2/11, 3/12, ..., at most --ema."""
     draw, save_checkpoint = run_room.Output.draw, common.save_checkpoint
     of_steps, of_samples = [], []
 
@@ -362,7 +362,7 @@ def test_weights_that_were_cast_are_not_saved(tmp_path, small_model):
 
 
 def test_a_run_that_trains_a_part_saves_the_rest_as_it_was(run, small_model, monkeypatch):
-    """Cross-attention alone, as a fork's place_models may have it, also where autocast is bf16."""
+    """A fork may train cross-attention alone, also under autocast to bf16."""
     from diffusers import UNet2DConditionModel
 
     def requires_grad_(unet, is_on=True):
@@ -428,7 +428,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(small_model, mode
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_a_reference_in_bf16_is_the_policy_under_autocast(small_model, model):
-    """On diffusers' own UNet: only Linear and Conv weights are in half, and the errors are equal bits."""
+    """In diffusers' own UNet only Linear and Conv weights are in half precision, and the errors are equal bits."""
     model = fresh(small_model(model))
     policy = model.denoiser.requires_grad_(True)
     reference = models.frozen_reference(policy, torch.bfloat16)
@@ -445,7 +445,7 @@ def test_a_reference_in_bf16_is_the_policy_under_autocast(small_model, model):
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_model):
-    """SDXL: states of both encoders, pooled of the second, an empty prompt as zeros, float32 time_ids."""
+    """SDXL takes the states of both encoders, the pooled state of the second, zeros for "", and float32 time_ids."""
     time_ids = torch.arange(24).view(2, 2, 6).float() + 1023  # bf16 cannot hold 1023
     model = loading.load_model(small_model("sdxl"))
     cond = model.conditioning(model.encode_prompts(["a cat", ""]), time_ids)
@@ -485,7 +485,7 @@ def draw(positions, seed=3, batch_size=8, group_size=8, group_noise="own", proce
 
 
 def test_draws_depend_on_seed_step_and_position_alone():
-    """Not on the micro-batch, the rank or what was drawn before; the peers give every rank the same noise."""
+    """The micro-batch, the rank and earlier draws change nothing. Other trainers give every rank the same noise."""
     step_7 = range(7 * 8, 8 * 8)
     whole = draw(step_7)
     parts = {first: draw(step_7[first:first + 2]) for first in (6, 0, 4, 2)}
@@ -514,7 +514,7 @@ def test_timesteps_are_uniform():
 
 
 def test_clip_from_a_local_file(tmp_path):
-    """--clip ARCH:FILE, the weights in open_clip's format, for an architecture that the test adds."""
+    """--clip ARCH:FILE takes weights in open_clip's format, here of an architecture that the test adds."""
     config = dict(
         embed_dim=16,
         vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16),
@@ -551,7 +551,7 @@ def test_openais_weights_get_their_activation(monkeypatch, spec, quick):
 
 
 def test_the_readmes_own_loss_trains(run, monkeypatch):
-    """A new loss is a function and an entry, as in the README; one that asks for weights gets them."""
+    """A new loss is a function and an entry, as in the README, and a loss that asks for weights gets them."""
     names, seen = readme_names(), []
 
     def weighted(err_w, err_l, ref_err_w, ref_err_l, beta, weights):
@@ -611,7 +611,7 @@ def loss_args(monkeypatch, *texts):
 
 
 def test_a_hyperparameter_is_of_its_defaults_type(monkeypatch):
-    """Without one, or with None, a number."""
+    """Without a default, or with None, it is a number."""
     defaults = {"power": 2, "is_hinge": True, "form": "abs", "floor": None}
     assert loss_args(monkeypatch, "margin=1") == defaults | {"margin": 1.0}
     texts = ("margin=1e-3", "power=3", "is_hinge=false", "form=4", "floor=2")
@@ -695,7 +695,7 @@ def check_coupling(monkeypatch, loss_fn, beta=5000.0, **columns):
 
 @pytest.mark.parametrize("loss_fn", [kto_loss, snr_normalised_loss])
 def test_a_loss_that_couples_pairs_is_refused_at_the_start(run, tmp_path, monkeypatch, loss_fn):
-    """Otherwise its gradient would depend on --micro_batch."""
+    """Its gradient would depend on --micro_batch."""
     monkeypatch.setitem(loss_file.LOSSES, "coupled", loss_fn)
     with pytest.raises(SystemExit, match="^train.py: --loss coupled couples pairs: .*`group_size`") as end:
         run("sd", "--loss", "coupled")
@@ -730,7 +730,7 @@ def test_kto_is_refused_at_every_beta(monkeypatch, beta):
 
 @pytest.mark.parametrize("loss_fn", [kto_loss, snr_normalised_loss])
 def test_a_loss_that_names_its_group_is_called_on_whole_groups(run, monkeypatch, loss_fn):
-    """So --micro_batch changes neither its value nor its gradient."""
+    """--micro_batch changes neither its value nor its gradient."""
     sizes, logs = [], []
 
     def grouped(err_w, err_l, ref_err_w, ref_err_l, beta, snr, group_size):
@@ -913,7 +913,7 @@ def test_help_fits_two_screens(capsys):
 
 
 def test_every_command_of_the_documents_parses():
-    """README, guide, and the heads of the scripts: what they tell to type is accepted."""
+    """The programs accept the commands of the README, the guide and the scripts' own heads."""
     names = ("README.md", "GUIDE.md", "train.py", "encode.py", "evaluate.py")
     texts = [(ROOT / name).read_text() for name in names]
     commands = re.findall(r"(train|encode)\.py((?: --\w+(?: [\w./=-]+)*)+|$)", "\n".join(texts), re.M)
@@ -929,7 +929,7 @@ def test_every_command_of_the_documents_parses():
 
 @pytest.mark.parametrize("model, warmup, optimizer", [("sd15", 500, "adamw"), ("sdxl", 200, "adafactor")])
 def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys, model, warmup, optimizer):
-    """What the presets promise: the paper's form, at Diffusion-DPO's batch, beta, rate and warm-up."""
+    """The presets promise the paper's form at Diffusion-DPO's batch, beta, learning rate and warm-up."""
     train.main(["--model", model, "--dry_run", "--out", str(tmp_path / "out")])
     promised = {"warmup": warmup, "optimizer": optimizer, "beta": 5000, "batch_size": 2048, "lr": 2.048e-5}
     promised |= {"loss": "rpo", "weight_position": "outside", "tau": 0.5, "group_size": 8, "group_noise": "own"}
@@ -938,7 +938,7 @@ def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys, 
 
 
 def test_a_preset_passes_the_checks_of_what_is_typed(monkeypatch):
-    """A value of it that is out of range, or of no option, would else be met in the first step."""
+    """A wrong value of a preset would otherwise be met in the first step."""
     wrong = {"lr": -1.0, "optimizer": "lion", "steps": 1.5}
     for name, value in wrong.items():
         monkeypatch.setitem(options.PRESETS, "sd15", options.PRESETS["sd15"] | {name: value})
