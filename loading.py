@@ -179,7 +179,7 @@ def add_lora(model, rank, seed):
 def save_model(model, folder):
     """Saves a diffusers pipeline; or, if the denoiser has an adapter, LoRA weights for `load_lora_weights`.
 
-    raises  ValueError if the pipeline has weights below float32: they were cast for autocast, which loses their bits
+    raises  ValueError if the denoiser has weights below float32: they were cast for autocast, which loses their bits
     """
     import diffusers
     import peft
