@@ -247,7 +247,7 @@ class HeldOut:
         self.pairs, self.file = pairs, out / "validation.safetensors"
         self.rank, _, self.world_size = distributed.torchrun_env()
         self.count = min(args.validate_pairs, len(pairs))
-        self.stream = HeldOutStream(pairs, process.to("cpu"), latent_shape, self.count,
+        self.stream = HeldOutStream(pairs, process, latent_shape, self.count,
                                     args.micro_batch * self.world_size, args.vae_sample)
         self.identity = {"held-out pairs": pairs.digest(), "number of pairs": self.count}
         for name in ("resolution", "vae_sample", "precision", "vae_precision"):

@@ -68,7 +68,7 @@ def train(args, out, state):
     held_out = None
     if trainer.held_out:
         held_out = reference.HeldOut(
-            args, out, trainer.held_out, trainer.process, trainer.latent_shape, trainer.model_digests)
+            args, out, trainer.held_out, trainer.model.process, trainer.latent_shape, trainer.model_digests)
         held_out.begin(trainer.load, trainer.encode, trainer.policy_error)
         print0(held_out.summary(trainer.pairs))
     if trainer.is_encoded:
