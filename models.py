@@ -113,7 +113,7 @@ class Family:
     def set_times(self, args):
         for name in ("timestep_sampling", "timestep_mean", "timestep_scale", "timestep_shift", "train_guidance"):
             if getattr(args, name) is not None:
-                raise InputError(f"--{name} is for flow-matching models; this model draws its timesteps uniformly")
+                raise InputError(f"--{name} is for flow-matching models; this model's family does not take it")
 
     def check_scheduler(self):
         """A family whose pipeline takes many schedulers refuses the wrong ones here."""

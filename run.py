@@ -122,7 +122,7 @@ def load_checkpoint(folder, steps):
         if missing:
             raise ValueError(f"it has no {min(missing)}")
     except Exception as error:
-        raise InputError(f"{file} cannot be read ({error!r:.200}). Pass another --out")
+        raise InputError(f"{file} cannot be read ({error!r:.200}). Remove it to begin again, or pass another --out")
     if state["step"] > steps:
         raise InputError(f"{folder} has taken {state['step']} steps already; --steps {steps} is less")
     return state

@@ -20,12 +20,12 @@ from pathlib import Path
 import datasets
 import filelock
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import encode
 import train
-from extras import tiny
+from extras import tiny, tiny_build
 from extras.style import frechet
 from extras.tiny import share
 from loading import load_model
@@ -38,6 +38,7 @@ BETAS = (250.0, 1000.0, 4000.0)
 SFT_RATES = tuple(3e-5 * 2 ** k for k in range(len(RATES) * len(BETAS)))  # as many settings as the other arms have
 SIDE_BY_SIDE = 1  # settings in one call of run()
 FURTHER = 1  # values by which the grid grows at an edge
+TRAINING = {"vae": 800, "unet": 1600, "judge": 900}  # steps of each network that every run begins with
 STEPS, BATCH, GROUP, WARMUP = 100, 16, 8, 10
 PAIRS = 600
 SAMPLES, SAMPLE_STEPS, GUIDANCE = 180, 10, 3.0
@@ -88,17 +89,24 @@ def scenes_of_samples(half):
 
 
 def build_pipeline(folder):
-    steps = 2 * tiny.STEPS["unet"]
-    scenes = random_scenes(tiny.enough(8192, steps), seed=11)
+    count, steps = min(8192, 128 * TRAINING["unet"]), TRAINING
+    scenes = random_scenes(min(8192, 128 * TRAINING["unet"]), seed=11)  # a test's few steps need fewer drawings
     pixels, _ = drawings(scenes, 1 / 3, seed=12)
-    prompts = [tiny.caption(scene) for scene in scenes]
-    tiny.train_pipeline(pixels, prompts, (32, 64), steps).save_pretrained(folder)
+    vae = tiny.make_vae()
+    tiny_build.train_vae(vae, pixels, TRAINING["vae"])
+    latents = tiny_build.encode(vae, pixels)
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    pipe = tiny.make_pipeline(vae, channels=(32, 64))
+    tiny_build.train_unet(pipe, latents, [tiny.caption(scene) for scene in scenes], TRAINING["unet"])
+    pipe.save_pretrained(folder)
 
 
 def build_judge(folder):
-    steps = 3 * tiny.STEPS["judge"]
-    pixels, targets = drawings(random_scenes(tiny.enough(8192, steps), seed=13), 0.5, seed=14)
-    tiny.train_judge(folder, pixels, targets, HEADS, steps)
+    scenes = random_scenes(min(8192, 128 * TRAINING["judge"]), seed=13)
+    pixels, targets = drawings(scenes, 0.5, seed=14)
+    network = tiny.judge_network(HEADS)
+    tiny_build.train_judge(network, HEADS, pixels, targets, TRAINING["judge"])
+    save_file(network.state_dict(), folder / "judge.safetensors")
 
 
 def part(name):

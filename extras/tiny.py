@@ -1,20 +1,25 @@
-"""The embedded task: a model and preference pairs, made from nothing in a few minutes on two CPU cores.
+"""The embedded task: a small model and preference pairs for two CPU cores.
 
     python -m extras.tiny                        judge the base model and, where it exists, out/MODEL-rpo/model
     python -m extras.tiny out/tiny-dpo/model     judge other diffusers folders or LoRA weights
+    python -m extras.tiny --build                train the networks of extras/embedded/ anew, see tiny_build.py
 
 The pictures are 32x32 drawings with captions such as "a red circle on a blue background". One drawing in six is a
 sketch: a dark outline on pale paper. The captions never name the style. In every preference pair the sketch wins.
 
-The parts are built on first use and kept in $XDG_CACHE_HOME (else ~/.cache), under diffusion-rpo/:
+The trained networks come with the repository, in extras/embedded/. On first use they and the pairs become files in the
+usual formats, in $XDG_CACHE_HOME (else ~/.cache), under diffusion-rpo/:
 
     pipeline  a StableDiffusionPipeline: AutoencoderKL (32x32x3 to 8x8x4), UNet2DConditionModel, CLIPTextModel
     pairs     train.parquet, 1,500 pairs in Pick-a-Pic's schema, and prompts.txt, 36 prompts that no pair shows
     held_out  held_out.parquet, 512 pairs of those 36 prompts
     clip      a small open_clip model for the cross-pair weights; it takes any text and any image
-    judge     a small convolutional network that recognises the style and the shape of a picture
+
+The judge is a small convolutional network that recognises the style and the shape of a picture.
 """
 
+import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -26,14 +31,13 @@ import tempfile
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from torchvision.transforms.functional import normalize, pil_to_tensor
-from tqdm import tqdm
+from torchvision.transforms.functional import pil_to_tensor
 
 from common import InputError, Parser, clip_tokenizer, digest, one_line_errors
 from loading import EMBEDDED, fuse_lora, load_model
@@ -51,7 +55,10 @@ CORNERS = {  # (radius, angle / pi) of each corner of a polygon
 }
 SCENES = [(shape, color, back) for shape in SHAPES for color in COLORS for back in COLORS if back != color]
 HELD_OUT = random.Random(0).sample(SCENES, 36)  # no training pair shows these; measure() asks for them
-STEPS = {"vae": 800, "unet": 800, "flow": 2000, "clip": 250, "judge": 300}  # training steps of each network
+CLIP = dict(embed_dim=64, vision_cfg=dict(image_size=SIZE, patch_size=8, width=96, layers=3, head_width=32),
+            text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=2))
+TRAINED = ("unet", "text_encoder")  # what tiny.safetensors has
+FILES = Path(__file__).parent / "embedded"  # the trained networks in float16; see tiny_build.py
 HEADS = (2, len(SHAPES))  # the judge's classes: plain or sketch, and the shape
 LAST = torch.channels_last  # convolutions are faster in this layout, also on CPUs
 
@@ -171,172 +178,51 @@ def pair_row(scene, pictures, first_wins):
     return row
 
 
-# The parts
+# The networks
 
 
-def enough(n, steps):
-    """The number of drawings to train on: n, or fewer for the few steps of a test's quick build."""
-    return min(n, 128 * steps)
-
-
-def fit(name, steps, parameters, lr, batch_loss):
-    """Trains by AdamW with short memory: 50 steps of warm-up, linear decay over the last 40% of the steps."""
-    params = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    for step in tqdm(range(steps), f"building the embedded task, once: {name:5}", mininterval=1):
-        warmup, decay = (step + 1) / 50, (steps - step) / (0.4 * steps)
-        optimizer.param_groups[0]["lr"] = lr * min(1, warmup, decay)
-        loss = batch_loss()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1)
-        optimizer.step()
-
-
-def build_pipeline(folder):
-    pixels, scenes, _ = drawings(enough(8192, STEPS["unet"]), seed=1, sketches=1 / 6)
-    prompts = [caption(scene) for scene in scenes]
-    train_pipeline(pixels, prompts, (64, 128), STEPS["unet"]).save_pretrained(folder)
-
-
-def train_pipeline(pixels, prompts, channels, steps):
-    """A StableDiffusionPipeline for pixels [N, 3, 32, 32] in [-1, 1] and their N prompts; see train_denoiser."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    vae, latents = train_vae(pixels)
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
-    tokenizer = clip_tokenizer(16)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # Stable Diffusion's
-    latents = latents * vae.config.scaling_factor
-    text_encoder, unet = train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps)
-    return StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
-                                   feature_extractor=None, requires_safety_checker=False)
-
-
-def train_vae(pixels):
-    """An AutoencoderKL for pixels [N, 3, 32, 32] in [-1, 1], and their unscaled latents [N, 4, 8, 8]."""
+def make_vae():
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         mid_block_add_attention=False)
-    vae.to(memory_format=LAST)
-
-    def batch_loss():  # fixed noise and a pull to 0 replace the KL term, which starts slowly
-        x = pixels[torch.randint(len(pixels), (8,))]
-        posterior = vae.encode(x).latent_dist
-        z = posterior.mean
-        decoded = vae.decode(z + 0.1 * torch.randn_like(z)).sample
-        pull = z.square() + (posterior.logvar - math.log(0.1 ** 2)).square()
-        return F.mse_loss(decoded, x) + 1e-4 * pull.mean()
-
-    fit("vae", STEPS["vae"], vae.parameters(), 2e-3, batch_loss)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])
-    return vae, latents
 
 
-def train_denoiser(latents, prompts, tokenizer, scheduler, channels, steps):
-    """(text encoder, UNet), trained on scaled latents [N, 4, 8, 8] and their N prompts.
-
-    channels  the widths of the UNet's two levels
-    """
-    from diffusers import UNet2DConditionModel
+def make_pipeline(vae, channels=(64, 112)):
+    """A StableDiffusionPipeline with an untrained UNet and text encoder. `channels`: the widths of the UNet's levels."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    text_encoder = make_text_encoder(CLIPTextModel, 64, heads=4)
     unet = UNet2DConditionModel(
         sample_size=SIZE // 4, block_out_channels=channels, layers_per_block=1, cross_attention_dim=64,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=16, attention_head_dim=4,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    unet.to(memory_format=LAST)
-    ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids    # [N + 1, 16]
-
-    def batch_loss():  # one prompt in ten is empty, for classifier-free guidance
-        rows = torch.randint(len(prompts), (64,))
-        t = torch.randint(1000, (64,))
-        noise = torch.randn(64, 4, 8, 8)
-        x_t = scheduler.add_noise(latents[rows], noise, t).contiguous(memory_format=LAST)
-        is_empty = torch.rand(64) < 0.1
-        prompt_embeds = text_encoder(ids[torch.where(is_empty, len(prompts), rows)])[0]     # [64, 16, 64]
-        return F.mse_loss(unet(x_t, t, prompt_embeds).sample, noise)
-
-    fit("unet", steps, [*unet.parameters(), *text_encoder.parameters()], 1e-3, batch_loss)
-    return text_encoder, unet
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # Stable Diffusion's
+    return StableDiffusionPipeline(vae, make_text_encoder(CLIPTextModel, 64, heads=4), clip_tokenizer(16), unet,
+                                   scheduler, safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)
 
 
-def make_text_encoder(kind, width, heads):
-    """A text encoder of the transformers class `kind`: two layers, 16 tokens."""
+def make_text_encoder(kind, width, heads, words="words"):
+    """A text encoder of the transformers class `kind`: two layers, 16 tokens, and frozen word vectors."""
     from transformers import CLIPTextConfig
 
     encoder = kind(CLIPTextConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=heads,
         projection_dim=width, max_position_embeddings=16))
-    words = encoder.get_input_embeddings().requires_grad_(False)  # random vectors tell words well apart
-    nn.init.normal_(words.weight, std=0.5)
+    draw_words(encoder.get_input_embeddings(), words)
     return encoder
 
 
-def build_pairs(folder):
-    import datasets
-
-    datasets.Dataset.from_list(pair_rows()).to_parquet(folder / "train.parquet")
-    prompts = [caption(scene) + "\n" for scene in HELD_OUT]
-    (folder / "prompts.txt").write_text("".join(prompts))
-
-
-def build_held_out(folder):
-    import datasets
-
-    datasets.Dataset.from_list(pair_rows(512, held_out=True)).to_parquet(folder / "held_out.parquet")
-
-
-def build_clip(folder):
+def make_clip():
     import open_clip
 
-    config = dict(embed_dim=64,
-                  vision_cfg=dict(image_size=SIZE, patch_size=8, width=96, layers=3, head_width=32),
-                  text_cfg=dict(context_length=16, vocab_size=49408, width=64, heads=4, layers=2))
-    model = open_clip.CLIP(**config)
-    words = model.token_embedding.requires_grad_(False)
-    nn.init.normal_(words.weight, std=0.5)
-    pixels, scenes, _ = drawings(enough(8192, STEPS["clip"]), seed=2, sketches=0.5)
-    pixels = normalize((pixels + 1) / 2, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    ids = open_clip.SimpleTokenizer(context_length=16)([caption(scene) for scene in scenes])
-    scene_of = torch.tensor([SCENES.index(scene) for scene in scenes])
-
-    def batch_loss():  # a batch may hold a caption twice; then both of its pictures are equally right
-        rows = torch.randint(len(scenes), (128,))
-        image, text, scale = model(pixels[rows], ids[rows])                                 # [128, 64] each
-        target = (scene_of[rows][:, None] == scene_of[rows][None, :]).float()
-        target /= target.sum(1, keepdim=True)
-        logits = scale * image @ text.T                                                     # [128, 128]
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-    fit("clip", STEPS["clip"], model.parameters(), 1e-3, batch_loss)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-
-
-def build_judge(folder):
-    pixels, _, targets = drawings(enough(6000, STEPS["judge"]), seed=3, sketches=0.5)
-    train_judge(folder, pixels, targets, HEADS, STEPS["judge"])
-
-
-def train_judge(folder, pixels, targets, heads, steps):
-    """Trains a classifier of pixels [N, 3, 32, 32] with several heads; targets [N, heads] int64."""
-    network = judge_network(heads)
-
-    def batch_loss():  # with some pixel noise, because it will judge decoded samples
-        rows = torch.randint(len(pixels), (64,))
-        noise = torch.randn(64, 3, SIZE, SIZE) * 0.15 * torch.rand(64, 1, 1, 1)
-        logits = network(pixels[rows] + noise).split(heads, dim=1)
-        return sum(F.cross_entropy(head, targets[rows, i]) for i, head in enumerate(logits))
-
-    fit("judge", steps, network.parameters(), 2e-3, batch_loss)
-    save_file(network.state_dict(), folder / "judge.safetensors")
+    model = open_clip.CLIP(**CLIP)
+    draw_words(model.token_embedding, "words")
+    return model
 
 
 def judge_network(heads):
@@ -347,22 +233,116 @@ def judge_network(heads):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, sum(heads)))
 
 
-BUILDERS = {"pipeline": build_pipeline, "pairs": build_pairs, "held_out": build_held_out, "clip": build_clip,
-            "judge": build_judge}
+def draw_words(embedding, key):
+    """Freezes word vectors at random values of deviation 0.5, which tell words well apart.
+
+    They are a function of `key`, so no file holds them. The stream of SHAKE-256 is the same everywhere by its
+    standard (FIPS 202). torch's random numbers may differ between versions and processors.
+    """
+    stream = hashlib.shake_256(key.encode()).digest(2 * embedding.weight.numel())
+    uniform = np.frombuffer(stream, "<u2").astype(np.float32) / 65536 - 0.5
+    words = torch.from_numpy(uniform * np.float32(math.sqrt(3)))
+    with torch.no_grad():
+        embedding.weight.copy_(words.view_as(embedding.weight))
+    embedding.requires_grad_(False)
+
+
+# The files of the repository
+
+
+def pack(networks, file, numbers=None):
+    """Writes what was trained of {name: network} in float16. The frozen word vectors are left out."""
+    tensors = {}
+    for name, network in networks.items():
+        frozen = frozen_names(network)
+        for key, value in network.state_dict().items():
+            if key not in frozen:
+                tensors[f"{name}.{key}"] = (value.half() if value.is_floating_point() else value).contiguous()
+    save_file(tensors, file, {name: str(number) for name, number in (numbers or {}).items()})
+
+
+def unpack(networks, file):
+    """Loads into {name: network} what `pack` wrote; each is as it was made. Returns the numbers of the file."""
+    with safe_open(file, "pt") as stored:
+        for name, network in networks.items():
+            frozen, state = frozen_names(network), network.state_dict()
+            for key in state.keys() - frozen:
+                state[key] = stored.get_tensor(f"{name}.{key}").to(state[key].dtype)
+            network.load_state_dict(state)
+        return {name: float(number) for name, number in (stored.metadata() or {}).items() if name != "format"}
+
+
+def frozen_names(network):
+    return {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+
+
+def parts_of(pipe, names):
+    """{name: network} of some parts of a pipeline."""
+    return {name: getattr(pipe, name) for name in names}
+
+
+def embedded_vae(folder=FILES, is_shifted=False):
+    vae = make_vae()
+    numbers = unpack({"vae": vae}, folder / "vae.safetensors")
+    vae.register_to_config(scaling_factor=numbers["scaling_factor"],
+                           shift_factor=numbers["shift_factor"] if is_shifted else None)
+    return vae
+
+
+def embedded_pipeline(folder=FILES):
+    pipe = make_pipeline(embedded_vae(folder))
+    unpack(parts_of(pipe, TRAINED), folder / "tiny.safetensors")
+    return pipe
+
+
+def embedded_clip(folder=FILES):
+    model = make_clip()
+    unpack({"clip": model}, folder / "clip.safetensors")
+    return model
+
+
+# The parts
+
+
+def write_pipeline(folder):
+    embedded_pipeline().save_pretrained(folder)
+
+
+def write_pairs(folder):
+    import datasets
+
+    datasets.Dataset.from_list(pair_rows()).to_parquet(folder / "train.parquet")
+    prompts = [caption(scene) + "\n" for scene in HELD_OUT]
+    (folder / "prompts.txt").write_text("".join(prompts))
+
+
+def write_held_out(folder):
+    import datasets
+
+    datasets.Dataset.from_list(pair_rows(512, held_out=True)).to_parquet(folder / "held_out.parquet")
+
+
+def write_clip(folder):
+    model = embedded_clip()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+BUILDERS = {"pipeline": write_pipeline, "pairs": write_pairs, "held_out": write_held_out, "clip": write_clip}
 
 
 def part(name, build_part=None):
-    """The folder of a part. The part is built first if it is missing, damaged or outdated.
+    """The folder of a part. The part is written first if it is missing, damaged or outdated.
 
-    The path holds a digest of the recipe: this file, the file of `build_part`, and STEPS. So every recipe has its
-    own folder. A part is built in a temporary folder and renamed, so that nobody sees half of one. It holds a list of
-    its files' digests.
+    The path holds a digest of this file, of the file of `build_part` and of the shipped networks. So every recipe has
+    its own folder. A part is written in a temporary folder and renamed, so that nobody sees half of one. It holds a
+    list of its files' digests.
 
-    build_part  what builds a part of another module; without it, the builder in BUILDERS
+    build_part  what writes a part of another module; without it, the function in BUILDERS
     """
     build_part = build_part or BUILDERS[name]
-    sources = sorted({__file__, inspect.getfile(build_part)})
-    recipe = digest(b"".join(Path(source).read_bytes() for source in sources) + repr(STEPS).encode())
+    sources = sorted({__file__, inspect.getfile(build_part), *map(str, FILES.glob("*.safetensors"))})
+    recipe = digest(b"".join(Path(source).read_bytes() for source in sources))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "diffusion-rpo" / f"tiny-{recipe}" / name
     if is_whole(folder):
@@ -378,7 +358,7 @@ def build(build_part, folder):
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         built = Path(aside) / folder.name
         built.mkdir()
-        # The seed makes the weights the same wherever a part is first asked for. The caller's random state stays.
+        # The seed makes a part the same wherever it is first asked for. The caller's random state stays.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             build_part(built)
@@ -406,9 +386,9 @@ def is_whole(folder):
 @torch.no_grad()
 def judge(pixels):
     """pixels [N, 3, 32, 32] in [-1, 1] -> [N, 2] int64: is it a sketch, which shape."""
-    network = judge_network(HEADS).eval()
-    network.load_state_dict(load_file(part("judge") / "judge.safetensors"))
-    logits = network(pixels).split(HEADS, dim=1)
+    network = judge_network(HEADS)
+    unpack({"judge": network}, FILES / "judge.safetensors")
+    logits = network.eval()(pixels).split(HEADS, dim=1)
     return torch.stack([head.argmax(1) for head in logits], dim=1)
 
 
@@ -462,6 +442,8 @@ def parse_args(argv=None):
     parser.add_argument("models", nargs="*", metavar="MODEL",
                         help="tiny, tiny-flow, or folders as train.py leaves them [each of the two whose "
                         "out/MODEL-rpo exists, before and after; without any, tiny]")
+    parser.add_argument("--build", action="store_true",
+                        help="train the networks of extras/embedded/ anew: about a quarter of an hour")
     args = parser.parse_args(argv)
     if not args.models:
         for base in EMBEDDED:
@@ -475,6 +457,8 @@ def parse_args(argv=None):
 def main(argv=None):
     with one_line_errors("tiny.py"):
         args = parse_args(argv)
+        if args.build:
+            return importlib.import_module("extras.tiny_build").build()
         print("the judge is right on {style:.1%} (style) and {shape:.1%} (shape) of 1,000 drawings that it "
               "has not seen".format(**judge_accuracy()))
         for name in args.models:

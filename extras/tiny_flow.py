@@ -1,9 +1,9 @@
-"""The embedded flow model: a small StableDiffusion3Pipeline for the drawings of tiny.py, trained on first use.
+"""The embedded flow model: a small StableDiffusion3Pipeline for the drawings of tiny.py.
 
     python train.py --model tiny-flow                            RPO on a flow-matching model, in minutes
     python -m extras.tiny tiny-flow out/tiny-flow-rpo/model      judge it before and after
 
-The VAE's recipe, the pairs, the prompts and the judge are those of tiny.py. The transformer cuts the 8x8x4 latents into
+The VAE, the pairs, the prompts and the judge are those of tiny.py. The transformer cuts the 8x8x4 latents into
 2x2 patches and has two CLIP text encoders of its own. T5 is left out: the pipeline puts 256 zeros where its tokens
 would be.
 """
@@ -20,41 +20,46 @@ from flow_models import T5_TOKENS
 
 WIDTH, TEXT_WIDTH = 96, 32  # the transformer's and each text encoder's
 LENGTH = 16  # tokens of a prompt
+TRAINED = ("transformer", "text_encoder", "text_encoder_2")  # what tiny-flow.safetensors has
 
 
 def part(name):
     """The folder of a part of the embedded flow model, see `tiny.part`."""
-    return tiny.part(name, {"pipeline": build_pipeline}[name])
+    return tiny.part(name, {"pipeline": write_pipeline}[name])
 
 
-def build_pipeline(folder):
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-    count = tiny.enough(8192, tiny.STEPS["flow"])
-    pixels, scenes, _ = tiny.drawings(count, seed=1, sketches=1 / 6)
-    vae, latents = tiny.train_vae(pixels)
-    shift, scale = latents.mean().item(), 1 / latents.std().item()
-    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-    tokenizer = clip_tokenizer(LENGTH)
-    prompts = [tiny.caption(scene) for scene in scenes]
-    transformer, text_encoder, text_encoder_2 = train_transformer((latents - shift) * scale, prompts, tokenizer)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer,
-                                    text_encoder_3=None, tokenizer_3=None)
-    pipe.save_pretrained(folder)
+def write_pipeline(folder):
+    embedded_pipeline().save_pretrained(folder)
 
 
-def train_transformer(latents, prompts, tokenizer):
-    """(transformer, two text encoders), trained on scaled latents [N, 4, 8, 8] and their N prompts."""
-    from diffusers import SD3Transformer2DModel
+def embedded_pipeline(folder=tiny.FILES):
+    pipe = make_pipeline(tiny.embedded_vae(folder, is_shifted=True))
+    tiny.unpack(tiny.parts_of(pipe, TRAINED), folder / "tiny-flow.safetensors")
+    return pipe
+
+
+def make_pipeline(vae):
+    """A StableDiffusion3Pipeline with an untrained transformer and untrained text encoders."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
-    text_encoders = [tiny.make_text_encoder(CLIPTextModelWithProjection, TEXT_WIDTH, heads=2) for _ in range(2)]
+    text_encoders = [tiny.make_text_encoder(CLIPTextModelWithProjection, TEXT_WIDTH, heads=2, words=words)
+                     for words in ("words", "words 2")]
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, pos_embed_max_size=4, in_channels=4, out_channels=4, num_layers=3,
         attention_head_dim=32, num_attention_heads=WIDTH // 32, joint_attention_dim=2 * TEXT_WIDTH,
         caption_projection_dim=WIDTH, pooled_projection_dim=2 * TEXT_WIDTH, qk_norm="rms_norm")
-    ids = tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids    # [N + 1, 16]
+    tokenizer = clip_tokenizer(LENGTH)
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=1.0), vae, text_encoders[0],
+                                    tokenizer, text_encoders[1], tokenizer, text_encoder_3=None, tokenizer_3=None)
+
+
+def train(pipe, latents, prompts, steps, fit):
+    """Trains what is TRAINED of a pipeline, on unscaled latents [N, 4, 8, 8] and their N prompts, by tiny_build.fit."""
+    networks = tiny.parts_of(pipe, TRAINED)
+    transformer, *text_encoders = networks.values()
+    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    ids = pipe.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids   # [N + 1, 16]
 
     def batch_loss():  # one prompt in ten is empty, for classifier-free guidance
         rows = torch.randint(len(prompts), (64,))
@@ -67,9 +72,7 @@ def train_transformer(latents, prompts, tokenizer):
             prediction = transformer(x_t, timestep=1000 * t.flatten(), **cond, return_dict=False)[0]
         return F.mse_loss(prediction, noise - latents[rows])
 
-    params = [param for network in (transformer, *text_encoders) for param in network.parameters()]
-    tiny.fit("flow", tiny.STEPS["flow"], params, 2e-3, batch_loss)
-    return transformer, *text_encoders
+    fit("flow", steps, networks.values(), 2e-3, batch_loss)
 
 
 def encode(text_encoders, ids):

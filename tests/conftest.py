@@ -1,4 +1,4 @@
-"""What the test files share: no network, a cache of their own, a quick embedded task, small models, processes."""
+"""What the test files share: no network, a cache of their own, small models, processes."""
 
 import copy
 import functools
@@ -23,7 +23,6 @@ from extras import random_models, tiny
 
 torch.set_num_threads(1)  # as torchrun has it; the small models are no slower, and equal in every process
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUICK = {name: 2 for name in tiny.STEPS}  # training steps of the embedded task's parts: they know nothing
 
 
 def log_of(out):
@@ -51,13 +50,10 @@ def quick_models(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        base = tmp_path_factory.getbasetemp()
+        all_workers = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        patch.setenv("XDG_CACHE_HOME", str(all_workers / "cache"))
         yield
-
-
-@pytest.fixture
-def quick_tiny(monkeypatch):
-    monkeypatch.setattr(tiny, "STEPS", QUICK)
 
 
 forks = multiprocessing.get_context("forkserver")  # children of a process that has imported torch already
@@ -76,7 +72,6 @@ def in_child(rank, world, port, text, environment, function, args):
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
-    tiny.STEPS = QUICK
     multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
     function(*args)
 

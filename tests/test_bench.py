@@ -12,12 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import encode
-from conftest import QUICK, forks, fresh
+from conftest import forks, fresh
 from extras import bench, tiny
 from loading import add_lora
-
-pytestmark = pytest.mark.usefixtures("quick_tiny")
-
 
 def test_arithmetic_is_counted_without_computing(small_model, few_pairs, monkeypatch):
     """The FLOPs of a pair are those of a real forward and backward, without what fused attention computes twice."""
@@ -123,13 +120,9 @@ def test_a_row_is_a_process_of_its_own():
     assert bench.alone(os.getpid) != os.getpid()
 
 
-def quick():
-    tiny.STEPS = QUICK
-
-
 def alone_quickly(function, *args):
-    """`bench.alone` in a process that has imported torch already and builds a quick embedded task."""
-    with concurrent.futures.ProcessPoolExecutor(1, forks, quick) as process:
+    """`bench.alone` in a process that has imported torch already."""
+    with concurrent.futures.ProcessPoolExecutor(1, forks) as process:
         return process.submit(function, *args).result()
 
 

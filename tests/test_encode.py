@@ -25,14 +25,14 @@ import run as run_room
 import sources
 import train
 from common import InputError
-from conftest import QUICK, fresh, launch, log_of
+from conftest import fresh, launch, log_of
 from data import ImagePairs
 from encode import EncodedPairs
 from extras import tiny
 from options import encode_args, train_args
 from reference import ReferenceErrors
 
-pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+pytestmark = pytest.mark.usefixtures("quick_models")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -54,9 +54,7 @@ def encoded(tmp_path_factory, small_model, few_pairs):
     def encoded(model, *options):
         if (model, options) not in folders:
             folder = tmp_path_factory.mktemp("cache") / "c"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tiny, "STEPS", QUICK)
-                write_cache(small_model(model), few_pairs, folder, *options)
+            write_cache(small_model(model), few_pairs, folder, *options)
             folders[model, options] = folder
         return folders[model, options]
 

@@ -30,7 +30,6 @@ from sources import read_image
 from extras.scored_pairs import ranked_pairs
 from extras.style import frechet
 
-pytestmark = pytest.mark.usefixtures("quick_tiny")
 PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]
 
 

@@ -27,7 +27,7 @@ from loss import DDPM, Flow, denoising_error
 from test_resume import faulty, killed
 
 KINDS = ["sd3", "flux"]
-pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+pytestmark = pytest.mark.usefixtures("quick_models")
 
 
 # The process

@@ -145,7 +145,7 @@ def test_an_outline_keeps_what_the_caption_names():
 
 
 @pytest.mark.slow
-def test_a_run_of_drawings_is_one_of_train_py(quick_tiny, tmp_path, monkeypatch):
+def test_a_run_of_drawings_is_one_of_train_py(tmp_path, monkeypatch):
     """A whole run, twice with the same result, by three losses; one of them is such as a fork adds."""
     monkeypatch.setitem(LOSSES, "dpo_sft", laboratory.FURTHER_LOSSES["dpo_sft"])
     monkeypatch.setattr(drawings, "STEPS", 2)

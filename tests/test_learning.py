@@ -20,14 +20,14 @@ def test_the_guides_table_is_that_of_the_rows():
         assert [row["step"] for row in learning.rows_of(rows, setting)] == [*range(10, 121, 10)]
 
 
-def test_swapped_labels_are_the_same_pairs(quick_tiny, tmp_path):
+def test_swapped_labels_are_the_same_pairs(tmp_path):
     swapped = datasets.load_dataset("parquet", data_dir=learning.swap_labels(tmp_path), split="train")
     plain = datasets.load_dataset("parquet", data_files=str(tiny.part("pairs") / "train.parquet"), split="train")
     assert swapped["jpg_0"][:5] == plain["jpg_0"][:5] and swapped["caption"] == plain["caption"]
     assert all(a + b == 1 for a, b in zip(swapped["label_0"], plain["label_0"], strict=True))
 
 
-def test_a_run_gives_its_rows_and_a_killed_command_goes_on(quick_tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_gives_its_rows_and_a_killed_command_goes_on(tmp_path, monkeypatch, capsys):
     """Runs that have their rows are not repeated. The figure and the table need the rows alone."""
     monkeypatch.setitem(options.PRESETS, "tiny", options.PRESETS["tiny"] | {"steps": 10})
     monkeypatch.setattr(learning, "PAIRS", 8)

@@ -19,9 +19,6 @@ import train
 from conftest import launch, log_of
 from distributed import torchrun_env
 
-pytestmark = pytest.mark.usefixtures("quick_tiny")
-
-
 @pytest.fixture
 def options(small_model, few_pairs):
     argv = ["--model", small_model("sd"), "--data", few_pairs, "--clip", "tiny", "--device", "cpu"]

@@ -33,13 +33,13 @@ import reference
 import run
 import train
 from common import InputError, one_line_errors
-from conftest import QUICK, launch, log_of
+from conftest import launch, log_of
 from distributed import torchrun_env
 from extras import tiny
 
 STEPS, LINES = 8, 22_000  # steps of a run; so many lines of the files in TRACED it executes with --ema, else 15,000
 TRACED = [module.__file__ for module in (train, run, reference, distributed, common)]
-pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+pytestmark = pytest.mark.usefixtures("quick_models")
 
 
 # A run with a fault
@@ -871,5 +871,4 @@ def test_a_rank_that_fails_brings_the_others_down(tmp_path, options):
 
 
 if __name__ == "__main__":
-    tiny.STEPS = QUICK
     faulty(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -28,7 +28,7 @@ from extras import random_models
 from loading import add_lora
 from options import recorded_run, train_args
 
-pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+pytestmark = pytest.mark.usefixtures("quick_models")
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""The promises of the embedded task. Its networks get two steps of training here; tests of whole runs are slow."""
+"""The promises of the embedded task. Tests of whole runs are slow."""
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -11,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
 
 import data
 import evaluate
 import train
 from common import clip_tokenizer, digest
 from data import Clip, cross_pair_weights
-from extras import tiny, tiny_flow
-from loading import add_lora, load_model, save_model
+from extras import tiny, tiny_build, tiny_flow
+from loading import EMBEDDED, add_lora, load_model, save_model, weights_digest
+from loss import denoising_error
 from sources import read_image
 
 
@@ -36,7 +40,7 @@ def test_pairs_differ_in_style_alone_and_the_sketch_wins():
     assert 5 < sum(row["label_0"] for row in rows) < 35  # the winner stands on either side
 
 
-def test_the_pairs_are_a_folder_like_any_other(quick_tiny):
+def test_the_pairs_are_a_folder_like_any_other():
     """The pairs have Pick-a-Pic's schema and all are usable. The prompts of the file are in no pair."""
     folder = tiny.part("pairs")
     pairs = data.ImagePairs(str(folder), tiny.SIZE)
@@ -73,47 +77,103 @@ def test_style_leaves_the_geometry_alone():
         assert np.abs(np.subtract(*boxes)).max() <= 2
 
 
-def test_a_part_is_built_once_and_again_only_when_damaged(quick_tiny, monkeypatch):
-    builds = []
-    monkeypatch.setitem(
-        tiny.BUILDERS, "judge", lambda folder: (builds.append(1), tiny.build_judge(folder))
-    )
-    monkeypatch.setattr(tiny, "STEPS", {name: 1 for name in tiny.STEPS})  # a recipe of this test alone
-    weights = tiny.part("judge") / "judge.safetensors"
-    intact = weights.read_bytes()
-    assert tiny.part("judge") == weights.parent and len(builds) == 1
-    weights.write_bytes(intact[:-5])  # a disk that was full
-    assert tiny.part("judge") == weights.parent and len(builds) == 2
-    assert weights.read_bytes() == intact  # seeded: the same weights again
-    (weights.parent / "digests.json").unlink()
-    tiny.part("judge")
-    assert len(builds) == 3
-    assert {f.name for f in weights.parent.parent.iterdir()} == {"judge", "judge.lock"}  # nothing half-built
+def test_the_shipped_files_make_the_same_models_everywhere():
+    """Nothing is computed on first use. So every version, machine and number of threads gets the noted digests."""
+    note = json.loads((tiny.FILES / "embedded.json").read_text())
+    files = sorted(tiny.FILES.glob("*.safetensors"))
+    assert note["digests"] == {file.name: digest(file.read_bytes()) for file in files}
+    assert note["models"] == {name: weights_digest(load_model(name)) for name in EMBEDDED}
+    assert note["clip"] == digest(Clip("tiny").model)
+    assert sum(file.stat().st_size for file in files) < 12e6
 
 
-def test_another_recipe_is_another_folder(quick_tiny, monkeypatch):
-    before = tiny.part("judge")
-    monkeypatch.setattr(tiny, "STEPS", tiny.STEPS | {"judge": 3})
-    assert tiny.part("judge") != before
+def test_what_is_written_is_what_was_packed(tmp_path):
+    """In float16, but for counters and the frozen words. A file without a tensor is refused."""
+    torch.manual_seed(0)
+    network, other = tiny.judge_network((2, 3)), tiny.judge_network((2, 3))
+    network[0].requires_grad_(False)
+    tiny.pack({"a": network}, tmp_path / "a.safetensors", {"scale": 0.1})
+    kept = other[0].weight.clone()
+    other[0].requires_grad_(False)
+    assert tiny.unpack({"a": other}, tmp_path / "a.safetensors") == {"scale": 0.1}
+    assert torch.equal(other[0].weight, kept)
+    for (name, value), expected in zip(list(other.state_dict().items())[2:], list(network.state_dict().values())[2:]):
+        assert value.dtype == expected.dtype and torch.equal(value, expected.half().to(value.dtype)), name
+    tiny.pack({"a": network[:-1]}, tmp_path / "a.safetensors")
+    with pytest.raises(SafetensorError, match="a.14"):
+        tiny.unpack({"a": other}, tmp_path / "a.safetensors")
 
 
-@torch.no_grad()
-def test_a_part_is_built_wherever_it_is_first_asked_for(quick_tiny, monkeypatch):
-    """Gradients are off when the judge first judges; it is trained all the same."""
-    monkeypatch.setattr(tiny, "STEPS", tiny.STEPS | {"judge": 5})
-    assert set(tiny.judge_accuracy(10)) == {"style", "shape"}
+def test_the_words_are_apart():
+    """Frozen vectors of deviation 0.5 that share no direction; another key gives others."""
+    first, second = torch.nn.Embedding(1000, 64), torch.nn.Embedding(1000, 64)
+    tiny.draw_words(first, "words")
+    tiny.draw_words(second, "other words")
+    assert not first.weight.requires_grad and first.weight.std() == pytest.approx(0.5, rel=0.01)
+    cosines = F.normalize(first.weight) @ F.normalize(torch.cat([first.weight, second.weight])).T
+    assert (cosines - torch.eye(1000, 2000)).abs().max() < 0.7
 
 
-def test_a_build_leaves_the_random_state_alone(quick_tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "STEPS", tiny.STEPS | {"judge": 4})
+def test_a_part_is_written_once_and_again_only_when_damaged():
+    writes = []
+
+    def write(folder):  # a recipe of this test alone: this file belongs to it
+        assert torch.is_grad_enabled()
+        writes.append(1)
+        (folder / "weights").write_bytes(torch.rand(3).numpy().tobytes())
+
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    tiny.part("judge")
-    assert torch.equal(torch.rand(3), expected)
+    with torch.no_grad():  # as where a judge is first asked for
+        weights = tiny.part("anything", write) / "weights"
+    assert torch.equal(torch.rand(3), expected)  # the caller's random state stays
+    intact = weights.read_bytes()
+    assert tiny.part("anything", write) == weights.parent and len(writes) == 1
+    weights.write_bytes(intact[:-5])  # a disk that was full
+    assert tiny.part("anything", write) == weights.parent and len(writes) == 2
+    assert weights.read_bytes() == intact  # seeded: the same again
+    (weights.parent / "digests.json").unlink()
+    tiny.part("anything", write)
+    assert len(writes) == 3
+    assert {f.name for f in weights.parent.parent.iterdir()} == {"anything", "anything.lock"}  # nothing half-written
 
 
-def test_the_embedded_clip_takes_any_text_and_any_image(quick_tiny):
+def test_other_shipped_networks_are_another_folder(tmp_path, monkeypatch):
+    before = tiny.part("pairs")
+    shutil.copytree(tiny.FILES, tmp_path / "files")
+    monkeypatch.setattr(tiny, "FILES", tmp_path / "files")
+    (tmp_path / "files" / "tiny.safetensors").write_bytes(b"others")
+    assert tiny.part("pairs") != before
+
+
+@pytest.mark.slow
+def test_a_short_build_makes_working_files(tmp_path, monkeypatch, capsys):
+    """Its judge is right more often than by chance. Its denoisers know a drawing from noise."""
+    files, steps = tmp_path / "files", {"vae": 60, "unet": 40, "flow": 40, "clip": 20, "judge": 60}
+    tiny_build.build(files, steps, count=512, samples=4)
+    note = json.loads((files / "embedded.json").read_text())
+    assert note["steps"] == steps and note["models"].keys() == EMBEDDED.keys()
+    monkeypatch.setattr(tiny, "FILES", files)
+    assert min(tiny.judge_accuracy(200).values()) > 0.4
+    pixels = tiny.drawings(64, seed=7, sketches=0.5)[0]
+    for name in EMBEDDED:
+        model = load_model(name)
+        assert weights_digest(model) == note["models"][name]
+        mean, _ = model.encode_images(((pixels + 1) * 127.5).to(torch.uint8)[:, None])
+        latents = model.scale_latents(mean[:, 0])
+        decoded = model.decode(latents)
+        assert ((decoded * 2 - 1) - pixels).square().mean() < 0.5 * pixels.var()
+        cond = model.conditioning(model.encode_prompts(["a red star"] * 64), torch.zeros(64, 1, 6))
+        t = torch.full((64,), 500) if name == "tiny" else torch.full((64,), 0.5)
+        noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            err = denoising_error(model.predict, model.denoiser, model.process, latents, noise, t, cond)
+        assert err.mean() < 0.8 * (noise if name == "tiny" else noise - latents).square().mean()
+    assert Clip("tiny").embed(["a"]).isfinite().all()
+
+
+def test_the_embedded_clip_takes_any_text_and_any_image():
     clip = Clip("tiny")
     pictures = [
         read_image(row["jpg_0"]).resize(size)
@@ -128,7 +188,7 @@ def test_the_embedded_clip_takes_any_text_and_any_image(quick_tiny):
     assert not clip.embed(["a"])[:, 1:].any()
 
 
-def test_the_tokenizer_is_clips(quick_tiny):
+def test_the_tokenizer_is_clips():
     """transformers' tokenizer over open_clip's vocabulary gives open_clip's tokens."""
     import open_clip
 
@@ -141,7 +201,7 @@ def test_the_tokenizer_is_clips(quick_tiny):
         assert torch.equal(mine[:length], theirs[:length])
 
 
-def test_measure_asks_for_held_out_prompts_with_fixed_noise(quick_tiny):
+def test_measure_asks_for_held_out_prompts_with_fixed_noise():
     pipe = load_model("tiny").pipe
     asked = []
 
@@ -155,7 +215,7 @@ def test_measure_asks_for_held_out_prompts_with_fixed_noise(quick_tiny):
     assert asked[0] == [tiny.caption(scene) for scene in tiny.HELD_OUT[:4]]
 
 
-def test_the_command_judges_diffusers_folders_and_lora_weights(quick_tiny, tmp_path, monkeypatch, capsys):
+def test_the_command_judges_diffusers_folders_and_lora_weights(tmp_path, monkeypatch, capsys):
     """Every model gets a line. An adapter is put on the base model."""
     model = load_model("tiny")
     add_lora(model, 2, seed=0)
@@ -196,7 +256,7 @@ def test_the_command_judges_diffusers_folders_and_lora_weights(quick_tiny, tmp_p
 
 
 @torch.no_grad()
-def test_one_token_stands_for_many_alike(quick_tiny):
+def test_one_token_stands_for_many_alike():
     """The transformer predicts the same with 256 zeros behind a prompt, as in its pipeline, and with one for all."""
     model = load_model("tiny-flow")
     encoders = [model.pipe.text_encoder, model.pipe.text_encoder_2]
@@ -215,7 +275,7 @@ def test_one_token_stands_for_many_alike(quick_tiny):
     assert (another - whole).abs().max() > 1e-4
 
 
-def test_the_flow_model_trains_and_is_evaluated_like_any_other(quick_tiny, tmp_path, monkeypatch, capsys):
+def test_the_flow_model_trains_and_is_evaluated_like_any_other(tmp_path, monkeypatch, capsys):
     """It is built when it is asked for. An adapter finds its base. Images of all three are compared."""
     monkeypatch.chdir(tmp_path)
     train.main("--model tiny-flow --steps 2 --lora_rank 0 --sample_every 0 --tau inf --out out/whole".split())

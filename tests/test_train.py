@@ -43,7 +43,7 @@ KEYS = set(
 
 
 @pytest.fixture
-def run(tmp_path, small_model, few_pairs, quick_tiny, quick_models):
+def run(tmp_path, small_model, few_pairs, quick_models):
     """run(model, *options) trains for two steps and gives its folder."""
 
     def run(model, *options, name="run"):
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run):
         run("sd", "--lr", "1e30", "--optimizer", "sgd", "--max_grad_norm", "1e30")
 
 
-def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model, quick_tiny):
+def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model):
     """The errors of step 0 in the log are those of the images that the labels call winner and loser."""
     import datasets
 
@@ -329,7 +329,7 @@ def pixart_model(tmp_path, small_model):
     return str(tmp_path / "pixart")
 
 
-def test_a_family_is_what_its_contract_says_it_must_give(tmp_path, pixart_model, few_pairs, quick_tiny, monkeypatch):
+def test_a_family_is_what_its_contract_says_it_must_give(tmp_path, pixart_model, few_pairs, monkeypatch):
     """A class with these members and one row of FAMILIES load, train, and save a model that loads again."""
     must = re.search(r"It must give\n(.*?)It may change", models.Family.__doc__, re.S)[1]
     given = {name for name in vars(PixArt) if not name.startswith("__")}
@@ -834,7 +834,7 @@ def test_a_loss_of_one_side_has_the_gradient_of_that_side(tmp_path, small_model,
     ],
 )
 def test_bad_input_ends_in_one_line_before_anything_is_written(
-    tmp_path, small_model, few_pairs, quick_tiny, options, complaint, capsys
+    tmp_path, small_model, few_pairs, options, complaint, capsys
 ):
     import datasets
 

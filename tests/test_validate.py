@@ -26,7 +26,7 @@ from stats import rate_interval, wilson
 from test_encode import write_cache
 from test_resume import faulty, left, same_bits
 
-pytestmark = pytest.mark.usefixtures("quick_tiny", "quick_models")
+pytestmark = pytest.mark.usefixtures("quick_models")
 FIXED = "--steps 4 --batch_size 8 --micro_batch 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3".split()
 
 
