@@ -251,29 +251,41 @@ def draw_words(embedding, key):
 
 
 def pack(networks, file, numbers=None):
-    """Writes what was trained of {name: network} in float16. The frozen word vectors are left out."""
+    """Writes {name: network} in float16, without the frozen word vectors. `numbers` are kept beside the tensors."""
+    tensors = {}
+    for name, value in contents(networks).items():
+        if not is_frozen(value):
+            tensors[name] = (value.detach().half() if value.is_floating_point() else value).contiguous()
+    save_file(tensors, file, {"about": json.dumps(numbers or {})})  # one entry, because their order is not kept
+
+
+@torch.no_grad()
+def unpack(networks, file):
+    """Loads what `pack` wrote into networks as they were made. Returns the numbers that are kept beside the tensors."""
+    with safe_open(file, "pt") as stored:
+        for name, value in contents(networks).items():
+            if not is_frozen(value):
+                value.copy_(stored.get_tensor(name))
+        return json.loads(stored.metadata()["about"])
+
+
+def contents(networks):
+    """{name: tensor} of {name: network}. Names do not depend on the version of transformers, which renamed some."""
     tensors = {}
     for name, network in networks.items():
-        frozen = frozen_names(network)
-        for key, value in network.state_dict().items():
-            if key not in frozen:
-                tensors[f"{name}.{key}"] = (value.half() if value.is_floating_point() else value).contiguous()
-    save_file(tensors, file, {name: str(number) for name, number in (numbers or {}).items()})
+        for key, value in network.state_dict(keep_vars=True).items():
+            tensors[f"{name}.{key.removeprefix('text_model.')}"] = value
+    return tensors
 
 
-def unpack(networks, file):
-    """Loads into {name: network} what `pack` wrote; each is as it was made. Returns the numbers of the file."""
-    with safe_open(file, "pt") as stored:
-        for name, network in networks.items():
-            frozen, state = frozen_names(network), network.state_dict()
-            for key in state.keys() - frozen:
-                state[key] = stored.get_tensor(f"{name}.{key}").to(state[key].dtype)
-            network.load_state_dict(state)
-        return {name: float(number) for name, number in (stored.metadata() or {}).items() if name != "format"}
+def is_frozen(tensor):
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
-def frozen_names(network):
-    return {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+def networks_digest(networks):
+    """A digest of all values of {name: network}."""
+    values = contents(networks).items()
+    return digest([[name, digest(value.detach().float().numpy().tobytes())] for name, value in sorted(values)])
 
 
 def parts_of(pipe, names):

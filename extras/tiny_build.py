@@ -20,9 +20,6 @@ from tqdm import tqdm
 
 from common import digest
 from extras import tiny, tiny_flow
-from flow_models import StableDiffusion3
-from loading import weights_digest
-from models import StableDiffusion
 
 STEPS = {"vae": 800, "unet": 800, "flow": 2000, "clip": 250, "judge": 300}  # training steps of each network
 
@@ -152,11 +149,14 @@ def build(folder=tiny.FILES, steps=STEPS, count=8192, samples=96):
     tiny.pack(tiny.parts_of(flow, tiny_flow.TRAINED), folder / "tiny-flow.safetensors")
     rounded_flow = tiny_flow.embedded_pipeline(folder)
     judged |= {"tiny-flow": tiny.measure(flow, samples), "tiny-flow, rounded": tiny.measure(rounded_flow, samples)}
-    models = {"tiny": StableDiffusion(rounded), "tiny-flow": StableDiffusion3(rounded_flow)}
-    write_note(folder, steps, judged, models, tiny.embedded_clip(folder))
+    models = {"clip": {"clip": tiny.embedded_clip(folder)},
+              "tiny": tiny.parts_of(rounded, ("vae", *tiny.TRAINED)),
+              "tiny-flow": tiny.parts_of(rounded_flow, ("vae", *tiny_flow.TRAINED))}
+    write_note(folder, steps, judged, models)
 
 
-def write_note(folder, steps, judged, models, clip):
+def write_note(folder, steps, judged, models):
+    """embedded.json. models: {name: {name of a part: network}}"""
     files = sorted(folder.glob("*.safetensors"))
     note = {
         "command": "python -m extras.tiny --build",
@@ -165,8 +165,7 @@ def write_note(folder, steps, judged, models, clip):
             package.__name__: package.__version__ for package in (torch, open_clip)},
         "machine": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "digests": {file.name: digest(file.read_bytes()) for file in files},
-        "models": {name: weights_digest(model) for name, model in models.items()},
-        "clip": digest(clip),
+        "models": {name: tiny.networks_digest(networks) for name, networks in models.items()},
         "judged": judged,
     }
     (folder / "embedded.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

@@ -74,9 +74,10 @@ def weights(out):
 def test_to_measure_changes_no_bit_of_a_run(run, held_out, options):
     with_it = run(*options, "--validate", held_out, "--validate_every", "2", name="with")
     without = run(*options, name="without")
-    assert all(torch.equal(value, weights(without)[name]) for name, value in weights(with_it).items())
-    log = [{name: x for name, x in record.items() if "validate" not in name} for record in left(with_it)[1]]
-    assert log == left(without)[1]
+    (state, full_log), (expected, expected_log) = left(with_it), left(without)
+    assert all(torch.equal(value, expected["weights"][name]) for name, value in state["weights"].items())
+    log = [{name: x for name, x in record.items() if "validate" not in name} for record in full_log]
+    assert log == expected_log
     assert [*measured(with_it)] == [2, 4] and not measured(without)
     assert (with_it / "validation.png").exists() and not (without / "validation.png").exists()
 

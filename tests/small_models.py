@@ -1,0 +1,83 @@
+"""Small pipelines of every family, with random weights: 32 px to 8x8 latents."""
+
+import functools
+import os
+import shutil
+from pathlib import Path
+
+import filelock
+import torch
+from diffusers import (AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import data
+import loading
+from common import clip_tokenizer
+from extras import random_models
+
+CLIP = dict(intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+VAE = dict(block_out_channels=(8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 3,
+           up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, norm_num_groups=4)
+T5 = dict(vocab_size=98, d_model=96, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+loaded = functools.cache(loading.load_model)  # most of a small run's time is to read a vocabulary
+clip_loaded = functools.cache(data.Clip)
+
+
+@functools.cache
+def small_folder(kind):
+    """The folder of "sd", "sdxl", "sd-v" (v-prediction), "sd3" or "flux". All processes of a session share it."""
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / kind
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            torch.manual_seed(0)
+            make = {"sd3": make_sd3, "flux": make_flux}.get(kind, make_unet_pipeline)
+            make(kind).save_pretrained(f"{folder}.part")
+            shutil.move(f"{folder}.part", folder)
+    return str(folder)
+
+
+def make_unet_pipeline(kind):
+    is_xl = kind == "sdxl"
+    vae = AutoencoderKL(**VAE, scaling_factor=0.13025 if is_xl else 0.18215)
+    added = dict(addition_embed_type="text_time", addition_time_embed_dim=8,
+                 projection_class_embeddings_input_dim=48 + 6 * 8) if is_xl else {}
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32 + 48 if is_xl else 32,
+        mid_block_type=None, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **added)
+    schedule = random_models.SCHEDULE | dict(prediction_type="v_prediction" if kind == "sd-v" else "epsilon")
+    first, tokenizer = CLIPTextModel(text_config(32)), clip_tokenizer(77)
+    if is_xl:
+        second = CLIPTextModelWithProjection(text_config(48))
+        return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet,
+                                         EulerDiscreteScheduler(**schedule))
+    return StableDiffusionPipeline(vae, first, tokenizer, unet, PNDMScheduler(skip_prk_steps=True, **schedule),
+                                   None, None, requires_safety_checker=False)
+
+
+def text_config(width):
+    return CLIPTextConfig(hidden_size=width, projection_dim=width, **CLIP)
+
+
+def make_sd3(kind):
+    transformer = dict(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=80, pos_embed_max_size=8,
+        dual_attention_layers=(0,))
+    first, second = (CLIP | dict(hidden_size=width, projection_dim=width) for width in (32, 48))
+    return random_models.random_model("sd3.5-medium", transformer=transformer, vae=flow_vae(), text_encoder=first,
+                                      text_encoder_2=second, text_encoder_3=T5).pipe
+
+
+def make_flux(kind):
+    transformer = dict(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6))
+    return random_models.random_model("flux-dev", transformer=transformer, vae=flow_vae(),
+                                      text_encoder=CLIP | dict(hidden_size=32, projection_dim=32),
+                                      text_encoder_2=T5).pipe
+
+
+def flow_vae():
+    return VAE | dict(layers_per_block=1, scaling_factor=1.5305, shift_factor=0.0609)
