@@ -1,5 +1,6 @@
 """Evaluation: what makes two folders of images comparable, and that no prompt ever meets another's image."""
 
+import functools
 import csv
 import io
 import json
@@ -30,6 +31,7 @@ from sources import read_image
 from extras.scored_pairs import ranked_pairs
 from extras.style import frechet
 
+pytestmark = pytest.mark.usefixtures("quick_models")
 PROMPTS = ["a red fox", "a blue bird on a branch", "a red fox", 'the words "G I G G L E"', "snow"]
 
 
@@ -795,7 +797,8 @@ def test_gram_is_gatys_style_loss_of_every_image_to_every_reference(tmp_path, mo
     import torchvision
 
     torch.manual_seed(0)
-    vgg = torchvision.models.vgg19()
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"])
+    vgg = torch.nn.ModuleDict({"features": layers.eval()})  # without the classifier's 120 M parameters
     monkeypatch.setattr(torchvision.models, "vgg19", lambda weights: vgg)
     reference, styled = drawn(tmp_path / "reference", 4, True, 0), drawn(tmp_path / "styled", 2, False, 1)
     argv = ["style", str(styled), "--reference", str(reference), "--no-fid", "--batch_size", "1"]
@@ -804,6 +807,7 @@ def test_gram_is_gatys_style_loss_of_every_image_to_every_reference(tmp_path, mo
     order = np.random.default_rng(0).permutation(4)
     half, other = ([reference / f"{i:05d}.png" for i in k] for k in (order[:2], order[2:]))
 
+    @functools.cache
     def grams(file):
         x = torchvision.models.VGG19_Weights.DEFAULT.transforms()(Image.open(file))[None]
         matrices, rectified = [], 0

@@ -24,6 +24,9 @@ from common import InputError
 from conftest import log_of
 from test_resume import left
 
+pytestmark = pytest.mark.usefixtures("quick_models")
+
+
 def saved(image, kind="PNG", **options):
     stream = io.BytesIO()
     image.save(stream, kind, **options)

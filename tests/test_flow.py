@@ -249,7 +249,7 @@ def numbers_of(out, names=("loss", "grad_norm", "mse/policy_w", "mse/policy_l"))
     return [line[name] for line in log_of(out) for name in names]
 
 
-@pytest.mark.parametrize("loss", ["rpo", "dpo"])
+@pytest.mark.parametrize("loss", ["rpo", pytest.param("dpo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, precision, loss):
@@ -263,7 +263,7 @@ def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, precision, l
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and second["reward/chosen"] != 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_passes_processes_and_caches_do_not_change_a_run(tmp_path, command, small_model, few_pairs, kind):
     """One pass or two, one or two processes, and a cache with the VAE's mean agree to rounding."""
     options = "--lora_rank 4 --prompt_dropout 0 --vae_sample mean --lr 1e-5 --beta 100 --workers 0"
@@ -281,7 +281,7 @@ def test_passes_processes_and_caches_do_not_change_a_run(tmp_path, command, smal
     assert numbers_of(tmp_path / "cached") == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("sd3", marks=pytest.mark.slow), "flux"])
 def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, command, small_model, kind):
     """They agree bit for bit. The stock pipeline loads the adapter and draws the image that ours draws."""
     options = "--lora_rank 4 --micro_batch 4 --reference_errors ERRORS".replace("ERRORS", str(tmp_path / "errors"))
@@ -344,7 +344,7 @@ def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
     assert len(manifest["images"]) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("sd3", marks=pytest.mark.slow), "flux"])
 def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command, small_model, few_pairs, kind, monkeypatch):
     """A run from a cache draws samples and measures held-out images, and no step encodes a prompt."""
     encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
@@ -368,7 +368,7 @@ def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command,
         released.clear()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_how_times_are_drawn_is_part_of_the_run(tmp_path, command, small_model, kind):
     """The options are kept. Others are refused when the run goes on, and by a file of reference errors."""
     errors = f"--reference_errors {tmp_path / 'errors'}"

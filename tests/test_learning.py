@@ -10,6 +10,7 @@ import options
 from extras import learning, tiny
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick_models")
 
 
 def test_the_guides_table_is_that_of_the_rows():
@@ -29,7 +30,7 @@ def test_swapped_labels_are_the_same_pairs(tmp_path):
 
 def test_a_run_gives_its_rows_and_a_killed_command_goes_on(tmp_path, monkeypatch, capsys):
     """Runs that have their rows are not repeated. The figure and the table need the rows alone."""
-    monkeypatch.setitem(options.PRESETS, "tiny", options.PRESETS["tiny"] | {"steps": 10})
+    monkeypatch.setitem(options.PRESETS, "tiny", options.PRESETS["tiny"] | {"steps": 10, "batch_size": 8})
     monkeypatch.setattr(learning, "PAIRS", 8)
     monkeypatch.setattr(tiny, "measure", lambda pipe: {"style": 0.5, "shape": 1.0})
     rows = learning.measure_run((10, 1, True), tmp_path)

@@ -17,6 +17,7 @@ from extras import style_pairs
 from loading import load_model
 from evaluate import read_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_models")
 PROMPTS = ["a red fox", "a blue bird", "snow\nand ice", "a red fox", "two dogs", "a cat"]
 
 

@@ -196,7 +196,7 @@ def test_an_average_is_measured_where_there_is_one(run, held_out):
     assert average["policy_w"] != measured(run("--validate", held_out, name="plain"))[4]["policy_w"]
 
 
-@pytest.mark.parametrize("options", [(), ("--ema", "0.5")])
+@pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.slow), ("--ema", "0.5")])
 def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_out, options):
     """With ten pairs on two processes and micro-batches of four, the last forward is filled up."""
     argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, "--validate", held_out, *options]
