@@ -265,7 +265,7 @@ def check_second_stage(log, log_from_base):
         assert log[0][name] != pytest.approx(log_from_base[0][name], rel=1e-3)
 
 
-@pytest.mark.parametrize("model, rank", [("sd", 4), ("sdxl", 0)])
+@pytest.mark.parametrize("model, rank", [("sd", 4), pytest.param("sdxl", 0, marks=pytest.mark.slow)])
 def test_the_first_stages_adapter_is_policy_and_reference(run, command, tmp_path, small_model, model, rank):
     """Whatever the second stage trains, it is the run from a pipeline into which the adapter was fused."""
     adapter = run(model, f"{LORA} --loss sft").out / "model"

@@ -117,7 +117,8 @@ def test_the_last_graph_of_a_group_is_kept(tmp_path, command, monkeypatch, micro
 # torch.compile
 
 
-@pytest.mark.parametrize("kind, options", [("sd", ""), ("sdxl", "--lora_rank 4 --gradient_checkpointing")])
+@pytest.mark.parametrize("kind, options", [
+    pytest.param("sd", "", marks=pytest.mark.slow), ("sdxl", "--lora_rank 4 --gradient_checkpointing")])
 def test_compiled_blocks_make_no_new_graph_after_the_first_step(tmp_path, command, monkeypatch, kind, options):
     """That holds with the adapter on and off, with and without gradient. The losses are those of the plain network."""
     torch._dynamo.reset()
@@ -178,7 +179,9 @@ def auto_on_a_gpu(monkeypatch):
     monkeypatch.setattr(options_file, "fit_micro_batch", fit_micro_batch)
 
 
-@pytest.mark.parametrize("options", ["", "--lora_rank 4", "--loss sft", "--optimizer adafactor --ema 0.9"])
+@pytest.mark.parametrize("options", [
+    "--optimizer adafactor --ema 0.9",
+    *(pytest.param(more, marks=pytest.mark.slow) for more in ("", "--lora_rank 4", "--loss sft"))])
 def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, command, monkeypatch, options):
     """Nothing of the trial is left: the run is, bit for bit, the one with that number typed, and it goes on with it."""
     auto_on_a_gpu(monkeypatch)

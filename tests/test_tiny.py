@@ -275,11 +275,12 @@ def test_one_token_stands_for_many_alike():
     assert (another - whole).abs().max() > 1e-4
 
 
-def test_the_flow_model_trains_and_is_evaluated_like_any_other(tmp_path, monkeypatch, capsys):
-    """It is built when it is asked for. An adapter finds its base. Images of all three are compared."""
+def test_the_flow_model_trains_and_is_evaluated_like_any_other(tmp_path, few_pairs, quick_models, monkeypatch, capsys):
+    """An adapter finds its base. Images of all three are compared."""
     monkeypatch.chdir(tmp_path)
-    train.main("--model tiny-flow --steps 2 --lora_rank 0 --sample_every 0 --tau inf --out out/whole".split())
-    train.main("--model tiny-flow --steps 1 --sample_every 1 --sample_steps 1 --tau inf".split())
+    few = f"--model tiny-flow --data {few_pairs} --batch_size 8 --tau inf"
+    train.main(f"{few} --steps 2 --lora_rank 0 --sample_every 0 --out out/whole".split())
+    train.main(f"{few} --steps 1 --sample_every 1 --sample_steps 1".split())
     asked = []
     monkeypatch.setattr(tiny, "measure", lambda pipe: asked.append(type(pipe)) or {"style": 0, "shape": 0})
     tiny.main(["out/whole/model"])
@@ -288,7 +289,7 @@ def test_the_flow_model_trains_and_is_evaluated_like_any_other(tmp_path, monkeyp
     assert [line.split()[0] for line in lines if "sketches" in line][1:] == ["tiny-flow", "out/tiny-flow-rpo/model"]
     assert {kind.__name__ for kind in asked} == {"StableDiffusion3Pipeline"} and len(asked) == 3
     for options in ("tiny-flow --out base", "out/whole/model --out whole", "tiny-flow --lora out/tiny-flow-rpo/model --out rpo"):
-        evaluate.main(f"generate --prompts tiny --limit 4 --steps 2 --model {options}".split())
+        evaluate.main(f"generate --prompts tiny --limit 2 --steps 1 --model {options}".split())
     evaluate.main("score base whole rpo --metrics clip".split())
     evaluate.main("compare base whole rpo".split())
     assert json.loads(Path("report.json").read_text())["results"]

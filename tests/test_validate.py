@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import reference
@@ -18,6 +19,7 @@ import train
 from conftest import launch, log_of
 from data import ImagePairs
 from extras import tiny
+from extras.curves import plot_validation
 from loss import DDPM
 from models import StableDiffusion
 from options import train_args
@@ -80,6 +82,16 @@ def test_to_measure_changes_no_bit_of_a_run(run, held_out, options):
     assert log == expected_log
     assert [*measured(with_it)] == [2, 4] and not measured(without)
     assert (with_it / "validation.png").exists() and not (without / "validation.png").exists()
+
+
+def test_the_curves_are_drawn(tmp_path):
+    """They are a picture of the log's measurements; other runs of these tests draw none."""
+    names = ("accuracy", "accuracy_low", "accuracy_high", "margin", "policy_w", "policy_l", "ref_w", "ref_l",
+             *(f"accuracy_t{k}" for k in range(4)))
+    lines = [json.dumps({"step": step, **{f"validate/{name}": 0.1 * step + 0.5 for name in names}}) for step in range(3)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    plot_validation(tmp_path)
+    assert len(np.unique(np.array(Image.open(tmp_path / "validation.png")))) > 50
 
 
 def test_the_figures_are_those_of_the_definition(run, held_out, small_model, monkeypatch):
