@@ -9,11 +9,11 @@ import filelock
 import torch
 from diffusers import (AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from open_clip.tokenizer import bytes_to_unicode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import data
 import loading
-from common import clip_tokenizer
 from extras import random_models
 
 CLIP = dict(intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -47,7 +47,7 @@ def make_unet_pipeline(kind):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32 + 48 if is_xl else 32,
         mid_block_type=None, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **added)
     schedule = random_models.SCHEDULE | dict(prediction_type="v_prediction" if kind == "sd-v" else "epsilon")
-    first, tokenizer = CLIPTextModel(text_config(32)), clip_tokenizer(77)
+    first, tokenizer = CLIPTextModel(text_config(32)), letters()
     if is_xl:
         second = CLIPTextModelWithProjection(text_config(48))
         return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet,
@@ -57,7 +57,15 @@ def make_unet_pipeline(kind):
 
 
 def text_config(width):
-    return CLIPTextConfig(hidden_size=width, projection_dim=width, **CLIP)
+    return CLIPTextConfig(hidden_size=width, projection_dim=width, vocab_size=514, bos_token_id=512, eos_token_id=513,
+                          **CLIP)
+
+
+def letters():
+    """CLIP's tokenizer without words: it knows its 2 x 256 letters alone, so it is soon read and saved."""
+    characters = [*bytes_to_unicode().values()]
+    words = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: number for number, word in enumerate(words)}, [], model_max_length=77)
 
 
 def make_sd3(kind):
