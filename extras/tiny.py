@@ -293,7 +293,7 @@ def parts_of(pipe, names):
     return {name: getattr(pipe, name) for name in names}
 
 
-def embedded_vae(folder=FILES, is_shifted=False):
+def embedded_vae(folder, is_shifted=False):
     vae = make_vae()
     numbers = unpack({"vae": vae}, folder / "vae.safetensors")
     vae.register_to_config(scaling_factor=numbers["scaling_factor"],
@@ -301,13 +301,13 @@ def embedded_vae(folder=FILES, is_shifted=False):
     return vae
 
 
-def embedded_pipeline(folder=FILES):
+def embedded_pipeline(folder):
     pipe = make_pipeline(embedded_vae(folder))
     unpack(parts_of(pipe, TRAINED), folder / "tiny.safetensors")
     return pipe
 
 
-def embedded_clip(folder=FILES):
+def embedded_clip(folder):
     model = make_clip()
     unpack({"clip": model}, folder / "clip.safetensors")
     return model
@@ -317,7 +317,7 @@ def embedded_clip(folder=FILES):
 
 
 def write_pipeline(folder):
-    embedded_pipeline().save_pretrained(folder)
+    embedded_pipeline(FILES).save_pretrained(folder)
 
 
 def write_pairs(folder):
@@ -335,7 +335,7 @@ def write_held_out(folder):
 
 
 def write_clip(folder):
-    model = embedded_clip()
+    model = embedded_clip(FILES)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 

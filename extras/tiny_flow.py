@@ -29,10 +29,10 @@ def part(name):
 
 
 def write_pipeline(folder):
-    embedded_pipeline().save_pretrained(folder)
+    embedded_pipeline(tiny.FILES).save_pretrained(folder)
 
 
-def embedded_pipeline(folder=tiny.FILES):
+def embedded_pipeline(folder):
     pipe = make_pipeline(tiny.embedded_vae(folder, is_shifted=True))
     tiny.unpack(tiny.parts_of(pipe, TRAINED), folder / "tiny-flow.safetensors")
     return pipe

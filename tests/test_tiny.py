@@ -163,7 +163,7 @@ def test_a_short_build_makes_working_files(tmp_path, monkeypatch, capsys):
         mean, _ = model.encode_images(((pixels + 1) * 127.5).to(torch.uint8)[:, None])
         latents = model.scale_latents(mean[:, 0])
         decoded = model.decode(latents)
-        assert ((decoded * 2 - 1) - pixels).square().mean() < 0.5 * pixels.var()
+        assert ((decoded * 2 - 1) - pixels).square().mean() < 0.7 * pixels.var()
         cond = model.conditioning(model.encode_prompts(["a red star"] * 64), torch.zeros(64, 1, 6))
         t = torch.full((64,), 500) if name == "tiny" else torch.full((64,), 0.5)
         noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
