@@ -327,7 +327,7 @@ def test_killed_at_random_moments(tmp_path, command, few_pairs, kind):
     killed(run, tmp_path / "out", expected, kills=3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
     """A whole run leaves a pipeline, grids and the held-out curve, and evaluate.py draws with the pipeline."""
     options = "--sample_every 2 --sample_steps 2 --ema 0.5"
@@ -383,6 +383,7 @@ def test_how_times_are_drawn_is_part_of_the_run(tmp_path, command, small_model, 
         train.main(command(kind, f"{errors} --lora_rank 2 --timestep_shift 3", tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_uniform_times_go_on_after_a_kill(tmp_path, command):
     """The same command goes on, and so does one that leaves the option out, because the folder knows it."""
     options = "--lora_rank 2 --steps 3 --save_every 1"

@@ -175,9 +175,10 @@ def check(run, giant, world_size, micro, loss, group, small_model, kind="sd", op
 
 @pytest.mark.parametrize(
     "loss, group",
-    [("rpo", 16), pytest.param("dpo", 8, marks=pytest.mark.slow), pytest.param("sft", 8, marks=pytest.mark.slow)],
+    [("rpo", 8), pytest.param("dpo", 8, marks=pytest.mark.slow), pytest.param("sft", 8, marks=pytest.mark.slow)],
 )
 def test_two_processes_and_small_micro_batches_change_nothing(run, giant, small_model, loss, group):
+    """A step has two chunks; each is a group in two micro-batches of two processes."""
     check(run, giant, 2, 2, loss, group, small_model, optimizers=["sgd"])
 
 
@@ -209,8 +210,8 @@ def test_the_group_is_seen(run, small_model, optimizer):
 
 def test_the_noise_of_a_pair_is_its_own_on_any_process(run):
     """Other trainers seed every rank alike, so pairs of one step share their noise."""
-    (alone,) = run(1, 16, "rpo", 16, "sgd", "sd")["noise"]
-    first, second = run(2, 2, "rpo", 16, "sgd", "sd")["noise"]
+    (alone,) = run(1, 16, "rpo", 8, "sgd", "sd")["noise"]
+    first, second = run(2, 2, "rpo", 8, "sgd", "sd")["noise"]
     assert not first.keys() & second.keys()
     assert first | second == alone
     assert sorted(alone) == [*range(STEPS * BATCH)]

@@ -144,7 +144,8 @@ def save_gradients(argv, folder):
         train.main(argv)
 
 
-@pytest.mark.parametrize("loss", ["rpo --group_size 8", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["rpo --group_size 8", "dpo"])
 def test_two_processes_and_several_chunks_have_the_gradient_of_one_process(tmp_path, options, loss):
     """The second step counts: in the first one the policy is the reference, and no error reaches the gradient."""
     argv = [*options, *"--batch_size 16 --steps 2 --optimizer sgd --lr 0.1 --beta 100 --loss".split(), *loss.split()]

@@ -311,7 +311,7 @@ def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
 # Signals
 
 
-@pytest.mark.parametrize("workers, fault", [("0", "SIGINT"), ("2", "group")])
+@pytest.mark.parametrize("workers, fault", [pytest.param("0", "SIGINT", marks=pytest.mark.slow), ("2", "group")])
 def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options, workers, fault):
     """So does a signal that torchrun or Slurm sends to the loader's processes, too, and more than once."""
     argv = [*options, "--workers", workers, "--save_every", "0", "--out", str(tmp_path / "out")]
@@ -766,7 +766,7 @@ def test_fp16s_skipped_steps_are_counted_and_shown(tmp_path, options, monkeypatc
 # Data that stop coming
 
 
-@pytest.mark.parametrize("fault", ["reader", "reader-with-lock"])
+@pytest.mark.parametrize("fault", [pytest.param("reader", marks=pytest.mark.slow), "reader-with-lock"])
 def test_a_reader_that_dies_ends_the_run_in_one_line(tmp_path, unbroken, options, fault):
     argv = [*options, "--workers", "2", "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path, 1, faulty, fault, 3, argv)
