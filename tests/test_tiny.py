@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import data
 import evaluate
@@ -103,6 +104,7 @@ def test_what_is_written_is_what_was_packed(tmp_path):
     network, other = tiny.judge_network((2, 3)), tiny.judge_network((2, 3))
     network[0].requires_grad_(False)
     tiny.pack({"a": network}, tmp_path / "a.safetensors", {"scale": 0.1})
+    assert {key[:4] for key in load_file(tmp_path / "a.safetensors")} == {f"a.{k}." for k in (1, 3, 4, 6, 7, 9)} | {"a.10", "a.13"}
     kept = other[0].weight.clone()
     other[0].requires_grad_(False)
     assert tiny.unpack({"a": other}, tmp_path / "a.safetensors") == {"scale": 0.1}
