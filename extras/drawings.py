@@ -89,7 +89,6 @@ def scenes_of_samples(half):
 
 
 def build_pipeline(folder):
-    count, steps = min(8192, 128 * TRAINING["unet"]), TRAINING
     scenes = random_scenes(min(8192, 128 * TRAINING["unet"]), seed=11)  # a test's few steps need fewer drawings
     pixels, _ = drawings(scenes, 1 / 3, seed=12)
     vae = tiny.make_vae()

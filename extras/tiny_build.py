@@ -168,5 +168,6 @@ def write_note(folder, steps, judged, models):
         "models": {name: tiny.networks_digest(networks) for name, networks in models.items()},
         "judged": judged,
     }
-    (folder / "embedded.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(note, indent=1))
+    text = json.dumps(note, indent=1)
+    (folder / "embedded.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
