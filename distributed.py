@@ -325,7 +325,7 @@ class Heartbeat:
             silent = [rank for rank, when in self.heard.items() if now - when > SILENCE]
             if silent:
                 self.lost = f"process {', '.join(map(str, silent))} was silent for {SILENCE} s"
-            if silent and self.rank == 0 and ENDED.wait(2 * BEAT):  # gives the others time to read who is lost
+            if silent and self.rank == 0 and ENDED.wait(4 * BEAT):  # gives the others time to read who is lost
                 break
             if self.lost:
                 print(f"\ntrain.py: process {self.rank}: {self.lost}: a machine or the network is gone. The same "

@@ -45,7 +45,7 @@ def make_unet_pipeline(kind):
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32 + 48 if is_xl else 32,
-        mid_block_type=None, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **added)
+        mid_block_type=None, up_block_types=("UpBlock2D", "UpBlock2D"), **added)
     schedule = random_models.SCHEDULE | dict(prediction_type="v_prediction" if kind == "sd-v" else "epsilon")
     first, tokenizer = CLIPTextModel(text_config(32)), letters()
     if is_xl:

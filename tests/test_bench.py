@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import encode
-from conftest import forks, fresh
 from extras import bench, tiny
 from loading import add_lora
+from small_runs import forks, fresh
 
 def test_arithmetic_is_counted_without_computing(small_model, few_pairs, monkeypatch):
     """The FLOPs of a pair are those of a real forward and backward, without what fused attention computes twice."""

@@ -25,12 +25,12 @@ import run as run_room
 import sources
 import train
 from common import InputError
-from conftest import fresh, launch, log_of
 from data import ImagePairs
 from encode import EncodedPairs
 from extras import tiny
 from options import encode_args, train_args
 from reference import ReferenceErrors
+from small_runs import fresh, launch, log_of
 
 pytestmark = pytest.mark.usefixtures("quick_models")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -77,7 +77,7 @@ def run(tmp_path, small_model, monkeypatch):
             return clip(params, limit)
 
         out = tmp_path / name
-        fixed = "--steps 3 --batch_size 8 --micro_batch 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3"
+        fixed = "--steps 3 --batch_size 8 --micro_batch 8 --sample_every 0 --clip tiny --device cpu --lr 1e-3"
         argv = ["--model", small_model(model), "--data", str(pairs), "--out", str(out), *fixed.split(), *options]
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_keep)
@@ -112,8 +112,8 @@ def parquet(file, rows, **options):
 # Training from a cache
 
 
-RUNS = [("sd", "rpo"), ("sdxl", "rpo"), ("sd", "sft")]
-RUNS += [slow("sd", "dpo"), slow("sdxl", "dpo"), slow("sdxl", "sft")]
+RUNS = [("sdxl", "rpo"), ("sd", "sft")]
+RUNS += [slow("sd", "rpo"), slow("sd", "dpo"), slow("sdxl", "dpo"), slow("sdxl", "sft")]
 
 
 @pytest.mark.parametrize("model, loss", RUNS)
@@ -231,12 +231,12 @@ def weighted(tmp_path, monkeypatch):
     return weighted
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", [slow("parquet"), "jsonl"])
 def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_model, weighted, kind):
     """The pairs and a cache of them give each pair its own number."""
     source, cache = weighted(kind, range(12)), tmp_path / "c"
     write_cache(small_model("sd"), source, cache)
-    options = "--loss weighted --steps 1".split()
+    options = "--loss weighted --steps 1 --micro_batch 4".split()
     plain = run("sd", source, *options, name="plain")
     cached = run("sd", cache, *options, name="cached")
     assert (plain[1] - cached[1]).norm() <= 1e-5 * plain[1].norm() > 0
@@ -245,8 +245,11 @@ def test_a_column_of_the_data_reaches_a_loss_that_names_it(run, tmp_path, small_
         assert 2 * log_of(out)[0]["sum"] == sum(2.0**row for row in rows)  # the mean of two micro-batches
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-@pytest.mark.parametrize("numbers", [[], [0, 1, 2, *range(4, 12)]])
+ALL_BUT_ROW_3 = [0, 1, 2, *range(4, 12)]
+
+
+@pytest.mark.parametrize("kind, numbers", [
+    ("parquet", []), slow("parquet", ALL_BUT_ROW_3), slow("jsonl", []), ("jsonl", ALL_BUT_ROW_3)])
 def test_a_column_is_wanted_only_by_the_loss_that_names_it(run, tmp_path, small_model, weighted, kind, numbers):
     """Data in which all pairs or one pair lack it train with any other loss, and so does their cache."""
     source, cache = weighted(kind, numbers), tmp_path / "c"
@@ -713,13 +716,14 @@ def test_errors_that_a_loss_of_one_image_computed_serve_dpo(run, few_pairs, tmp_
     """A file holds both images' errors, whatever loss came first, so DPO's run is the same with and without it."""
     monkeypatch.setitem(loss.LOSSES, "one_image", one_image_loss)
     file = ["--reference_errors", str(tmp_path / "errors")]
-    plain = run("sd", few_pairs, "--loss", "dpo", name="plain")
-    first = run("sd", few_pairs, "--loss", "one_image", *file, name="first")
+    few_pairs = [few_pairs, "--micro_batch", "4"]
+    plain = run("sd", *few_pairs, "--loss", "dpo", name="plain")
+    first = run("sd", *few_pairs, "--loss", "one_image", *file, name="first")
     errors = load_file(tmp_path / "errors")["errors"]
     assert errors.shape == (3, 8, 2) and (errors[..., 0] != errors[..., 1]).all()
     assert log_of(first[0])[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     puts = Puts(monkeypatch)
-    served = run("sd", few_pairs, "--loss", "dpo", *file, name="served")
+    served = run("sd", *few_pairs, "--loss", "dpo", *file, name="served")
     assert puts.steps == [] and lines(plain[0]) == lines(served[0]) and torch.equal(plain[2], served[2])
     start = log_of(served[0])[0]
     assert start["reward/margin"] == 0 and start["loss"] == pytest.approx(math.log(2), abs=1e-6)

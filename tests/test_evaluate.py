@@ -22,11 +22,11 @@ import data
 import evaluate
 import report
 from common import InputError
-from conftest import BROWSER, launch
 from extras import style, tiny
 from loading import load_model
 from models import StableDiffusion, cast_for_autocast
 from evaluate import read_prompt_rows, read_prompts
+from small_runs import BROWSER, launch
 from sources import read_image
 from extras.scored_pairs import ranked_pairs
 from extras.style import frechet
@@ -797,8 +797,9 @@ def test_gram_is_gatys_style_loss_of_every_image_to_every_reference(tmp_path, mo
     import torchvision
 
     torch.manual_seed(0)
-    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"])
-    vgg = torch.nn.ModuleDict({"features": layers.eval()})  # without the classifier's 120 M parameters
+    channels = [width if width == "M" else width // 16 for width in torchvision.models.vgg.cfgs["E"]]
+    layers = torchvision.models.vgg.make_layers(channels)
+    vgg = torch.nn.ModuleDict({"features": layers.eval()})  # thin, and without a classifier
     monkeypatch.setattr(torchvision.models, "vgg19", lambda weights: vgg)
     reference, styled = drawn(tmp_path / "reference", 4, True, 0), drawn(tmp_path / "styled", 2, False, 1)
     argv = ["style", str(styled), "--reference", str(reference), "--no-fid", "--batch_size", "1"]

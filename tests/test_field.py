@@ -21,7 +21,7 @@ import loading
 import sources
 import train
 from common import InputError
-from conftest import log_of
+from small_runs import log_of
 from test_resume import left
 
 pytestmark = pytest.mark.usefixtures("quick_models")

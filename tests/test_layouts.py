@@ -14,9 +14,9 @@ import distributed
 import loading
 import options
 import train
-from conftest import launch, log_of
 from extras import tiny
 from loss import denoising_error, rpo_loss
+from small_runs import launch, log_of
 
 BATCH, STEPS, BETA, TAU = 16, 6, 100, 0.02
 LAYOUTS = [(world_size, micro) for world_size in (1, 2, 4) for micro in (1, 2, 4)] + [(1, 8), (2, 8)]

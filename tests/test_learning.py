@@ -28,6 +28,7 @@ def test_swapped_labels_are_the_same_pairs(tmp_path):
     assert all(a + b == 1 for a, b in zip(swapped["label_0"], plain["label_0"], strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_rows_and_a_killed_command_goes_on(tmp_path, monkeypatch, capsys):
     """Runs that have their rows are not repeated. The figure and the table need the rows alone."""
     monkeypatch.setitem(options.PRESETS, "tiny", options.PRESETS["tiny"] | {"steps": 10, "batch_size": 8})

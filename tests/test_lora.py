@@ -30,10 +30,10 @@ import reference
 import run as run_room
 import train
 from common import InputError
-from conftest import fresh, launch, loaded, log_of
 from extras import random_models, tiny
 from loss import denoising_error
 from models import cast_for_autocast, disabled_adapter
+from small_runs import fresh, launch, loaded, log_of
 from test_resume import left
 from test_train import pair_inputs
 
@@ -502,7 +502,7 @@ def encoded(tmp_path_factory, small_model, few_pairs):
 @pytest.mark.parametrize(
     "model, options",
     [
-        ("sd", "--optimizer adamw --micro_batch 2"),
+        pytest.param("sd", "--optimizer adamw --micro_batch 2", marks=pytest.mark.slow),
         ("sdxl", "--data CACHE --optimizer adafactor --lora_rank 4 --precision bf16 --gradient_checkpointing"),
         ("sd", "--optimizer adamw --lora_rank 4 --reference_errors FILE --micro_batch 4 --group_size 4"),
         pytest.param("sdxl", "--data CACHE --optimizer adafactor --reference_errors FILE --micro_batch 2",

@@ -16,8 +16,8 @@ import torch
 import run
 import common
 import train
-from conftest import launch, log_of
 from distributed import torchrun_env
+from small_runs import launch, log_of
 
 pytestmark = pytest.mark.usefixtures("quick_models")
 

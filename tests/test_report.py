@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import report
-from conftest import BROWSER
 from report import page
+from small_runs import BROWSER
 
 PROMPTS = [
     "</script><script>throw 1</script>",
@@ -220,7 +220,8 @@ onload = () => {
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("width, dark", [(390, False), (1100, False), (1100, True)])
+@pytest.mark.parametrize("width, dark", [
+    (390, False), pytest.param(1100, False, marks=pytest.mark.slow), (1100, True)])
 def test_a_browser_finds_enlarges_and_votes(tmp_path, width, dark):
     """By keys: filters, the flip between models, a blind vote whose sides are drawn and whose names are hidden.
 

@@ -33,9 +33,9 @@ import reference
 import run
 import train
 from common import InputError, one_line_errors
-from conftest import launch, log_of
 from distributed import torchrun_env
 from extras import tiny
+from small_runs import launch, log_of
 
 STEPS, LINES = 6, 13_000  # steps of a run; so many lines of the files in TRACED it executes with --ema, else 9,500
 TRACED = [module.__file__ for module in (train, run, reference, distributed, common)]
@@ -380,7 +380,7 @@ def test_what_was_trained_on_is_not_decoded_again(tmp_path, options, monkeypatch
     assert decoded == list(range(16, 24))
 
 
-@pytest.mark.parametrize("optimizer, loss", [("adafactor", "rpo"), ("sgd", "sft")])
+@pytest.mark.parametrize("optimizer, loss", [("adafactor", "rpo"), pytest.param("sgd", "sft", marks=pytest.mark.slow)])
 def test_four_steps_are_two_and_two(tmp_path, options, optimizer, loss):
     argv = [*options, "--optimizer", optimizer, "--loss", loss]
     for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
@@ -571,7 +571,7 @@ def test_a_share_of_held_out_prompts_stays(tmp_path, before, now):
         train.train_args(["--validate", now, "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("steps_taken", [0, 1])
+@pytest.mark.parametrize("steps_taken", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sgd_that_is_left_out_stays_sgd(tmp_path, options, monkeypatch, steps_taken):
     """It does so before the first checkpoint, too, when config.json alone knows it."""
     out, sgd = tmp_path / "out", ["--optimizer", "sgd"]
@@ -665,10 +665,10 @@ def test_a_full_disk_under_the_model(tmp_path, unbroken, options):
 @pytest.mark.parametrize(
     "term, complaint",
     [
-        ("VAE", "the VAE's latents of rows 4, 16"),
+        pytest.param("VAE", "the VAE's latents of rows 4, 16", marks=pytest.mark.slow),
         ("CLIP", "the CLIP embeddings of rows 4, 16"),
-        ("reference", "the reference's errors of rows 4, 16"),
-        ("policy", "the policy's errors of rows 4, 16"),
+        pytest.param("reference", "the reference's errors of rows 4, 16", marks=pytest.mark.slow),
+        pytest.param("policy", "the policy's errors of rows 4, 16", marks=pytest.mark.slow),
         ("gradient", "the loss or its gradient, although all errors are finite"),
     ],
 )
@@ -854,7 +854,7 @@ def test_storage_that_hangs_ends_the_run_in_one_line(tmp_path, options):
     assert "The same command goes on from the last checkpoint" in line and "--data_timeout" in line
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_storage_that_goes_away_ends_the_run_in_one_line(tmp_path, options, workers):
     image_of_pairs(tmp_path, "a.png")
     argv = [*options, "--data", str(tmp_path), "--workers", workers, "--out", str(tmp_path / "out")]

@@ -22,11 +22,11 @@ import options as options_file
 import run
 import train
 from common import InputError
-from conftest import fresh, launch, log_of
 from data import ImagePairs, Stream
 from extras import random_models
 from loading import add_lora
 from options import recorded_run, train_args
+from small_runs import fresh, launch, log_of
 
 pytestmark = pytest.mark.usefixtures("quick_models")
 
@@ -118,7 +118,7 @@ def test_the_last_graph_of_a_group_is_kept(tmp_path, command, monkeypatch, micro
 
 
 @pytest.mark.parametrize("kind, options", [
-    pytest.param("sd", "", marks=pytest.mark.slow), ("sdxl", "--lora_rank 4 --gradient_checkpointing")])
+    ("sd", ""), pytest.param("sdxl", "--lora_rank 4 --gradient_checkpointing", marks=pytest.mark.slow)])
 def test_compiled_blocks_make_no_new_graph_after_the_first_step(tmp_path, command, monkeypatch, kind, options):
     """That holds with the adapter on and off, with and without gradient. The losses are those of the plain network."""
     torch._dynamo.reset()

@@ -12,10 +12,10 @@ from PIL import Image
 import data
 import evaluate
 import report
-from conftest import launch
 from extras import style_pairs
 from loading import load_model
 from evaluate import read_prompts
+from small_runs import launch
 
 pytestmark = pytest.mark.usefixtures("quick_models")
 PROMPTS = ["a red fox", "a blue bird", "snow\nand ice", "a red fox", "two dogs", "a cat"]

@@ -296,6 +296,7 @@ def test_one_token_stands_for_many_alike():
     assert (another - whole).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_flow_model_trains_and_is_evaluated_like_any_other(tmp_path, few_pairs, quick_models, monkeypatch, capsys):
     """An adapter finds its base. Images of both are compared."""
     monkeypatch.chdir(tmp_path)

@@ -29,10 +29,10 @@ import run as run_room
 import sources
 import train
 from common import InputError
-from conftest import fresh, log_of
 from extras import check_loss, tiny
 from loss import DDPM, denoising_error, wants
 from options import encode_args, train_args
+from small_runs import fresh, log_of
 from test_resume import left, same_bits
 
 ROOT = Path(__file__).parent.parent
@@ -113,9 +113,10 @@ def test_sft_needs_no_loser_and_no_reference(run, monkeypatch):
     assert set(counts) == {1}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("loss", ["dpo", "rpo"])
-@pytest.mark.parametrize("model", ["sd", "sdxl"])
+@pytest.mark.parametrize("model, loss, precision", [
+    ("sd", "rpo", "fp32"), ("sd", "dpo", "bf16"), ("sdxl", "rpo", "bf16"), ("sdxl", "dpo", "fp32"),
+    *(pytest.param(*run, marks=pytest.mark.slow) for run in [
+        ("sd", "rpo", "bf16"), ("sd", "dpo", "fp32"), ("sdxl", "rpo", "fp32"), ("sdxl", "dpo", "bf16")])])
 def test_step_0_has_no_margin_and_loss_log_2(run, model, loss, precision):
     """Policy and reference are one network there, so any margin is an error of the arithmetic."""
     first, second = log_of(run(model, "--loss", loss, "--precision", precision, "--lr", "1e-3"))
@@ -718,7 +719,7 @@ def test_a_sum_over_a_column_is_found_in_any_data(monkeypatch, score):
 def test_losses_that_couple_nothing_pass_at_every_beta(monkeypatch):
     """A saturated sigmoid and a loss near zero must not look like coupled pairs."""
     hinge_loss = readme_names()["hinge_loss"]
-    for beta in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000):
+    for beta in (1, 5, 20, 100, 500, 5000):
         for loss_fn in (loss_file.sft_loss, loss_file.dpo_loss, hinge_loss, snr_weighted_loss, mapo_loss):
             check_coupling(monkeypatch, loss_fn, float(beta))
 
@@ -729,7 +730,7 @@ def test_kto_is_refused_at_every_beta(monkeypatch, beta):
         check_coupling(monkeypatch, kto_loss, beta)
 
 
-@pytest.mark.parametrize("loss_fn", [kto_loss, snr_normalised_loss])
+@pytest.mark.parametrize("loss_fn", [kto_loss, pytest.param(snr_normalised_loss, marks=pytest.mark.slow)])
 def test_a_loss_that_names_its_group_is_called_on_whole_groups(run, monkeypatch, loss_fn):
     """--micro_batch changes neither its value nor its gradient."""
     sizes, logs = [], []
@@ -889,7 +890,7 @@ def test_equal_weights_load_no_clip(run, monkeypatch):
         assert record["weights/own"] == 1 / 8 and record["weights/losers"] == pytest.approx(8)
 
 
-@pytest.mark.parametrize("tau, is_said", [("1e-5", True), ("inf", False)])
+@pytest.mark.parametrize("tau, is_said", [("1e-5", True), pytest.param("inf", False, marks=pytest.mark.slow)])
 def test_a_run_knows_when_it_is_dpo(tmp_path, run, capsys, tau, is_said):
     """Distinct prompts in groups of two at a tiny tau: each winner's own loser has all the weight."""
     import datasets

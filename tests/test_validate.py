@@ -16,7 +16,6 @@ import data
 import reference
 import sources
 import train
-from conftest import launch, log_of
 from data import ImagePairs
 from extras import tiny
 from extras.curves import plot_validation
@@ -24,12 +23,13 @@ from loss import DDPM
 from models import StableDiffusion
 from options import train_args
 from reference import HeldOutStream
+from small_runs import launch, log_of
 from stats import rate_interval, wilson
 from test_encode import write_cache
 from test_resume import faulty, left, same_bits
 
 pytestmark = pytest.mark.usefixtures("quick_models")
-FIXED = "--steps 4 --batch_size 8 --micro_batch 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3".split()
+FIXED = "--steps 4 --batch_size 4 --group_size 4 --sample_every 0 --clip tiny --device cpu --lr 1e-3".split()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,9 @@ def weights(out):
 # What is measured
 
 
-@pytest.mark.parametrize("options", [(), ("--loss", "sft"), ("--lora_rank", "4"), ("--ema", "0.5")])
+@pytest.mark.parametrize("options", [
+    pytest.param((), marks=pytest.mark.slow), pytest.param(("--loss", "sft"), marks=pytest.mark.slow),
+    ("--lora_rank", "4"), ("--ema", "0.5")])
 def test_to_measure_changes_no_bit_of_a_run(run, held_out, options):
     with_it = run(*options, "--validate", held_out, "--validate_every", "2", name="with")
     without = run(*options, name="without")
@@ -169,7 +171,7 @@ def test_timesteps_are_spread_over_four_quarters(few_pairs, steps):
 
 def test_draws_are_the_same_whatever_the_run(run, held_out):
     """Seed, batch, micro-batch, dropout, flip and crop belong to the run, not to the measurement."""
-    options = "--seed 7 --batch_size 4 --micro_batch 1 --prompt_dropout 0.9 --random_flip --random_crop --group_size 4"
+    options = "--seed 7 --batch_size 8 --micro_batch 2 --prompt_dropout 0.9 --random_flip --random_crop --group_size 8"
     one = run("--validate", held_out, "--lr", "1e-30", name="one")
     other = run("--validate", held_out, "--lr", "1e-30", *options.split(), name="other")
     for name in ("ref_w", "ref_l"):
@@ -212,6 +214,7 @@ def test_an_average_is_measured_where_there_is_one(run, held_out):
 def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_out, options):
     """With ten pairs on two processes and micro-batches of four, the last forward is filled up."""
     argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, "--validate", held_out, *options]
+    argv += "--batch_size 8 --micro_batch 4".split()
     found = []
     for world_size in (1, 2):
         out = tmp_path / str(world_size)

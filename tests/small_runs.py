@@ -1,0 +1,134 @@
+"""Small runs, in this process and in processes of their own."""
+
+import atexit
+import functools
+import gc
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import socket
+import sys
+
+import pytest
+import torch
+
+import distributed
+import encode
+import loading
+import train
+from extras import curves
+from loading import EMBEDDED
+from small_models import clip_loaded, loaded
+
+gc.freeze()  # the libraries' objects are no garbage; to look through them again and again takes a tenth of the time
+atexit.register(gc.unfreeze)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def fresh(folder, random_init=False, config=None):
+    """What loading.load_model gives; a model that no test changes is read once."""
+    if folder not in EMBEDDED and not str(folder).startswith(os.environ["XDG_CACHE_HOME"]):
+        return loading.load_model(folder, random_init, config)
+    return copy_of(folder, random_init, config)
+
+
+def copy_of(*model):
+    """What copy.deepcopy gives, but four times as fast. Tokenizers are shared."""
+    pickled, kept = pickled_model(*model)
+    reader = pickle.Unpickler(io.BytesIO(pickled))
+    copies = {}
+
+    def load(number):
+        if number not in copies:
+            value = kept[number]
+            is_parameter = isinstance(value, torch.nn.Parameter)
+            copy = value.detach().clone() if isinstance(value, torch.Tensor) else value
+            copies[number] = torch.nn.Parameter(copy, value.requires_grad) if is_parameter else copy
+        return copies[number]
+
+    reader.persistent_load = load
+    return reader.load()
+
+
+@functools.cache
+def pickled_model(*model):
+    """A loaded model as bytes, and the tensors and tokenizers that the bytes name by their number."""
+    kept = {}
+
+    def number(value):
+        if isinstance(value, torch.Tensor) or "Tokenizer" in type(value).__name__:
+            return kept.setdefault(id(value), (len(kept), value))[0]
+
+    pickled = io.BytesIO()
+    writer = pickle.Pickler(pickled)
+    writer.persistent_id = number
+    writer.dump(loaded(*model))
+    return pickled.getvalue(), [value for _, value in kept.values()]
+
+
+def be_quick(setattr):
+    """Small runs take what was read before: a copy of the model, and the Clip. They draw no figure."""
+    for module in [*sys.modules.values()]:
+        if module is not loading and getattr(module, "load_model", None) is loaded.__wrapped__:
+            setattr(module, "load_model", fresh)
+    setattr(train, "Clip", clip_loaded)
+    setattr(encode, "Clip", clip_loaded)
+    setattr(curves, "plot_validation", lambda out: (out / "validation.png").touch())
+
+
+forks = multiprocessing.get_context("fork")  # children that have imported torch and read the small models already
+
+
+def in_child(rank, world, port, text, environment, function, args):
+    os.environ.update(environment)
+    if world > 1:  # as torchrun sets them
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
+    forget_ended_runs()
+    be_quick(setattr)
+    function(*args)
+
+
+def forget_ended_runs():
+    """What a run of the parent left when it ended: the loader of this process is to watch over its readers again."""
+    distributed.ENDED.clear()
+    loaders = torch.utils.data._utils
+    loaders.python_exit_flag = False
+    loaders.signal_handling._SIGCHLD_handler_set = False
+
+
+def launch(folder, world, function, *args):
+    """(exit status, output) of each of `world` new processes that call an importable function."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True, parents=True)
+    texts = [folder / f"rank-{rank}.txt" for rank in range(world)]
+    for text in texts:
+        text.write_text("")
+    environment = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME")}
+    children = [
+        forks.Process(target=in_child, args=(rank, world, port, text, environment, function, args))
+        for rank, text in enumerate(texts)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)  # seconds; a guard, not a promise
+        if child.is_alive():
+            for other in children:
+                other.kill()
+            pytest.fail(f"a process hangs: {[text.read_text()[-2000:] for text in texts]}")
+    return [(child.exitcode, text.read_text()) for child, text in zip(children, texts)]
