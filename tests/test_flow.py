@@ -283,7 +283,8 @@ def test_passes_processes_and_caches_do_not_change_a_run(tmp_path, command, smal
     assert numbers_of(tmp_path / "cached") == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd3", marks=pytest.mark.slow), "flux"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, command, small_model, kind):
     """They agree bit for bit. The stock pipeline loads the adapter and draws the image that ours draws."""
     options = "--lora_rank 4 --micro_batch 4 --reference_errors ERRORS".replace("ERRORS", str(tmp_path / "errors"))

@@ -118,7 +118,8 @@ def test_the_last_graph_of_a_group_is_kept(tmp_path, command, monkeypatch, micro
 
 
 @pytest.mark.parametrize("kind, options", [
-    ("sd", ""), pytest.param("sdxl", "--lora_rank 4 --gradient_checkpointing", marks=pytest.mark.slow)])
+    ("sd", "--micro_batch 8 --loss dpo"),
+    pytest.param("sdxl", "--micro_batch 4 --lora_rank 4 --gradient_checkpointing", marks=pytest.mark.slow)])
 def test_compiled_blocks_make_no_new_graph_after_the_first_step(tmp_path, command, monkeypatch, kind, options):
     """That holds with the adapter on and off, with and without gradient. The losses are those of the plain network."""
     torch._dynamo.reset()
@@ -130,7 +131,7 @@ def test_compiled_blocks_make_no_new_graph_after_the_first_step(tmp_path, comman
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return after_step(output, *inputs)
 
-    options += " --micro_batch 4 --sample_every 1 --sample_steps 1"
+    options += " --sample_every 1 --sample_steps 1"
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
         patch.setattr(run.Output, "after_step", counted)

@@ -236,6 +236,7 @@ def test_measure_asks_for_held_out_prompts_with_fixed_noise():
     assert asked[0] == [tiny.caption(scene) for scene in tiny.HELD_OUT[:4]]
 
 
+@pytest.mark.slow
 def test_the_command_judges_diffusers_folders_and_lora_weights(tmp_path, monkeypatch, capsys):
     """Every model gets a line. An adapter is put on the base model."""
     model = load_model("tiny")
