@@ -1,6 +1,7 @@
 """The benchmark runs, and it counts what it says that it counts."""
 
 import concurrent.futures
+import itertools
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import encode
-from extras import bench, tiny
+from extras import bench
 from loading import add_lora
 from small_runs import forks, fresh
 
@@ -34,6 +35,11 @@ def test_arithmetic_is_counted_without_computing(small_model, few_pairs, monkeyp
     monkeypatch.setattr(bench, "measure_matmul", lambda device, dtype: None)
     adapter = bench.arithmetic([*argv, "--lora_rank", "2"])
     assert counted.policy / 3 < adapter.policy < counted.policy  # frozen weights take none
+
+
+def test_a_matmul_of_n_by_n_is_two_n_cubed_flops(monkeypatch):
+    monkeypatch.setattr(bench.time, "time", itertools.count().__next__)  # each matmul takes a second
+    assert bench.measure_matmul(torch.device("cpu"), torch.float32) == 2 * 1024**3
 
 
 def test_the_peers_step_has_the_loss_of_two_equal_networks_at_first(small_model, few_pairs, monkeypatch):
