@@ -374,20 +374,20 @@ def build(build_part, folder):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             build_part(built)
-        (built / "digests.json").write_text(json.dumps(file_digests(built)))
+        (built / ".digests.json").write_text(json.dumps(file_digests(built)))
         shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)
 
 
 def file_digests(folder):
     """{relative path: digest} of all files but the list of digests itself."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "digests.json")
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ".digests.json")
     return {str(file.relative_to(folder)): digest(file.read_bytes()) for file in files}
 
 
 def is_whole(folder):
     try:
-        return json.loads((folder / "digests.json").read_text()) == file_digests(folder)
+        return json.loads((folder / ".digests.json").read_text()) == file_digests(folder)
     except (OSError, ValueError):
         return False
 

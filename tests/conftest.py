@@ -1,6 +1,7 @@
 """What every test gets: no network, a cache of its own, one thread, small models and pairs."""
 
 import os
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # both before the libraries read them: nothing is ever looked up
@@ -21,6 +22,8 @@ def own_cache(tmp_path_factory):
         base = tmp_path_factory.getbasetemp()
         all_workers = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         patch.setenv("XDG_CACHE_HOME", str(all_workers / "cache"))
+        if "small_runs" in sys.modules:
+            sys.modules["small_runs"].start_forks()  # before the first test
         yield
 
 

@@ -1,11 +1,13 @@
 """Small runs, in this process and in processes of their own."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import io
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import shutil
@@ -15,13 +17,12 @@ import sys
 import pytest
 import torch
 
-import distributed
 import encode
 import loading
 import train
 from extras import curves
 from loading import EMBEDDED
-from small_models import clip_loaded, loaded
+from small_models import clip_loaded, loaded, small_folder
 
 gc.freeze()  # the libraries' objects are no garbage; to look through them again and again takes a tenth of the time
 atexit.register(gc.unfreeze)
@@ -83,7 +84,34 @@ def be_quick(setattr):
     setattr(curves, "plot_validation", lambda out: (out / "validation.png").touch())
 
 
-forks = multiprocessing.get_context("fork")  # children that have imported torch and read the small models already
+forks = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def start_forks():
+    """Starts the process that all children are forked from. It is as this one is now: it has imported all libraries and
+    read a small model, and no test has run. In a process that was forked later, torch may refuse a backward."""
+    loaded(small_folder("sd"), False, None)
+    clip_loaded("tiny", torch.device("cpu"), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.util, "spawnv_passfds", fork_instead)
+        forks.set_forkserver_preload(["small_runs"])
+        multiprocessing.forkserver.ensure_running()
+
+
+def fork_instead(_, argv, kept):
+    """multiprocessing would start Python anew, which imports for ten seconds. argv ends with the code that it would run."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2 and descriptor not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        exec(argv[-1])
+    finally:
+        os._exit(0)
 
 
 def in_child(rank, world, port, text, environment, function, args):
@@ -96,21 +124,13 @@ def in_child(rank, world, port, text, environment, function, args):
         os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
-    forget_ended_runs()
     be_quick(setattr)
     function(*args)
 
 
-def forget_ended_runs():
-    """What a run of the parent left when it ended: the loader of this process is to watch over its readers again."""
-    distributed.ENDED.clear()
-    loaders = torch.utils.data._utils
-    loaders.python_exit_flag = False
-    loaders.signal_handling._SIGCHLD_handler_set = False
-
-
 def launch(folder, world, function, *args):
     """(exit status, output) of each of `world` new processes that call an importable function."""
+    start_forks()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

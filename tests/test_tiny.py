@@ -154,7 +154,7 @@ def test_a_part_is_written_once_and_again_only_when_damaged():
     weights.write_bytes(intact[:-5])  # a disk that was full
     assert tiny.part("anything", write) == weights.parent and len(writes) == 2
     assert weights.read_bytes() == intact  # seeded: the same again
-    (weights.parent / "digests.json").unlink()
+    (weights.parent / ".digests.json").unlink()
     tiny.part("anything", write)
     assert len(writes) == 3
     assert {f.name for f in weights.parent.parent.iterdir()} == {"anything", "anything.lock"}  # nothing half-written
