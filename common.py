@@ -25,10 +25,33 @@ class InputError(ValueError):
     """A fault that the user can mend. A command prints it as one line; any other error keeps its traceback."""
 
 
+class ReaderDied(BaseException):
+    """A process that reads the data has died. No `except Exception` of a library catches it."""
+
+
+RENAMED = {  # options of diffusers' scripts and those of its peers
+    "learning_rate": "--lr", "max_train_steps": "--steps", "output_dir": "--out", "mixed_precision": "--precision",
+    "train_batch_size": "--micro_batch; --batch_size counts the pairs of a step on all GPUs",
+    "resume_from_checkpoint": "left out: the same command goes on", "checkpointing_steps": "--save_every",
+    "pretrained_model_name_or_path": "--model", "dataset_name": "--data",
+    "lr_warmup_steps": "--warmup", "rank": "--lora_rank"}
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError where argparse would print its usage and exit."""
+    """An ArgumentParser that raises InputError where argparse would print its usage and exit.
+
+    It expands ~ in paths, because the shell leaves it in --out=~/run.
+    """
+
+    def parse_args(self, args=None, namespace=None):
+        home = os.path.expanduser("~")
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([re.sub(r"^([\w.-]+=)?~(?=/|$)", rf"\g<1>{home}", arg) for arg in args], namespace)
 
     def error(self, message):
+        for theirs, ours in RENAMED.items():
+            if re.search(rf"--{theirs}\b", message):
+                message += f". Here --{theirs} is {ours}"
         raise InputError(message)
 
 
@@ -48,7 +71,7 @@ def one_line_errors(program, advice=""):
     try:
         yield
         return
-    except Exception as error:
+    except (Exception, ReaderDied) as error:
         message = one_line(error, advice)
         if message is None:
             raise
@@ -62,7 +85,7 @@ def one_line(error, advice):
     text = str(error).strip()
     # torch's DataLoader puts the traceback of its process before the message.
     line = text.splitlines()[-1] if IN_WORKER in text else brief(error)
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, ReaderDied)):
         return line.removeprefix("common.InputError: ") if IN_WORKER in text else text
     line = line[:200]
     if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", text):
@@ -76,6 +99,34 @@ def hub_id(source):
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise FileNotFoundError("there is no such file or folder")
     return source
+
+
+def is_cache(source):
+    file = Path(source) / "manifest.json"
+    return file.is_file() and b'"encoders"' in file.read_bytes()
+
+
+def read_manifest(source):
+    """The manifest of a cache, finished or not. InputError if it is damaged."""
+    file = Path(source) / "manifest.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error!r:.200}). Remove it and run the encode.py command that made "
+                         "the cache once more: it writes the manifest anew")
+
+
+def as_text(value):
+    """A string, or UTF-8 bytes, as a string that can be written; None for anything else, also half a surrogate pair."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value.encode().decode()
+    except (AttributeError, UnicodeError):
+        return None
+
+
+def words_of(caption):
+    """A prompt in lower case with single blanks: two prompts that differ in these alone count as one."""
+    return " ".join(caption.casefold().split())
 
 
 def is_hidden(path, marks="."):
@@ -234,16 +285,24 @@ class CheckpointWriter:
         self.check()
 
 
+def is_record(line, start):
+    """Whether a line of log.jsonl is whole, of a step before `start`."""
+    try:
+        return json.loads(line)["step"] < start
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 class Log:
     """log.jsonl, a line per step, and the trackers of extras/trackers.py (TensorBoard, Weights & Biases).
 
-    Lines from step `start` on are cut off: these steps come again.
+    Lines from step `start` on are cut off: these steps come again. So is half a line, as a full disk leaves it.
     """
 
     def __init__(self, folder, start):
         file = folder / "log.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        atomic_write(file, "".join(lines[:start]))
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        atomic_write(file, "".join(f"{line}\n" for line in text.splitlines() if is_record(line, start)))
         self.stream = open(file, "a", encoding="utf-8")
         self.trackers = importlib.import_module("extras.trackers").open_trackers(folder, start)
 

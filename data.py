@@ -114,8 +114,9 @@ class Pairs(torch.utils.data.Dataset):
                 break
             except Unreadable as error:
                 unreadable.append((row, str(error)))
+                cause = error.__cause__ or error
         else:
-            raise InputError(f"{k + 1} pairs in a row cannot be decoded ({unreadable[-1][1]}). Is the storage gone?")
+            raise InputError(f"{k + 1} pairs in a row cannot be decoded ({brief(cause)}). Is the storage gone?")
         drop = augmentation(self.seed, epoch, row)[3]
         caption = self.caption(row)
         prompt = "" if drop < self.prompt_dropout else caption
@@ -169,13 +170,16 @@ class ImagePairs(Pairs):
             try:
                 self.load(row)
             except Unreadable as error:
-                return str(error)
+                return error
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             faults = zip(self.rows, pool.map(fault, self.rows))
-            self.unreadable = {int(row): reason for row, reason in faults if reason}
-        if len(self.unreadable) == len(self):
-            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}")
+            faults = {int(row): error for row, error in faults if error}
+        self.unreadable = {row: str(error) for row, error in faults.items()}
+        if len(faults) == len(self):
+            first = next(iter(faults.values()))
+            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}. The first error is: "
+                             f"{brief(first.__cause__ or first)}")
 
     def digest(self):
         """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and footers.
@@ -205,7 +209,7 @@ class ImagePairs(Pairs):
         except Unreadable:
             raise
         except Exception as error:
-            raise Unreadable(reason_of(error))
+            raise Unreadable(reason_of(error)) from error
 
     def content(self, row, pair, epoch, prompt):
         """The tensors of a row's two images, cropped and flipped as in this epoch."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import IN_WORKER, InputError, brief
+from common import IN_WORKER, InputError, ReaderDied, brief
 
 BEAT, SILENCE = 5, 40  # seconds between two signs of life; seconds of silence after which a process counts as lost
 ENDED = threading.Event()  # this process is about to end, so nobody has to be watched any more
@@ -368,7 +368,7 @@ def guarded(batches, has_workers):
 def name_dead_readers():
     """When a process of the loader dies, torch's signal handler raises a RuntimeError wherever this process is then.
 
-    Here it becomes an InputError, too.
+    Here it becomes ReaderDied. The loader would catch an Exception, and then wait for a lock that the dead may hold.
     """
     handler = signal.getsignal(signal.SIGCHLD)
 
@@ -376,7 +376,7 @@ def name_dead_readers():
         try:
             handler(number, frame)
         except RuntimeError as error:
-            raise broke_off(error)
+            raise ReaderDied(broke_off(error))
 
     if callable(handler):
         signal.signal(signal.SIGCHLD, handle)

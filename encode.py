@@ -35,12 +35,12 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import data
-from common import DTYPES, InputError, atomic_write, brief, digest, hub_id, is_hidden, one_line_errors, run_folder
+from common import (DTYPES, InputError, atomic_write, brief, digest, hub_id, is_cache, is_hidden, one_line_errors,
+                    read_manifest, run_folder)
 from data import Clip, ImagePairs, Pairs, by_reason, crop_summary
 from loading import encoder_digests, fuse_lora, load_model
 from options import H14, encode_args
-from sources import (Rows, Unreadable, find_source, is_cache, is_list, open_parquet, read_columns, read_manifest,
-                     read_rows, source_files)
+from sources import Rows, Unreadable, find_source, open_parquet, read_columns, read_rows
 
 SHARD, BATCH = 256, 8  # pairs or prompts per file; per forward of the encoders, because results depend on it
 SETTINGS = ("model", "data", "resolution", "random_crop", "random_flip", "clip", "vae_sample", "vae_precision", "store",
@@ -63,7 +63,7 @@ class EncodedPairs(Pairs):
 
     def __init__(self, source, seed=0, prompt_dropout=0.0):
         super().__init__(seed, prompt_dropout)
-        self.folder, self.shards = Path(source).expanduser(), {}
+        self.folder, self.shards = Path(source), {}
         manifest = read_manifest(source)
         for name, size in manifest["files"].items():
             file = self.folder / name
@@ -174,12 +174,8 @@ class StreamedImages:
 
 def stream_rows(source, extra=()):
     """What `read_rows` returns, for encode.py: without a copy of the data, images in ascending order only."""
-    if Path(source).expanduser().exists():
-        files, left_out = source_files(source)
-        if is_list(files):
-            return read_rows(source, extra)
-        fragments = open_parquet(files.values())
-        return Rows(read_columns(fragments, extra), StreamedImages(fragments), files, left_out)
+    if Path(source).exists():
+        return read_rows(source, extra, open_images=StreamedImages)
 
     import datasets
     import fsspec

@@ -32,13 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (DTYPES, InputError, Parser, atomic_write, brief, hub_id, is_hidden, keyed_generator,
+from common import (DTYPES, InputError, Parser, as_text, atomic_write, brief, hub_id, is_hidden, keyed_generator,
                     one_line_errors)
 from loading import EMBEDDED, fuse_lora, load_model, weights_digest
 from models import cast_for_autocast
 from report import (comparable_sets, first_difference, image_files, open_batches, open_folders, read_json, save_png,
                     settings_of, table, to_pil, writable_file, write_report)
-from sources import as_text
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # the first of these that a row has holds its prompt
 
@@ -240,7 +239,7 @@ def style(args):
 def prompt_sets(sources, out):
     """{folder: source} of --prompts: one SOURCE belongs to --out itself, each of several NAME=SOURCE to OUT/NAME."""
     out, first = Path(out), sources[0]
-    if len(sources) == 1 and (Path(first).expanduser().exists() or not re.match(r"[\w.-]+=", first)):
+    if len(sources) == 1 and (Path(first).exists() or not re.match(r"[\w.-]+=", first)):
         return {out: first}
     if (out / "manifest.json").exists():
         raise InputError(f"--out {out} holds images of one set of prompts; give another --out for several")
@@ -267,7 +266,7 @@ def read_prompt_rows(source):
     returns  N prompts, and N dicts {column: text} of the other columns with text or numbers
     raises   InputError if the source cannot be read or a row has no prompt
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if source == "tiny":
         path = importlib.import_module("extras.tiny").part("pairs") / "prompts.txt"
     try:

@@ -45,6 +45,7 @@ def load_model(name, random_init=False, config=None):
     try:
         is_file = Path(source).is_file()
         pipe = load_single_file(source, family, config) if is_file else load_pipeline(source, family)
+        check_parts(pipe, family)
         return family(pipe)
     except Exception as error:
         raise InputError(f"--model {source} cannot be loaded: {brief(error)}")
@@ -108,7 +109,7 @@ def load_pipeline(source, family):
             raise ValueError(f"its {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}")
     if "safety_checker" in index:
         networks |= {"safety_checker": None, "requires_safety_checker": False}
-    return checked(DiffusionPipeline.from_pretrained(source, **networks))
+    return DiffusionPipeline.from_pretrained(source, **networks)
 
 
 def load_network(network_class, source, name):
@@ -144,15 +145,57 @@ def load_single_file(file, family, config=None):
                 part.to("cpu")
     except NotImplementedError:  # torch cannot move a tensor for which the file had no values
         raise ValueError("the file lacks a tensor of a network")
-    return checked(pipe)
-
-
-def checked(pipe):
-    """The pipeline. ValueError if a tokenizer has no vocabulary."""
-    for name, part in pipe.components.items():
-        if name.startswith("tokenizer") and part and part.vocab_size <= len(set(part.all_special_ids)):
-            raise ValueError(f"its {name} has no vocabulary")
+    pipe.scheduler = pipe.scheduler.from_config({**pipe.scheduler.config, **marked_schedule(file)})
     return pipe
+
+
+def marked_schedule(file):
+    """What a checkpoint in one file says of its noise schedule by the marks that ComfyUI and A1111 read, too.
+
+    raises  ValueError for EDM's preconditioning
+    """
+    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+    if Path(file).suffix == ".safetensors":
+        with safe_open(file, "pt") as weights:
+            names, metadata = {*weights.keys()}, weights.metadata() or {}
+    else:
+        names, metadata = {*load_single_file_checkpoint(file)}, {}
+    if any(name.startswith("edm_") for name in names):
+        raise ValueError("it is marked as an EDM model, which is not one of epsilon or v")
+    marks = {}
+    if "v_pred" in names or metadata.get("modelspec.prediction_type", "").startswith("v"):
+        marks["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        marks["rescale_betas_zero_snr"] = True
+    return marks
+
+
+def check_parts(pipe, family):
+    """Gives tokenizers their length. ValueError if a tokenizer has no vocabulary or two parts do not fit each other."""
+    from diffusers import AutoencoderKL
+
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part:
+            if part.vocab_size <= len(set(part.all_special_ids)):
+                raise ValueError(f"its {name} has no vocabulary")
+            encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+            if encoder and part.model_max_length > 1e6:  # the file names no length
+                part.model_max_length = getattr(encoder.config, "max_position_embeddings", part.model_max_length)
+    if not isinstance(pipe.vae, AutoencoderKL):
+        raise ValueError(f"its vae is an {type(pipe.vae).__name__}; an AutoencoderKL is needed")
+    denoiser, name = getattr(pipe, family.denoiser_name).config, family.denoiser_name
+    texts = [getattr(pipe, name).config for name in family.text_encoders if getattr(pipe, name)]
+    channels = pipe.vae.config.latent_channels * (4 if family is Flux else 1)  # FLUX takes 2 x 2 latents as one
+    widths = {"in_channels": channels}
+    if name == "unet":
+        widths |= {"out_channels": channels, "cross_attention_dim": sum(text.hidden_size for text in texts)}
+    else:
+        widths |= {"joint_attention_dim": text.d_model for text in texts if "d_model" in text}
+    for key, width in widths.items():
+        if isinstance(denoiser.get(key), int) and denoiser[key] != width:
+            part = "vae" if "channels" in key else "text encoders"
+            raise ValueError(f"its {name} and its {part} do not fit: {key} is {denoiser[key]}, and {width} is needed")
 
 
 # LoRA
@@ -237,14 +280,14 @@ def fuse_lora(model, source):
 
 
 def refuse_dora(source):
-    """ValueError if a local file holds DoRA's magnitudes, which diffusers leaves out."""
-    path = Path(source)
-    for file in [path] if path.is_file() else path.glob("*.safetensors"):
-        if file.suffix != ".safetensors":
-            continue
-        with safe_open(file, "pt") as weights:
-            if any("dora_scale" in name for name in weights.keys()):
-                raise ValueError("they are DoRA weights, and diffusers leaves out their magnitudes")
+    """ValueError if LoRA weights, in any file or of a hub id, hold DoRA's magnitudes, which diffusers leaves out."""
+    from diffusers.loaders.lora_base import _fetch_state_dict
+
+    unset = dict.fromkeys(("weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder"))
+    weights, *_ = _fetch_state_dict(source, **unset, use_safetensors=True, force_download=False, allow_pickle=True,
+                                    user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"})
+    if any("dora_scale" in name for name in weights):
+        raise ValueError("they are DoRA weights, and diffusers leaves out their magnitudes")
 
 
 def tensor_digest(tensor):

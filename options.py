@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, Parser, brief
+from common import InputError, Parser, brief, is_cache, read_manifest
 from data import COLUMNS
 from distributed import get_device, torchrun_env
 from loading import HUB_IDS
 from loss import LOSSES, wants
-from sources import is_cache, read_manifest
 
 H14 = "ViT-H-14:laion2b_s32b_b79k"
 TINY = dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10, beta=500.0,

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import distributed
-from common import InputError, atomic_write, brief
+from common import InputError, atomic_write, brief, is_cache, words_of
 from data import ImagePairs, Stream
 from encode import EncodedPairs
 from loss import preference_metrics
 from options import cache_settings, held_out_share
-from sources import TO_VALIDATE, find_source, is_cache, read_rows, words_of
+from sources import TO_VALIDATE, find_source, read_rows
 from stats import rate_interval
 
 
@@ -83,7 +83,7 @@ class ReferenceErrors:
                 "vae_precision", "group_noise", "precision")
 
     def __init__(self, args, digests):
-        self.file, self.saved_at = Path(args.reference_errors).expanduser(), time.time()
+        self.file, self.saved_at = Path(args.reference_errors), time.time()
         self.name = f"--reference_errors {self.file}"
         self.identity = {name: getattr(args, name) for name in self.SETTINGS} | digests
         self.identity["group_size"] = args.group_size if args.group_noise != "own" else None
@@ -169,7 +169,7 @@ def open_held_out(args, pairs):
         held_out.use(hold_out(pairs, share))
         return held_out
     source = find_source(args.validate, "held_out")
-    if not Path(source).expanduser().exists():
+    if not Path(source).exists():
         raise InputError(f"--validate {source}: there is no such file or folder. A share is a number, such as 0.02")
     try:
         if not is_cache(source):

@@ -15,8 +15,8 @@ import pandas
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from common import InputError, atomic_write, brief, digest, is_hidden, write_csv
-from sources import as_text, read_image
+from common import InputError, as_text, atomic_write, brief, digest, is_hidden, write_csv
+from sources import read_image
 from stats import FEW, adjust, categories_of, compare_scores, count_votes
 
 NOTE = "diffusion-rpo"  # the PNG text field in which an image carries its index, prompt and seed

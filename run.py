@@ -15,14 +15,13 @@ from tqdm import tqdm
 
 import distributed
 import reference
-from common import (DTYPES, CheckpointWriter, InputError, Log, atomic_write, is_hidden, keyed_generator,
+from common import (DTYPES, CheckpointWriter, InputError, Log, atomic_write, is_cache, is_hidden, keyed_generator,
                     newest_checkpoint)
 from data import COLUMNS, ImagePairs
 from encode import EncodedPairs, check_cache
 from loading import EMBEDDED, find_model, fuse_lora, load_model, save_model
 from loss import LOSSES, wants
 from options import H14, recorded_run
-from sources import is_cache
 
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
          "skipped": "skipped"}  # scalars in the progress bar

@@ -5,6 +5,7 @@ label_0), or a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE},
 encode.py writes, is recognised by its manifest.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import glob
@@ -20,14 +21,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from common import InputError, brief, digest, hub_id, is_hidden
+from common import InputError, as_text, brief, digest, hub_id, is_hidden
 
 HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
-SPLITS = {  # the words of datasets.data_files, held-out splits first: "test_of_training" is a test split
-    "test": ("test", "testing", "eval", "evaluation"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "train": ("train", "training"),
+SPLITS = {  # the words of datasets.data_files and "...set", held-out splits first: "test_of_training" is a test split
+    "test": ("test", "testing", "testset", "eval", "evaluation"),
+    "validation": ("validation", "valid", "dev", "devset", "val", "valset"),
+    "train": ("train", "training", "trainset"),
 }
+OTHER_LISTS = (".json", ".csv", ".tsv", ".arrow", ".gz", ".tar", ".zip")  # what may be meant to be pairs, and is not read
+STRINGS = "null|(large_)?string(_view)?|dictionary<values=(large_)?string.*"  # as pyarrow prints their types
+TEXTS = ("caption", "split")  # the columns of strings; the others are numbers
 TO_TRAIN = ("train", None)  # preferred splits in order; None means files that name no split
 TO_VALIDATE = ("validation", "test", None, "train")
 
@@ -35,7 +39,7 @@ TO_VALIDATE = ("validation", "test", None, "train")
 class Rows(NamedTuple):
     """The rows of a source; its files are read in the order of their names."""
 
-    columns: object  # pyarrow.Table: caption as text, all other `column_types` as float64, null where missing
+    columns: object  # pyarrow.Table of the `column_types`, null where missing
     images: object   # images[row] is {"jpg_0", "jpg_1"}, each bytes, a path or {"bytes", "path"}
     files: dict      # {name in the source: path}; empty for the hub
     left_out: dict   # {name in the source: why}
@@ -51,28 +55,13 @@ def find_source(source, part="pairs"):
     return HUB_IDS.get(source, source)
 
 
-def is_cache(source):
-    file = Path(source).expanduser() / "manifest.json"
-    return file.is_file() and b'"encoders"' in file.read_bytes()
-
-
-def read_manifest(source):
-    """The manifest of a cache, finished or not. InputError if it is damaged."""
-    file = Path(source).expanduser() / "manifest.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error!r:.200}). Remove it and run the encode.py command that made "
-                         "the cache once more: it writes the manifest anew")
-
-
 def split_of(name):
     """The split that a relative path names, or None. The innermost part with a split's word decides.
 
     `datasets` has the same words, but it reads train/x_test.parquet as training data.
     """
     for part in reversed(Path(name).parts):
-        words = re.split("[-._ 0-9]+", part.lower())  # the separators of datasets.data_files
+        words = re.split("[-._= 0-9]+", part.lower())  # the separators of datasets.data_files, and Spark's split=test
         for split, names in SPLITS.items():
             if any(word in names for word in words):
                 return split
@@ -85,12 +74,12 @@ def source_files(source, wanted_splits=TO_TRAIN):
     parquet files. Hidden files are left out. Only one split is read, the first of `wanted_splits` that is there. A
     file with several names is read once. InputError if only other splits are there, or if a link leads nowhere.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_file():
         return {path.name: path}, {}
-    found = walk(path)
-    left_out = {name: "hidden" for name in found if is_hidden(name, "._")}
-    parquet, lists = ([name for name in found if name.endswith(suffix) and name not in left_out]
+    found, left_out = walk(path)
+    left_out |= {name: "hidden" for name in found if is_hidden(name, "._")}
+    parquet, lists = ([name for name in found if name.lower().endswith(suffix) and name not in left_out]
                       for suffix in (".parquet", ".jsonl"))
     if parquet:
         left_out |= {name: "beside parquet" for name in lists}
@@ -112,34 +101,41 @@ def source_files(source, wanted_splits=TO_TRAIN):
         raise InputError(f"--data {source} has no training split, only {', '.join(splits)}. To train on one of these, "
                          f"name the file: --data {path / min(splits)}")
     if not files:
-        hidden = f" except hidden ones: {', '.join(left_out)}" if left_out else ""
-        raise InputError(f"--data {source} holds no parquet file and no .jsonl file{hidden}")
+        others = "".join(f"; {name}: {why}" for name, why in left_out.items())
+        raise InputError(f"--data {source} holds no parquet file and no .jsonl file{others}")
     return files, left_out
 
 
 def walk(folder):
-    """{name: path} of a folder's parquet and .jsonl files, sorted. Links are followed, each folder is read once."""
-    found, seen = {}, {os.path.realpath(folder)}
+    """({name: path} of a folder's parquet and .jsonl files, {what else may be meant: why it is left out}), over links."""
+    found, left_out, others, seen = {}, {}, collections.Counter(), {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
+        if {"config.json", "data.json", "log.jsonl"} <= {*names}:
+            left_out[Path(root).relative_to(folder).as_posix()] = "a run of train.py"
+            folders[:], names = [], []
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
         seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
         for name in names:
             file = Path(root, name)
-            if file.suffix in (".parquet", ".jsonl"):
-                found[file.relative_to(folder).as_posix()] = file
-    return dict(sorted(found.items()))
+            inside, suffix = file.relative_to(folder).as_posix(), file.suffix.lower()
+            if suffix in (".parquet", ".jsonl"):
+                found[inside] = file
+            elif suffix in OTHER_LISTS and not is_hidden(inside, "._"):
+                others[suffix] += 1
+    left_out |= {f"{n} {suffix} files": "neither parquet nor .jsonl" for suffix, n in sorted(others.items())}
+    return dict(sorted(found.items())), left_out
 
 
 def is_list(files):
     """Whether {name: path} are .jsonl files."""
-    return min(files).endswith(".jsonl")
+    return min(files).lower().endswith(".jsonl")
 
 
 def file_identities(rows):
-    """[[name, bytes, digest], ...] of a source's files: of a .jsonl its content, of parquet its footer."""
+    """[[name, bytes, digest], ...] of a source's files: of a .jsonl its content, of parquet its footer and samples."""
     identities = []
     for name, file in rows.files.items():
-        content = file.read_bytes() if is_list(rows.files) else parquet_footer(file)
+        content = file.read_bytes() if is_list(rows.files) else parquet_content(file)
         identities.append([name, file.stat().st_size, digest(content)])
     if rows.files and is_list(rows.files):
         paths = [image[side] for image in rows.images for side in ("jpg_0", "jpg_1")]
@@ -147,13 +143,18 @@ def file_identities(rows):
     return identities
 
 
-def parquet_footer(file):
-    """The bytes of a parquet file's footer: its schema, and the sizes, offsets and extremes of its columns."""
+def parquet_content(file):
+    """Bytes that tell a parquet file from others: its footer (schema, sizes, extremes) and 16 samples of 1 kB."""
     with open(file, "rb") as stream:
-        stream.seek(-8, os.SEEK_END)
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(size - 8)
         length = int.from_bytes(stream.read(4), "little")
-        stream.seek(-8 - length, os.SEEK_END)
-        return stream.read(length)
+        stream.seek(size - 8 - length)
+        content = stream.read(length)
+        for k in range(16):
+            stream.seek(size * k // 16)
+            content += stream.read(1024)
+        return content
 
 
 # Rows
@@ -164,7 +165,7 @@ def column_types(extra):
     import pyarrow
 
     numbers = ("label_0", "label_1", "has_label", *extra)
-    return {"caption": pyarrow.large_string()} | {name: pyarrow.float64() for name in numbers}
+    return dict.fromkeys(TEXTS, pyarrow.large_string()) | dict.fromkeys(numbers, pyarrow.float64())
 
 
 def check_schema(schema, file, extra):
@@ -175,8 +176,8 @@ def check_schema(schema, file, extra):
     cell = "null|(large_)?(binary|string)"  # as pyarrow prints its types
     images = ("bytes or paths", rf"{cell}|struct<((, )?(bytes|path): ({cell}))+>")
     numbers = ("numbers", "null|bool|u?int.*|halffloat|float|double|decimal.*")
-    kinds = {name: numbers for name in column_types(extra)}
-    kinds |= {"caption": ("strings", "null|.*string.*"), "jpg_0": images, "jpg_1": images}
+    kinds = dict.fromkeys(column_types(extra), numbers) | {"jpg_0": images, "jpg_1": images}
+    kinds["caption"], kinds["split"] = ("strings", STRINGS), ("", ".*")
     for name, (what, pattern) in kinds.items():
         if name in schema.names and not re.fullmatch(pattern, str(schema.field(name).type)):
             raise InputError(f"{name} in {file} has the type {schema.field(name).type}; {what} are needed")
@@ -188,7 +189,7 @@ def conform(table, extra):
 
     arrays = {}
     for name, kind in column_types(extra).items():
-        if name not in table.column_names:
+        if name not in table.column_names or name == "split" and not re.fullmatch(STRINGS, str(table[name].type)):
             arrays[name] = pyarrow.nulls(len(table), kind)
             continue
         column = table[name]
@@ -237,34 +238,75 @@ def open_parquet(paths, filesystem=None):
         return list(pool.map(fragment, paths))
 
 
-def read_rows(source, extra=(), wanted_splits=TO_TRAIN):
-    """The `Rows` of a source, for training: images in any order, out of a memory-mapped copy that `datasets` makes.
+def read_rows(source, extra=(), wanted_splits=TO_TRAIN, open_images=None):
+    """The `Rows` of a source.
 
-    source   what `find_source` returns
-    extra    names of further columns of numbers
-    raises   InputError that names what cannot be read
+    source       what `find_source` returns
+    extra        names of further columns of numbers
+    open_images  pyarrow's fragments -> their images; `copy_images` if None
+    raises       InputError that names what cannot be read
     """
-    import datasets
-
-    if not Path(source).expanduser().exists():
+    if not Path(source).exists():
         return read_hub_rows(source, extra)
     files, left_out = source_files(source, wanted_splits)
     if is_list(files):
         columns, images = read_jsonl(files, extra)
-        return Rows(columns, images, files, left_out)
-    fragments = open_parquet(files.values())
-    columns = read_columns(fragments, extra)
+    else:
+        fragments = open_parquet(files.values())
+        columns = read_columns(fragments, extra)
+        images = ImagesBeside((open_images or copy_images)(fragments), fragments)
+    check_one_split(columns, source, wanted_splits)
+    return Rows(columns, images, files, left_out)
+
+
+def check_one_split(columns, source, wanted_splits):
+    """InputError if a column `split` names a split that is not wanted, or several."""
+    splits = {split_of(text) for text in columns["split"].unique().to_pylist() if text} - {None}
+    if len(splits) > 1 or not splits <= {*wanted_splits}:
+        raise InputError(f"--data {source} has a column split with {', '.join(sorted(splits))}. Write the rows of each "
+                         "split into a file of its own, such as train.parquet and test.parquet")
+
+
+def copy_images(fragments):
+    """Images in any order, out of a memory-mapped copy that `datasets` makes of parquet files.
+
+    It knows a file by its path and time. So each set of contents gets a folder of its own.
+    """
+    import datasets
+
     image = datasets.Image(decode=False)  # takes bytes, paths or both, whatever a file has
-    with_rows = [glob.escape(fragment.path) for fragment in fragments if fragment.count_rows()]
+    paths = [fragment.path for fragment in fragments if fragment.count_rows()]
+    if not paths:
+        return []
+    contents = digest(b"".join(map(parquet_content, paths)))
     try:
         table = datasets.load_dataset(
-            "parquet", data_files=with_rows, split="train", columns=["jpg_0", "jpg_1"],
-            features=datasets.Features({"jpg_0": image, "jpg_1": image})) if with_rows else []
+            "parquet", data_files=[*map(glob.escape, paths)], split="train", columns=["jpg_0", "jpg_1"],
+            features=datasets.Features({"jpg_0": image, "jpg_1": image}),
+            cache_dir=f"{datasets.config.HF_DATASETS_CACHE}/pairs-{contents}")
     except Exception as error:
-        raise InputError(unreadable_file(files, error.__cause__ or error))
-    if len(table) != len(columns):
-        raise InputError(f"--data {source} was read in part: {len(table)} of {len(columns)} rows; has it changed?")
-    return Rows(columns, table, files, left_out)
+        raise InputError(unreadable_file(paths, error.__cause__ or error))
+    if len(table) != sum(fragment.count_rows() for fragment in fragments):
+        raise InputError(f"--data {Path(paths[0]).parent} was read in part. If it has changed, run the command again")
+    return table
+
+
+class ImagesBeside:
+    """The images of parquet files. A path in a cell is looked for beside its file first, then as it is written."""
+
+    def __init__(self, images, fragments):
+        self.images = images
+        self.folders = [Path(fragment.path).parent for fragment in fragments]
+        self.ends = np.cumsum([fragment.count_rows() for fragment in fragments])
+
+    def __getitem__(self, row):
+        cells = self.images[row]
+        folder = self.folders[np.searchsorted(self.ends, row, side="right")]
+        for side, cell in cells.items():
+            path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
+            if isinstance(path, str) and (folder / path).exists():
+                cells[side] = str(folder / path)
+        return cells
 
 
 def read_hub_rows(source, extra):
@@ -289,13 +331,13 @@ def unreadable_file(files, error):
     """One line that names the first parquet file that cannot be read to its end."""
     import pyarrow.parquet
 
-    for file in files.values():
+    for file in files:
         try:
             for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
                 pass
         except Exception as cause:
             return f"--data {file} cannot be read: {brief(cause)}"
-    return f"--data {next(iter(files.values())).parent} cannot be read: {brief(error)}"
+    return f"--data {Path(files[0]).parent} cannot be read: {brief(error)}"
 
 
 def read_jsonl(files, extra):
@@ -314,7 +356,7 @@ def read_jsonl(files, extra):
             try:
                 row = json.loads(line)
                 chosen, rejected = (str(file.parent / row[side]) for side in ("chosen", "rejected"))
-                cells = {"caption": as_text(row["prompt"]), "label_0": 1.0}
+                cells = {"caption": as_text(row["prompt"]), "label_0": 1.0, "split": as_text(row.get("split"))}
                 cells |= {name: float(row[name]) for name in extra if row.get(name) is not None}
             except KeyError as error:
                 raise InputError(f"line {number} of {file} lacks {error}; a line needs prompt, chosen and rejected")
@@ -325,19 +367,6 @@ def read_jsonl(files, extra):
                 column.append(cells.get(name))
     arrays = {name: pyarrow.array(column, column_types(extra)[name]) for name, column in values.items()}
     return pyarrow.table(arrays), images
-
-
-def as_text(value):
-    """A string, or UTF-8 bytes, as a string that can be written; None for anything else, also half a surrogate pair."""
-    try:
-        return value.decode() if isinstance(value, bytes) else value.encode().decode()
-    except (AttributeError, UnicodeError):
-        return None
-
-
-def words_of(caption):
-    """A prompt in lower case with single blanks: two prompts that differ in these alone count as one."""
-    return " ".join(caption.casefold().split())
 
 
 # Pictures

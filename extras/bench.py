@@ -41,6 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import data
 import encode
 import reference
@@ -201,7 +202,7 @@ def encoding(argv):
     """Pairs per second of encode.py. The time includes the loading of its models."""
     t0 = time.time()
     encode.main(argv)
-    manifest = sources.read_manifest(argv[argv.index("--out") + 1])
+    manifest = common.read_manifest(argv[argv.index("--out") + 1])
     return manifest["used"] / (time.time() - t0)
 
 

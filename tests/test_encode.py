@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import common
 import data
 import encode
 import loss
@@ -440,7 +441,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeyp
 
     source = parquet(tmp_path / "train.parquet", tiny.pair_rows(12), batch_size=6)
     streamed = encode.stream_rows(str(source))
-    streamed.images.groups[1] = Damaged()
+    streamed.images.images.groups[1] = Damaged()
     monkeypatch.setattr(encode, "stream_rows", lambda source, extra: streamed)
     complaint = "row 6 is in train.parquet, which cannot be read: no bytes.*the same command goes on"
     with pytest.raises(SystemExit, match=complaint):
@@ -529,7 +530,7 @@ def test_a_damaged_cache_is_refused_and_mended(
 def test_a_manifest_of_something_else_makes_no_cache(tmp_path):
     own_pairs(tmp_path)
     (tmp_path / "manifest.json").write_text('{"images": []}')  # as evaluate.py writes
-    assert not sources.is_cache(tmp_path) and len(ImagePairs(str(tmp_path), 32)) == 3
+    assert not common.is_cache(tmp_path) and len(ImagePairs(str(tmp_path), 32)) == 3
     (tmp_path / "manifest.json").write_text('{"encoders": ')
     with pytest.raises(InputError, match="manifest.json cannot be read .*it writes the manifest anew"):
         train_args(["--model", "sd15", "--data", str(tmp_path)])

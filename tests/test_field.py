@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import re
 import shutil
 from decimal import Decimal
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+import common
 import data
 import encode
 import evaluate
@@ -103,6 +107,101 @@ def test_held_out_pairs_are_not_trained_on(tmp_path, layout):
     (tmp_path / ours).unlink()
     with pytest.raises(InputError, match=f"no training split, only .*name the file: --data {tmp_path}/{theirs}"):
         read_by_both(tmp_path)
+
+
+# What belongs to a source
+
+
+@pytest.mark.parametrize("write, suffix", [(parquet, ".PARQUET"), (jsonl, ".JSONL"), (jsonl, ".JsonL")])
+def test_a_suffix_in_capitals_is_a_suffix(tmp_path, write, suffix):
+    """Half of the pairs were passed over without a word, and a list that was named was read as parquet."""
+    write(tmp_path / f"part-0{suffix.lower()}", 0, 1), write(tmp_path / f"PART-1{suffix}", 2)
+    assert len(read_by_both(tmp_path)) == 3
+    assert captions(read_by_both(tmp_path / f"PART-1{suffix}")) == ["pair 2"]
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.json", "data-00000-of-00001.arrow", "0.tar", "pairs.jsonl.gz"])
+def test_lists_in_other_formats_are_named(tmp_path, name):
+    (tmp_path / name).write_text("[]")
+    kind = Path(name).suffix
+    with pytest.raises(InputError, match=f"no parquet file and no .jsonl file; 1 {kind} files: neither parquet nor"):
+        read_by_both(tmp_path)
+    parquet(tmp_path / "a.parquet", 0)
+    assert read_by_both(tmp_path).left_out == {f"1 {kind} files": "neither parquet nor .jsonl"}
+
+
+@pytest.mark.parametrize("name", ["split=train", "trainset", "split=training/label_0=1"])
+@pytest.mark.parametrize("other", ["split=test", "testset", "split=validation", "valset/0"])
+def test_a_folder_may_name_its_split_as_spark_does(tmp_path, name, other):
+    """Held-out rows were trained on."""
+    parquet(tmp_path / name / "0.parquet", 0, 1), parquet(tmp_path / other / "0.parquet", 2)
+    assert captions(read_by_both(tmp_path)) == ["pair 0", "pair 1"]
+
+
+@pytest.mark.parametrize("splits, is_refused", [
+    (["train", "test"], True), (["train", "val"], True), (["test", "test"], True), (["train", "train"], False),
+    (["a", "b"], False), ([None, None], False), ([0, 1], False)])
+@pytest.mark.parametrize("kind", ["parquet", "categories", "jsonl"])
+def test_a_column_that_names_a_held_out_split_is_refused(tmp_path, splits, is_refused, kind):
+    if kind == "jsonl":
+        file = jsonl(tmp_path / "pairs.jsonl", 0, 1)
+        lines = [json.loads(line) | {"split": split} for line, split in zip(file.read_text().split("\n"), splits)]
+        file.write_text("\n".join(map(json.dumps, lines)))
+    else:
+        column = pyarrow.array(splits, None if 0 in splits else pyarrow.string())
+        parquet(tmp_path / "a.parquet", 0, 1, split=column.dictionary_encode() if kind == "categories" else column)
+    if is_refused:
+        with pytest.raises(InputError, match="has a column split with .*Write the rows of each split into a file"):
+            read_by_both(tmp_path)
+    else:
+        assert len(read_by_both(tmp_path)) == 2
+
+
+def test_a_runs_own_folder_is_no_data(tmp_path):
+    """With --data . the log of the first run was read as pairs by the second."""
+    jsonl(tmp_path / "pairs.jsonl", 0, 1)
+    run = tmp_path / "out" / "sd-dpo"
+    run.mkdir(parents=True)
+    for name in ("config.json", "data.json", "log.jsonl"):
+        (run / name).write_text("{}")
+    pairs = read_by_both(tmp_path)
+    assert len(pairs) == 2 and pairs.left_out == {"out/sd-dpo": "a run of train.py"}
+
+
+@pytest.mark.parametrize("rewritten", [(5, 6), (5,), (5, 6, 7)])
+def test_a_file_that_keeps_its_time_is_read_anew(tmp_path, rewritten):
+    """rsync -t, tar and cp -p keep it. New captions were trained on with the old pictures."""
+    file = tmp_path / "train-1.parquet"
+    parquet(tmp_path / "train-0.parquet", 0)
+    for numbers in ((1, 2), rewritten, (1, 2)):
+        parquet(file, *numbers)
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+        pairs = read_by_both(tmp_path)
+        assert captions(pairs) == [f"pair {number}" for number in (0, *numbers)]
+        shades = [np.asarray(pairs.load(row)[0][0])[0, 0, 0] for row in pairs.rows]
+        assert shades == [8 * number for number in (0, *numbers)]
+
+
+@pytest.mark.parametrize("cell", ["path", "struct"])
+def test_paths_in_parquet_begin_at_their_file(tmp_path, monkeypatch, cell):
+    """Another set's pictures of the same names were used. Absolute paths, and paths as they are written, are found, too."""
+    for name, number in (("set", 1), ("elsewhere", 2)):
+        jsonl(tmp_path / name / "list.jsonl", number)
+        for side in (0, 1):
+            (tmp_path / name / f"{number}-{side}.png").rename(tmp_path / name / f"x-{side}.png")
+        (tmp_path / name / "list.jsonl").unlink()
+    for side in (0, 1):
+        shutil.copy(tmp_path / f"elsewhere/x-{side}.png", tmp_path / f"elsewhere/y-{side}.png")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    written = {"x": "x", "absolute": f"{tmp_path}/elsewhere/x", "as-written": "y"}
+    for name, start in written.items():
+        columns = {}
+        for side in (0, 1):
+            path = f"{start}-{side}.png"
+            columns[f"jpg_{side}"] = pyarrow.array([{"bytes": None, "path": path} if cell == "struct" else path])
+        parquet(tmp_path / "set" / f"{name}.parquet", 0, **columns)
+        pairs = read_by_both(tmp_path / "set" / f"{name}.parquet")
+        assert np.asarray(pairs.load(0)[0][0])[0, 0, 0] == (8 if name == "x" else 16)
 
 
 @pytest.mark.parametrize(
@@ -815,3 +914,135 @@ def test_samples_are_there_only_if_they_are_wanted(tmp_path, small_run, capsys):
     assert f"the result is {tmp_path}/out/model" in capsys.readouterr().out and not [*tmp_path.glob("out/samples/*")]
     small_run(1, "--sample_every", "1", "--sample_steps", "1", out="other")
     assert (tmp_path / "other" / "samples" / "000001.png").exists()
+
+
+# Commands
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    ("--learning_rate 1e-5", "--lr"), ("--max_train_steps=100", "--steps"), ("--output_dir x", "--out"),
+    ("--train_batch_size 4", "--micro_batch"), ("--resume_from_checkpoint latest", "the same command goes on")])
+def test_an_option_of_diffusers_is_answered_with_ours(theirs, ours):
+    with pytest.raises(SystemExit, match=f"^train.py: unrecognized arguments: {theirs}. Here .* is .*{ours}") as refused:
+        train.main(["--steps", "1", *theirs.split()])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("typed", [["--out=~/run", "--data", "~/pairs"], ["--out", "~/run", "--data=~/pairs"]])
+def test_a_tilde_is_the_home_folder_wherever_it_stands(tmp_path, monkeypatch, typed):
+    """The shell leaves it in --out=~/run, and a folder of that name was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parquet(tmp_path / "pairs" / "a.parquet", 0)
+    args = train.train_args(typed)
+    assert args.out == f"{tmp_path}/run" and args.data == f"{tmp_path}/pairs"
+    assert train.train_args(["--out", "a~/b"]).out == "a~/b" and train.train_args(["--out=~nobody/x"]).out == "~nobody/x"
+
+
+@pytest.mark.parametrize("half", ['{"step": 1, "lo', "}", "7", '{"step": 1, "loss": 0.6}{"step": 2'])
+def test_half_a_line_of_the_log_is_cut_off(tmp_path, half):
+    """It was merged with the next record, and no tool could read the log any more."""
+    whole = '{"step": 0, "loss": 0.7}\n'
+    (tmp_path / "log.jsonl").write_text(whole + half)
+    log = common.Log(tmp_path, 2)
+    log.write(2, {"loss": 0.5})
+    assert (tmp_path / "log.jsonl").read_text() == whole + '{"step": 2, "loss": 0.5}\n'
+
+
+# What a file says of itself
+
+
+@pytest.mark.parametrize("marks, metadata, expected", [
+    (["v_pred"], {}, ("v_prediction", False)), (["v_pred", "ztsnr"], {}, ("v_prediction", True)),
+    ([], {"modelspec.prediction_type": "v"}, ("v_prediction", False)),
+    ([], {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)), ([], {}, ("epsilon", False))])
+def test_a_checkpoint_in_one_file_is_trained_as_it_is_marked(checkpoint, small_model, marks, metadata, expected):
+    """v-prediction models were trained as epsilon, and nobody knew."""
+    file, _ = checkpoint
+    save_file(load_file(file) | {mark: torch.zeros(0) for mark in marks}, file, metadata)
+    model = loading.load_model(str(file), config=small_model("sd"))
+    prediction, is_terminal = expected
+    assert model.process.prediction_type == prediction
+    assert (model.process.alphas_cumprod[-1] < 1e-6) == is_terminal
+
+
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_an_edm_checkpoint_is_refused(checkpoint, small_model, mark):
+    file, _ = checkpoint
+    save_file(load_file(file) | {mark: torch.ones(4)}, file)
+    with pytest.raises(InputError, match="v1.safetensors cannot be loaded: it is marked as an EDM model"):
+        loading.load_model(str(file), config=small_model("sd"))
+
+
+def exchanged(folder, part, network_class, **changes):
+    """Exchanges a part of a saved pipeline for a network of another configuration."""
+    config = json.loads((folder / part / "config.json").read_text())
+    shutil.rmtree(folder / part)
+    network_class.from_config(config | changes).save_pretrained(folder / part)
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"in_channels": 9}, "unet and its vae do not fit: in_channels is 9, and 4 is needed"),
+    ({"out_channels": 8}, "unet and its vae do not fit: out_channels is 8, and 4 is needed"),
+    ({"cross_attention_dim": 48}, "unet and its text encoders do not fit: cross_attention_dim is 48, and 32 is needed")])
+def test_parts_that_do_not_fit_are_refused_when_they_are_loaded(tmp_path, small_model, changes, complaint):
+    """Inpainting models, and text encoders of another width, ended in a traceback in the first step."""
+    shutil.copytree(small_model("sd"), tmp_path / "sd")
+    exchanged(tmp_path / "sd", "unet", diffusers.UNet2DConditionModel, **changes)
+    with pytest.raises(InputError, match=f"sd cannot be loaded: its {complaint}"):
+        loading.load_model(str(tmp_path / "sd"))
+
+
+def test_a_transformer_of_other_text_encoders_is_refused(tmp_path, small_model):
+    shutil.copytree(small_model("flux"), tmp_path / "flux")
+    exchanged(tmp_path / "flux", "transformer", diffusers.FluxTransformer2DModel, joint_attention_dim=64)
+    with pytest.raises(InputError, match="transformer and its text encoders do not fit: joint_attention_dim is 64"):
+        loading.load_model(str(tmp_path / "flux"))
+
+
+def test_a_vae_of_another_kind_is_refused_by_name(tmp_path, small_model):
+    shutil.copytree(small_model("sd"), tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd" / "vae")
+    diffusers.AutoencoderTiny().save_pretrained(tmp_path / "sd" / "vae")
+    index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
+    with pytest.raises(InputError, match="its vae is an AutoencoderTiny; an AutoencoderKL is needed"):
+        loading.load_model(str(tmp_path / "sd"))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_tokenizer_without_a_length_takes_its_text_encoders(tmp_path, small_model, kind):
+    """It ended in an OverflowError."""
+    shutil.copytree(small_model(kind), tmp_path / kind)
+    for file in (tmp_path / kind).glob("tokenizer*/tokenizer_config.json"):
+        config = json.loads(file.read_text())
+        del config["model_max_length"]
+        file.write_text(json.dumps(config))
+    embeds = loading.load_model(str(tmp_path / kind)).encode_prompts(["a cat " * 99])
+    expected = loading.load_model(small_model(kind)).encode_prompts(["a cat " * 99])
+    assert all(torch.equal(embeds[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["dora.safetensors", "dora.pt", "dora.ckpt", "pytorch_lora_weights.bin"])
+@pytest.mark.parametrize("has_magnitudes", [True, False])
+def test_dora_is_refused_in_every_form_of_file(tmp_path, small_model, name, has_magnitudes):
+    """Its magnitudes were left out of .pt and .ckpt, and the model began otherwise than it was trained."""
+    model = loading.load_model(small_model("sd"))
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for layer, module in model.denoiser.named_modules():
+        if layer.endswith(("to_q", "to_v")):
+            key, (outputs, inputs) = f"lora_unet_{layer.replace('.', '_')}", module.weight.shape
+            weights[f"{key}.lora_down.weight"] = torch.randn(4, inputs, generator=generator)
+            weights[f"{key}.lora_up.weight"] = torch.randn(outputs, 4, generator=generator)
+            weights[f"{key}.alpha"] = torch.tensor(4.0)
+            if has_magnitudes:
+                weights[f"{key}.dora_scale"] = torch.ones(1, inputs)
+    file = tmp_path / name
+    save_file(weights, file) if file.suffix == ".safetensors" else torch.save(weights, file)
+    source = str(tmp_path if name.startswith("pytorch") else file)
+    if has_magnitudes:
+        with pytest.raises(InputError, match="they are DoRA weights"):
+            loading.fuse_lora(model, source)
+    else:
+        before = model.denoiser.state_dict()["conv_in.weight"].clone()
+        loading.fuse_lora(model, source)
+        assert torch.equal(before, model.denoiser.state_dict()["conv_in.weight"]) and model.init_lora == source

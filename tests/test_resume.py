@@ -859,7 +859,8 @@ def test_storage_that_goes_away_ends_the_run_in_one_line(tmp_path, options, work
     image_of_pairs(tmp_path, "a.png")
     argv = [*options, "--data", str(tmp_path), "--workers", workers, "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, "unmount", 0, argv)
-    expected = "train.py: 8 pairs in a row cannot be decoded (no such file). Is the storage gone?"
+    expected = (f"train.py: 8 pairs in a row cannot be decoded ([Errno 2] No such file or directory: '{tmp_path}/a.png'). "
+                "Is the storage gone?")
     assert status == 1 and one_line_of(text) == expected
 
 
