@@ -120,8 +120,9 @@ def load_network(network_class, source, name):
         if match:
             variants.add((match[1] or match[5] or "").removeprefix("."))
     variant = variants.pop() if len(variants) == 1 else None
-    return network_class.from_pretrained(source, subfolder=name, dtype=torch.float32, variant=variant or None,
-                                         output_loading_info=True)
+    dtype = "torch_dtype" if network_class.__module__.startswith("diffusers") else "dtype"
+    return network_class.from_pretrained(source, subfolder=name, variant=variant or None, output_loading_info=True,
+                                         **{dtype: torch.float32})
 
 
 @functools.cache  # it reads the whole file
@@ -258,12 +259,13 @@ def fuse_lora(model, source):
     if lower:
         fuse_lora(model, lower)
     try:
-        refuse_dora(source)
+        file = lora_file(source)
+        refuse_dora(source, file)
         if model.denoiser_name == "unet":
-            weights, *_ = pipe.lora_state_dict(source, unet_config=model.denoiser.config)
+            weights, *_ = pipe.lora_state_dict(source, weight_name=file, unet_config=model.denoiser.config)
         else:
-            weights = pipe.lora_state_dict(source)
-        pipe.load_lora_weights(source)
+            weights = pipe.lora_state_dict(source, weight_name=file)
+        pipe.load_lora_weights(source, weight_name=file)
         loaded = set()
         for network in model.networks().values():
             for name, param in network.named_parameters():
@@ -279,12 +281,20 @@ def fuse_lora(model, source):
         raise InputError(f"LoRA weights {source} cannot be loaded into this model: {brief(error)}")
 
 
-def refuse_dora(source):
+def lora_file(source):
+    """The name of a local source's only file of weights, which some versions of diffusers do not look for offline."""
+    files = [Path(source)] if Path(source).is_file() else []
+    for suffix in ("safetensors", "bin"):
+        files = files or [*Path(source).glob(f"*.{suffix}")]
+    return files[0].name if len(files) == 1 else None
+
+
+def refuse_dora(source, file):
     """ValueError if LoRA weights, in any file or of a hub id, hold DoRA's magnitudes, which diffusers leaves out."""
     from diffusers.loaders.lora_base import _fetch_state_dict
 
-    unset = dict.fromkeys(("weight_name", "local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder"))
-    weights, *_ = _fetch_state_dict(source, **unset, use_safetensors=True, force_download=False, allow_pickle=True,
+    unset = dict.fromkeys(("local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder"))
+    weights, *_ = _fetch_state_dict(source, file, **unset, use_safetensors=True, force_download=False, allow_pickle=True,
                                     user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"})
     if any("dora_scale" in name for name in weights):
         raise ValueError("they are DoRA weights, and diffusers leaves out their magnitudes")

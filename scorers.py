@@ -99,7 +99,8 @@ def pickscore(source):
     model, info = transformers.CLIPModel.from_pretrained(folder if folder.is_dir() else hub_id(source),
                                                          dtype=torch.float32, output_loading_info=True)
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        refuse_names(f"{fault.replace('_', ' ')}:", info[fault])
+        names = [name for name in info[fault] if not name.endswith("position_ids")]  # a constant, 0, 1, 2, ...
+        refuse_names(f"{fault.replace('_', ' ')}:", names)
     tokenizer = clip_tokenizer(77)  # the published one is equal; from_pretrained would also accept an empty one
 
     def rate(pixels, prompts):

@@ -300,7 +300,7 @@ def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, com
     stock.set_progress_bar_config(disable=True)
     draw = dict(num_inference_steps=2, guidance_scale=1.0, height=32, width=32, output_type="pt")
     before = stock("a cat", generator=torch.Generator().manual_seed(0), **draw).images
-    stock.load_lora_weights(tmp_path / "two" / "model")
+    stock.load_lora_weights(tmp_path / "two" / "model", weight_name="pytorch_lora_weights.safetensors")
     after = stock("a cat", generator=torch.Generator().manual_seed(0), **draw).images
     assert (after - before).abs().max() > 1e-3
     trained = fresh(small_model(kind))

@@ -157,7 +157,7 @@ def test_stock_diffusers_draws_with_the_adapter_what_the_run_drew(run, small_mod
 
     stock = DiffusionPipeline.from_pretrained(small_model(model))
     base = draw(stock)
-    stock.load_lora_weights(trained.out / "model")
+    stock.load_lora_weights(trained.out / "model", weight_name=ADAPTER.name)
     assert apart(draw(stock), draw(trained.model.pipe)) < (1e-5 if precision == "fp32" else 5e-3)
     assert apart(draw(stock), base) > 0.01  # or two base models would agree
 
