@@ -114,9 +114,9 @@ class Pairs(torch.utils.data.Dataset):
                 break
             except Unreadable as error:
                 unreadable.append((row, str(error)))
-                cause = error.__cause__ or error
+                cause = brief(error.__cause__ or error)
         else:
-            raise InputError(f"{k + 1} pairs in a row cannot be decoded ({brief(cause)}). Is the storage gone?")
+            raise InputError(f"{k + 1} pairs in a row cannot be decoded ({cause}). Is the storage gone?")
         drop = augmentation(self.seed, epoch, row)[3]
         caption = self.caption(row)
         prompt = "" if drop < self.prompt_dropout else caption
@@ -169,20 +169,18 @@ class ImagePairs(Pairs):
         def fault(row):
             try:
                 self.load(row)
-            except Unreadable as error:
-                return error
+            except Unreadable as error:  # its traceback would keep the images in memory
+                return str(error), brief(error.__cause__ or error)
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            faults = zip(self.rows, pool.map(fault, self.rows))
-            faults = {int(row): error for row, error in faults if error}
-        self.unreadable = {row: str(error) for row, error in faults.items()}
+            faults = {int(row): why for row, why in zip(self.rows, pool.map(fault, self.rows)) if why}
+        self.unreadable = {row: reason for row, (reason, _) in faults.items()}
         if len(faults) == len(self):
-            first = next(iter(faults.values()))
-            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}. The first error is: "
-                             f"{brief(first.__cause__ or first)}")
+            _, first = next(iter(faults.values()))
+            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}. The first error is: {first}")
 
     def digest(self):
-        """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and footers.
+        """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and contents.
 
         It does not depend on where the files lie. It does not see a picture that was replaced by another one of the
         same size, nor a picture that a parquet file names by its path.

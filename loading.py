@@ -45,7 +45,8 @@ def load_model(name, random_init=False, config=None):
     try:
         is_file = Path(source).is_file()
         pipe = load_single_file(source, family, config) if is_file else load_pipeline(source, family)
-        check_parts(pipe, family)
+        check_tokenizers(pipe)
+        check_widths(pipe, family)
         return family(pipe)
     except Exception as error:
         raise InputError(f"--model {source} cannot be loaded: {brief(error)}")
@@ -172,31 +173,36 @@ def marked_schedule(file):
     return marks
 
 
-def check_parts(pipe, family):
-    """Gives tokenizers their length. ValueError if a tokenizer has no vocabulary or two parts do not fit each other."""
-    from diffusers import AutoencoderKL
-
+def check_tokenizers(pipe):
+    """ValueError if a tokenizer has no vocabulary. One whose file names no length gets that of its text encoder."""
     for name, part in pipe.components.items():
         if name.startswith("tokenizer") and part:
             if part.vocab_size <= len(set(part.all_special_ids)):
                 raise ValueError(f"its {name} has no vocabulary")
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
-            if encoder and part.model_max_length > 1e6:  # the file names no length
+            if encoder and part.model_max_length > 1e6:
                 part.model_max_length = getattr(encoder.config, "max_position_embeddings", part.model_max_length)
+
+
+def check_widths(pipe, family):
+    """ValueError if the VAE is of another kind, or if two parts do not fit each other."""
+    from diffusers import AutoencoderKL
+
     if not isinstance(pipe.vae, AutoencoderKL):
         raise ValueError(f"its vae is an {type(pipe.vae).__name__}; an AutoencoderKL is needed")
-    denoiser, name = getattr(pipe, family.denoiser_name).config, family.denoiser_name
+    denoiser = getattr(pipe, family.denoiser_name).config
     texts = [getattr(pipe, name).config for name in family.text_encoders if getattr(pipe, name)]
     channels = pipe.vae.config.latent_channels * (4 if family is Flux else 1)  # FLUX takes 2 x 2 latents as one
     widths = {"in_channels": channels}
-    if name == "unet":
+    if family.denoiser_name == "unet":
         widths |= {"out_channels": channels, "cross_attention_dim": sum(text.hidden_size for text in texts)}
     else:
-        widths |= {"joint_attention_dim": text.d_model for text in texts if "d_model" in text}
+        widths |= {"joint_attention_dim": text.d_model for text in texts if hasattr(text, "d_model")}
     for key, width in widths.items():
         if isinstance(denoiser.get(key), int) and denoiser[key] != width:
             part = "vae" if "channels" in key else "text encoders"
-            raise ValueError(f"its {name} and its {part} do not fit: {key} is {denoiser[key]}, and {width} is needed")
+            raise ValueError(f"its {family.denoiser_name} and its {part} do not fit: {key} is {denoiser[key]}, and {width} "
+                             "is needed")
 
 
 # LoRA

@@ -29,9 +29,8 @@ SPLITS = {  # the words of datasets.data_files and "...set", held-out splits fir
     "validation": ("validation", "valid", "dev", "devset", "val", "valset"),
     "train": ("train", "training", "trainset"),
 }
-OTHER_LISTS = (".json", ".csv", ".tsv", ".arrow", ".gz", ".tar", ".zip")  # what may be meant to be pairs, and is not read
+OTHER_LISTS = (".json", ".csv", ".tsv", ".arrow", ".gz", ".tar", ".zip")  # may be meant as pairs, but are not read
 STRINGS = "null|(large_)?string(_view)?|dictionary<values=(large_)?string.*"  # as pyarrow prints their types
-TEXTS = ("caption", "split")  # the columns of strings; the others are numbers
 TO_TRAIN = ("train", None)  # preferred splits in order; None means files that name no split
 TO_VALIDATE = ("validation", "test", None, "train")
 
@@ -107,7 +106,7 @@ def source_files(source, wanted_splits=TO_TRAIN):
 
 
 def walk(folder):
-    """({name: path} of a folder's parquet and .jsonl files, {what else may be meant: why it is left out}), over links."""
+    """({name: path} of a folder's parquet and .jsonl files, {other lists: why left out}), through links."""
     found, left_out, others, seen = {}, {}, collections.Counter(), {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         if {"config.json", "data.json", "log.jsonl"} <= {*names}:
@@ -165,7 +164,7 @@ def column_types(extra):
     import pyarrow
 
     numbers = ("label_0", "label_1", "has_label", *extra)
-    return dict.fromkeys(TEXTS, pyarrow.large_string()) | dict.fromkeys(numbers, pyarrow.float64())
+    return dict.fromkeys(("caption", "split"), pyarrow.large_string()) | dict.fromkeys(numbers, pyarrow.float64())
 
 
 def check_schema(schema, file, extra):
@@ -176,8 +175,9 @@ def check_schema(schema, file, extra):
     cell = "null|(large_)?(binary|string)"  # as pyarrow prints its types
     images = ("bytes or paths", rf"{cell}|struct<((, )?(bytes|path): ({cell}))+>")
     numbers = ("numbers", "null|bool|u?int.*|halffloat|float|double|decimal.*")
-    kinds = dict.fromkeys(column_types(extra), numbers) | {"jpg_0": images, "jpg_1": images}
-    kinds["caption"], kinds["split"] = ("strings", STRINGS), ("", ".*")
+    kinds = dict.fromkeys(column_types(extra), numbers)
+    kinds |= {"caption": ("strings", STRINGS), "jpg_0": images, "jpg_1": images}
+    del kinds["split"]  # of another type it names no split, and `conform` leaves it out
     for name, (what, pattern) in kinds.items():
         if name in schema.names and not re.fullmatch(pattern, str(schema.field(name).type)):
             raise InputError(f"{name} in {file} has the type {schema.field(name).type}; {what} are needed")

@@ -10,7 +10,7 @@ os.environ["HF_HOME"] = hub_cache.name
 
 import pytest
 
-# The process that gives out the tests reads this file, too. It needs no torch: what does is imported by the fixtures.
+# The process that gives out the tests reads this file, too, and needs no torch. So the fixtures import it.
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -214,7 +214,7 @@ def test_an_average_is_measured_where_there_is_one(run, held_out):
 def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_out, options):
     """With ten pairs on two processes and micro-batches of four, the last forward is filled up."""
     argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, "--validate", held_out, *options]
-    argv += "--batch_size 8 --micro_batch 4".split()
+    argv += "--batch_size 8 --group_size 8 --micro_batch 4".split()
     found = []
     for world_size in (1, 2):
         out = tmp_path / str(world_size)
