@@ -109,6 +109,7 @@ def fork_instead(_, argv, kept):
             if descriptor > 2 and descriptor not in kept:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
         exec(argv[-1])
     finally:
         os._exit(0)
@@ -122,7 +123,6 @@ def in_child(rank, world, port, text, environment, function, args):
     torch.set_num_threads(1)
     for stream in (1, 2):
         os.dup2(os.open(text, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     multiprocessing.set_start_method("fork", force=True)  # for the loader's processes: it is quicker
     be_quick(setattr)
     function(*args)

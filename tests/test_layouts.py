@@ -255,4 +255,4 @@ def test_a_larger_group_takes_no_more_memory(tmp_path, small_model, chained_pair
         ((status, text),) = launch(tmp_path, 1, measured, argv, str(tmp_path / group))
         assert status == 0, text
         peaks.append(json.loads((tmp_path / group).read_text()))
-    assert peaks[0] > 500 and peaks[1] < 1.05 * peaks[0]  # MiB over the loaded models
+    assert peaks[0] > 400 and peaks[1] < 1.05 * peaks[0]  # MiB over the loaded models

@@ -275,7 +275,7 @@ def test_two_machines_agree_with_one_and_a_cut_between_them_ends_both(tmp_path, 
     while not list(out.glob("checkpoint-*.pt")) and all(node.poll() is None for node in nodes):
         threading.Event().wait(0.2)
     subprocess.run(["ip", "-n", two_machines[1], "link", "set", "link1", "down"], check=True)
-    statuses, texts = ends(nodes, tmp_path, 60)
+    statuses, texts = ends(nodes, tmp_path, 120)
     assert statuses == [1, 1], texts
     for rank, text in enumerate(texts):
         lines = [line for line in text.splitlines() if line.startswith("train.py: process")]
