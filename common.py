@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
 import importlib
 import io
@@ -18,6 +19,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 IN_WORKER = "\nOriginal Traceback"  # marks the text of an exception that a DataLoader's process raised
+BAD_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # the values of --precision
 
 
@@ -56,8 +59,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def brief(error):
-    """The first line of an exception's text, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's text, for messages of one line. A line that ends with a colon takes the next."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def cannot_read(file, error):
+    """The InputError for a file that cannot be read."""
+    try:
+        is_pointer = b"git-lfs" in Path(file).open("rb").read(100)
+    except OSError:  # it is on the hub, or the error
+        is_pointer = False
+    why = "it is a pointer; fetch the file by `git lfs pull`" if is_pointer else brief(error)[:300]
+    if getattr(error, "errno", None) in NO_LOCKS:
+        why += ". Set HF_HOME to a folder on a file system with locks"
+    return InputError(f"--data {file} cannot be read: {why}")
 
 
 @contextlib.contextmanager
@@ -92,6 +108,8 @@ def one_line(error, advice):
         return f"out of memory ({line}). {advice}"
     if re.search("No space left|os error 28|File too large|uota exceeded", text):
         return f"there is no room to write ({line}). Free some space, then the same command goes on"
+    if isinstance(error, OSError) and error.errno in BAD_PATHS:
+        return f"{line}. Is the path right, and may it be read and written?"
 
 
 def hub_id(source):
@@ -154,6 +172,11 @@ def digest(content):
     return sha.hexdigest()[:16]
 
 
+def image_id(content):
+    """A 64-bit hash of encoded bytes as a signed integer: equal only for the same file."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
 def fingerprint(network):
     """16 hex digits of a network: names and shapes of its tensors; their first, middle and last values in float32.
 
@@ -205,6 +228,31 @@ def write_csv(file, names, rows):
 
 
 @contextlib.contextmanager
+def locked(file, seconds=-1):
+    """Holds a lock file. InputError if another process holds it for so long (-1: wait as long as it takes).
+
+    On a file system without locks the file itself is the lock, and filelock finds out whether its owner has died.
+    """
+    lock = filelock.FileLock(file, timeout=seconds)
+    try:
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if os.path.exists(file) and not os.path.getsize(file):  # not a soft lock, which names its owner
+                os.unlink(file)
+            lock = filelock.SoftFileLock(file, timeout=seconds)
+            lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"another live run is writing to {Path(file).parent}. If there is none, remove {file}")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def run_folder(folder):
     """Makes `folder` and keeps other live runs out of it. It leaves no trace if nothing else was written."""
     folder = Path(folder)
@@ -212,20 +260,18 @@ def run_folder(folder):
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{folder} cannot be made: {nearest} is no folder that can be written to")
     is_new = not folder.exists()
-    lock = filelock.FileLock(folder / "lock", timeout=2)
-    try:
-        if int(os.environ.get("RANK", 0)) == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+    if int(os.environ.get("RANK", 0)) > 0:
         yield folder
-    except filelock.Timeout:
-        raise InputError(f"another live run is writing to {folder}")
-    finally:
-        if lock.is_locked and [file.name for file in folder.iterdir()] == ["lock"]:
-            (folder / "lock").unlink()
-            if is_new:
-                folder.rmdir()
-        lock.release()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", 2):
+        try:
+            yield folder
+        finally:
+            if [file.name for file in folder.iterdir()] == ["lock"]:
+                (folder / "lock").unlink()
+                if is_new:
+                    folder.rmdir()
 
 
 def newest_checkpoint(folder):

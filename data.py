@@ -11,7 +11,7 @@ A batch has B pairs. Index 0 of every axis of length 2 is the winner, index 1 th
     from a `Stream`   position          [B] int64
                       t, noise          [B], [B, C, h, w] float32
                       vae_noise         [B, 2, C, h, w] float32, unless the mean of the VAE's posterior is taken
-                      draw_id           [B, 3] float64, (row, t, a hash of the noise): identifies what was drawn
+                      draw_id           [B, 3] float64, (row, t, a sum over the noise): identifies what was drawn
     pairs of images   pixels            [B, 2, 3, H, W] uint8, one crop and one flip for both images of a pair
                       clip_pixels       [B, 2, 3, h, w] float32, preprocessed for CLIP; only if CLIP embeds images
     a cache           mean, std         [B, 2, C, h, w], the VAE's posterior
@@ -20,7 +20,6 @@ A batch has B pairs. Index 0 of every axis of length 2 is the winner, index 1 th
 """
 
 import concurrent.futures
-import hashlib
 import importlib
 import math
 import os
@@ -30,10 +29,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from common import InputError, brief, digest, fingerprint, keyed_generator
+from common import InputError, brief, digest, fingerprint, image_id, keyed_generator
 from distributed import to_device
-from sources import (Unreadable, file_identities, find_source, image_id, read_image, read_rows, reason_of,
-                     stored_bytes)
+from sources import Unreadable, file_identities, find_source, read_image, read_rows, reason_of, stored_bytes
 
 # Names of further columns of the data, a number per pair, that a loss may take as an argument: ("confidence",). Do not
 # use a name that stands above or in loss.py, nor the name of an option. Encode a cache again after a change.
@@ -177,7 +175,8 @@ class ImagePairs(Pairs):
         self.unreadable = {row: reason for row, (reason, _) in faults.items()}
         if len(faults) == len(self):
             _, first = next(iter(faults.values()))
-            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}. The first error is: {first}")
+            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}. The first error is: "
+                             f"{first[:300]}. A path is a file, with / between folders; addresses, %20 and base64 are not read")
 
     def digest(self):
         """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and contents.
@@ -199,8 +198,8 @@ class ImagePairs(Pairs):
     def decode(self, row, cells):
         """The same for a row whose image cells were read already."""
         winner = self.winner_side[row]
-        if not self.captions[int(row)].is_valid:
-            raise Unreadable("its prompt is no text")
+        if not self.caption(row).strip():  # empty, or no text
+            raise Unreadable("no prompt")
         try:  # bad bytes may raise any error
             stored = [stored_bytes(cells[f"jpg_{side}"]) for side in (winner, 1 - winner)]
             return [(read_image(content), image_id(content)) for content in stored]
@@ -325,9 +324,9 @@ class Stream(torch.utils.data.Dataset):
         return item
 
     def draw_id(self, row, t, noise):
-        """(row, t, 48 bits of a hash of the noise) [3] float64. A checkpoint keeps some, to notice changed draws."""
-        noise_hash = hashlib.blake2b(noise.numpy(), digest_size=6)
-        return torch.tensor([row, t, int(noise_hash.hexdigest(), 16)], dtype=torch.float64)
+        """(row, t, a weighted sum of the noise) [3] float64: they show changed draws, but no other rounding."""
+        weights = torch.linspace(1, 2, noise.numel(), dtype=torch.float64)
+        return torch.tensor([row, t, noise.flatten().double() @ weights], dtype=torch.float64)
 
     def draw_ids(self, step, count=32):
         """The draw_ids [n, 3] of a step's first pairs, if all pairs were readable. Nothing is decoded."""

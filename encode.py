@@ -35,12 +35,12 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import data
-from common import (DTYPES, InputError, atomic_write, brief, digest, hub_id, is_cache, is_hidden, one_line_errors,
-                    read_manifest, run_folder)
+from common import (DTYPES, InputError, atomic_write, brief, cannot_read, digest, hub_id, is_cache, is_hidden,
+                    one_line_errors, read_manifest, run_folder)
 from data import Clip, ImagePairs, Pairs, by_reason, crop_summary
 from loading import encoder_digests, fuse_lora, load_model
 from options import H14, encode_args
-from sources import Rows, Unreadable, find_source, open_parquet, read_columns, read_rows
+from sources import Unreadable, find_source, open_parquet, read_columns, read_rows
 
 SHARD, BATCH = 256, 8  # pairs or prompts per file; per forward of the encoders, because results depend on it
 SETTINGS = ("model", "data", "resolution", "random_crop", "random_flip", "clip", "vae_sample", "vae_precision", "store",
@@ -172,11 +172,8 @@ class StreamedImages:
         return self.table.slice(row - first, 1).to_pylist()[0]
 
 
-def stream_rows(source, extra=()):
-    """What `read_rows` returns, for encode.py: without a copy of the data, images in ascending order only."""
-    if Path(source).exists():
-        return read_rows(source, extra, open_images=StreamedImages)
-
+def stream_hub_rows(source, extra):
+    """(`Rows.columns`, images) of a hub data set's training split, without a copy of the data."""
     import datasets
     import fsspec
 
@@ -186,9 +183,14 @@ def stream_rows(source, extra=()):
             raise ValueError("it is not stored as parquet, so it cannot be streamed; download it and give its folder")
         filesystem, _ = fsspec.core.url_to_fs(paths[0])
     except Exception as error:
-        raise InputError(f"--data {source} cannot be read: {brief(error)}")
+        raise cannot_read(source, error)
     fragments = open_parquet([filesystem._strip_protocol(path) for path in paths], filesystem)
-    return Rows(read_columns(fragments, extra), StreamedImages(fragments), {}, {})
+    return read_columns(fragments, extra), StreamedImages(fragments)
+
+
+def stream_rows(source, extra=()):
+    """What `read_rows` returns, for encode.py: without a copy of the data, images in ascending order only."""
+    return read_rows(source, extra, open_images=StreamedImages, read_hub=stream_hub_rows)
 
 
 class Encoder:

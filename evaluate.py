@@ -18,10 +18,8 @@ same command goes on. `score` keeps earlier scores.
 import distributed  # first: it notes the launcher, before the imports that take seconds
 
 import argparse
-import csv
 import functools
 import importlib
-import io
 import itertools
 import json
 import re
@@ -32,14 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (DTYPES, InputError, Parser, as_text, atomic_write, brief, hub_id, is_hidden, keyed_generator,
-                    one_line_errors)
+from common import DTYPES, InputError, Parser, atomic_write, is_hidden, keyed_generator, one_line_errors
+from extras.prompts import read_prompt_rows
 from loading import EMBEDDED, fuse_lora, load_model, weights_digest
 from models import cast_for_autocast
 from report import (comparable_sets, first_difference, image_files, open_batches, open_folders, read_json, save_png,
                     settings_of, table, to_pil, writable_file, write_report)
-
-PROMPT_COLUMNS = ("prompt", "caption", "text")  # the first of these that a row has holds its prompt
 
 
 # Generate
@@ -60,7 +56,8 @@ def generate(args):
             raise InputError(f"--scheduler {args.scheduler} is none of {', '.join(sorted(classes))}")
         model.pipe.scheduler = classes[args.scheduler].from_config(model.pipe.scheduler.config)
     model.check_scheduler()
-    args.resolution, args.guidance = resolution_and_guidance(args, model)
+    args.resolution = model.resolution(args.resolution, for_training=False)
+    args.guidance = model.guidance if args.guidance is None else args.guidance
     if distributed.torchrun_env()[0] == 0:
         write_manifests(args, model, sets, images, device, dtype)
     distributed.wait_for_all()
@@ -91,13 +88,6 @@ def image_entries(args, prompts, columns):
     return entries
 
 
-def resolution_and_guidance(args, model):
-    """--resolution and --guidance, or the model's own; a toy model's guidance is 3."""
-    own_guidance = 3.0 if model.is_toy else model.guidance
-    resolution = model.resolution(args.resolution, for_training=False)
-    return resolution, own_guidance if args.guidance is None else args.guidance
-
-
 def write_manifests(args, model, sets, images, device, dtype):
     """Write a manifest into each folder. InputError, before any is written, if one holds other images or files."""
     scheduler = model.pipe.scheduler
@@ -118,6 +108,8 @@ def write_manifests(args, model, sets, images, device, dtype):
         manifest = shared | {"prompts": {"source": sets[out], "cut": cut}, "images": entries}
         manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read back
         manifests[out] = checked_manifest(out, manifest)
+        if any("negative_prompt" in entry.get("columns", {}) for entry in entries):
+            print("the prompts' column negative_prompt is kept in the manifest, but it is not used")
         if cut:
             print(f"{len(cut)} prompts have more than the {most} tokens that the model reads and are cut; the first is "
                   f"prompt {cut[0]}")
@@ -253,113 +245,6 @@ def prompt_sets(sources, out):
     return sets
 
 
-def read_prompts(source):
-    """The prompts of a source, a list of strings; see `read_prompt_rows`."""
-    prompts, _ = read_prompt_rows(source)
-    return prompts
-
-
-def read_prompt_rows(source):
-    """Read prompts, and what else the rows of their table say.
-
-    source   a txt, tsv, csv, json or jsonl file, a dataset of the hub as ID or ID:SPLIT, or "tiny"
-    returns  N prompts, and N dicts {column: text} of the other columns with text or numbers
-    raises   InputError if the source cannot be read or a row has no prompt
-    """
-    path = Path(source)
-    if source == "tiny":
-        path = importlib.import_module("extras.tiny").part("pairs") / "prompts.txt"
-    try:
-        rows = read_prompt_file(path) if path.exists() else read_hub_prompts(source)
-    except Exception as error:  # many libraries read here, each with its own errors
-        raise InputError(f"--prompts {source} cannot be read: {brief(error)}")
-    prompts, columns = [], []
-    for number, row in enumerate(rows, 1):
-        prompt, others = split_row(row)
-        if not prompt:
-            raise InputError(f"--prompts {source}: row {number} has no prompt. A prompt is a text that is not empty, "
-                             f"alone or in the column {', '.join(PROMPT_COLUMNS)}; it is not {str(row)[:80]!a}")
-        prompts.append(prompt)
-        columns.append(others)
-    if not prompts:
-        raise InputError(f"--prompts {source} holds no prompt")
-    return prompts, columns
-
-
-def split_row(row):
-    """(prompt, {column: text} of the other columns) of a row: a string or a dict. The prompt is "" if it has none."""
-    columns = dict(row) if isinstance(row, dict) else {"prompt": row}
-    names = {str(name).lower(): name for name in columns}
-    name_of_prompt = next((names[name] for name in PROMPT_COLUMNS if name in names), None)
-    prompt = as_text(columns.pop(name_of_prompt, None)) or ""
-    others = {}
-    for name, value in columns.items():
-        if isinstance(value, (str, int, float)) and as_text(str(value)) is not None:
-            others[str(name)] = " ".join(str(value).split())
-    return prompt.strip(), others
-
-
-def read_prompt_file(path):
-    """The rows of a file, strings or dicts. ValueError if the format is unknown or a row was cut."""
-    text = path.read_text(encoding="utf-8-sig")
-    suffix = path.suffix.lower()
-    lines = [line for line in text.split("\n") if line.strip()]
-    if suffix == ".txt":
-        return lines
-    if suffix == ".jsonl":
-        return [json.loads(line) for line in lines]
-    if suffix == ".json":
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise ValueError("the JSON is not a list")
-        return rows
-    stream = io.StringIO(text, newline="")
-    if suffix == ".csv":
-        return read_table(csv.DictReader(stream, strict=True), is_quoted=True)
-    if suffix == ".tsv":  # PartiPrompts' format, in which quotes belong to the prompt
-        return read_table(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), is_quoted=False)
-    raise ValueError("the suffix must be txt, tsv, csv, json or jsonl")
-
-
-def read_table(reader, is_quoted):
-    """The rows of a csv.DictReader. ValueError if the header or the number of fields suggests that a prompt was cut."""
-    reader.fieldnames = [str(name).strip() for name in reader.fieldnames or []]
-    names = [name.lower() for name in reader.fieldnames]
-    if "" in names or len(set(names)) < len(names):
-        raise ValueError(f"the header {names} has an empty name, or one twice")
-    rows = list(reader)
-    for number, row in enumerate(rows, 1):
-        if None in row:  # there may be a comma in the prompt
-            raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
-        last = [cell for cell in row.values() if cell is not None][-1]
-        may_be_cut = is_quoted or last.startswith('"')  # PartiPrompts leaves out empty notes, so a tsv may lack fields
-        if None in row.values() and may_be_cut:  # there may be a line break in the prompt
-            raise ValueError(f"row {number} has fewer fields than the header: it ends with {last!r}")
-    return rows
-
-
-def read_hub_prompts(source):
-    """The rows of a dataset, ID or ID:SPLIT. Only text, numbers and class names are read: images would take minutes."""
-    import datasets
-
-    name, _, split = source.partition(":")
-    splits = datasets.get_dataset_split_names(hub_id(name))
-    if not split and len(splits) == 1:
-        split = splits[0]
-    if split not in splits:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}; give {name}:SPLIT")
-    rows = datasets.load_dataset(name, split=split)
-    columns, class_names = [], {}
-    for column, feature in rows.features.items():
-        is_value = isinstance(feature, (datasets.Value, datasets.ClassLabel)) and "binary" not in feature.dtype
-        if is_value or column.lower() in PROMPT_COLUMNS:
-            columns.append(column)
-        if isinstance(feature, datasets.ClassLabel):
-            class_names[column] = dict(enumerate(feature.names))
-    return [row | {column: names.get(row[column], "") for column, names in class_names.items()}
-            for row in rows.select_columns(columns)]
-
-
 # Options
 
 
@@ -392,7 +277,7 @@ def parse_args(argv=None):
     add("--per_prompt", type=int, default=1, metavar="K", help="images per prompt, each from its own noise [1]")
     add("--seed", type=int, default=0, help="seed of the noise [%(default)s]")
     add("--steps", type=int, default=50, help="number of denoising steps [%(default)s]")
-    add("--guidance", type=float, help="classifier-free guidance scale [7.5; SDXL 5.0; a toy model 3.0]")
+    add("--guidance", type=float, help="classifier-free guidance scale [the model's own]")
     add("--scheduler", metavar="CLASS", help="a scheduler class of diffusers [the model's own]")
     add("--resolution", type=int, help="side of the images in pixels [the model's own]")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="precision of sampling [bf16 on cuda, else fp32]")

@@ -26,12 +26,21 @@ class StableDiffusion3(Family):
         config = self.pipe.scheduler.config
         if "shift" not in config:
             raise ValueError("its scheduler is not one of flow matching")
-        return Flow("logit_normal", 0.0, 1.0, self.shift(config))
+        return Flow("logit_normal", 0.0, 1.0, self.shift())
 
-    def shift(self, config):
-        return config.shift
+    def shift(self, resolution=None):
+        """The shift for a size of images in pixels (default: the model's own), as its pipeline computes it."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # SD3's is the same
+
+        config = self.pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return config.shift
+        tokens = ((resolution or self.resolution()) // self.pipe.vae_scale_factor // self.latent_multiple()) ** 2
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return math.exp(calculate_shift(tokens, *(config[key] for key in keys)))
 
     def set_times(self, args):
+        self.process.shift = self.shift(args.resolution)
         if args.train_guidance is not None and not self.denoiser.config.get("guidance_embeds"):
             raise InputError("--train_guidance: this model takes no guidance as input")
         if args.timestep_sampling == "uniform" and (args.timestep_mean, args.timestep_scale) != (None, None):
@@ -85,21 +94,10 @@ class Flux(StableDiffusion3):
     guidance = 3.5
     train_guidance = 1.0
 
-    def shift(self, config, resolution=None):
-        """The shift for a size of images in pixels (default: the model's own), as its pipeline computes it."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        if not config.get("use_dynamic_shifting"):
-            return config.shift
-        tokens = ((resolution or self.resolution()) // self.pipe.vae_scale_factor // 2) ** 2
-        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return math.exp(calculate_shift(tokens, *(config[key] for key in keys)))
-
     def schedule(self):
         return super().schedule() | {"train_guidance": self.train_guidance}
 
     def set_times(self, args):
-        self.process.shift = self.shift(self.pipe.scheduler.config, args.resolution)
         if self.denoiser.config.guidance_embeds:
             args.train_guidance = 1.0 if args.train_guidance is None else args.train_guidance
             self.train_guidance = args.train_guidance

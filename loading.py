@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from huggingface_hub import constants as hub
 import torch
 from safetensors import safe_open
 
@@ -26,6 +27,11 @@ HUB_IDS = {
 EMBEDDED = {"tiny": "extras.tiny", "tiny-flow": "extras.tiny_flow"}  # the modules that build them
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL,
             "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
+OTHER_ADAPTERS = {  # by a part of their tensors' names
+    "dora_scale": "DoRA weights, and diffusers leaves out their magnitudes", "hada_w": "LoHa weights, not LoRA",
+    "lokr_w": "LoKr weights, not LoRA",
+    "base_model.model.": "in peft's own form, whose scale is in adapter_config.json. Save them by diffusers' "
+                         "save_lora_weights"}
 LOWER_LORA = "init_lora.json"  # beside LoRA weights: names the LoRA weights that must be fused before them
 
 
@@ -76,8 +82,8 @@ def find_model(name, config=None):
         index = model_index(described_by)
         kind = index["_class_name"]
     except Exception as error:
-        way_out = ". Pass its configuration: --config DIR, a diffusers folder of such a model" if is_file else ""
-        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error)}{way_out}")
+        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error).rstrip('.')}. "
+                         f"{what_a_model_is(source)}")
     if kind not in FAMILIES:
         raise InputError(f"--model {source} is a {kind}; known are {', '.join(FAMILIES)}")
     for part in FAMILIES[kind].parts:
@@ -85,6 +91,18 @@ def find_model(name, config=None):
         if not is_listed or is_local and not (Path(source) / part).is_dir():
             raise InputError(f"--model {source} lacks its {part}")
     return source, FAMILIES[kind]
+
+
+def what_a_model_is(source):
+    """What helps if a source is no pipeline, in a sentence or two."""
+    if Path(source).is_file():
+        return ("Pass its configuration: --config DIR, a diffusers folder of such a model. LoRA weights are for "
+                "--init_lora (train.py) or --lora (evaluate.py)")
+    if Path(source).is_dir():
+        return ("A --model is a whole pipeline. LoRA weights are for --init_lora (train.py) or --lora (evaluate.py). A "
+                "network alone belongs into its own folder, such as unet/, of a copy of the pipeline")
+    is_offline = hub.HF_HUB_OFFLINE
+    return "HF_HUB_OFFLINE is set, so only what was downloaded before is found" if is_offline else "Is its name right?"
 
 
 def model_index(source):
@@ -114,16 +132,24 @@ def load_pipeline(source, family):
 
 
 def load_network(network_class, source, name):
-    """(network in float32, the library's report), from the only variant of weights that a folder has."""
+    """(network in float32, the library's report), from the only variant of weights that a folder or hub id has."""
     variants = set()
     for file in Path(source, name).glob("*model*"):  # NAME[.VARIANT][-00001-of-00002].(safetensors|bin)[.index.json]
         match = re.fullmatch(r"[^.]+?(\.\w+?)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?", file.name)
         if match:
             variants.add((match[1] or match[5] or "").removeprefix("."))
+    if len(variants) > 1 and "" not in variants:
+        raise ValueError(f"its {name} has the variants {', '.join(sorted(variants))}; keep the files of one")
     variant = variants.pop() if len(variants) == 1 else None
     dtype = "torch_dtype" if network_class.__module__.startswith("diffusers") else "dtype"
-    return network_class.from_pretrained(source, subfolder=name, variant=variant or None, output_loading_info=True,
-                                         **{dtype: torch.float32})
+    load = functools.partial(network_class.from_pretrained, source, subfolder=name, output_loading_info=True,
+                             **{dtype: torch.float32})
+    try:
+        return load(variant=variant or None)
+    except OSError:
+        if Path(source).exists():
+            raise
+        return load(variant="fp16")  # the only one of some hub ids
 
 
 @functools.cache  # it reads the whole file
@@ -266,7 +292,7 @@ def fuse_lora(model, source):
         fuse_lora(model, lower)
     try:
         file = lora_file(source)
-        refuse_dora(source, file)
+        refuse_other_adapters(source, file)
         if model.denoiser_name == "unet":
             weights, *_ = pipe.lora_state_dict(source, weight_name=file, unet_config=model.denoiser.config)
         else:
@@ -288,22 +314,26 @@ def fuse_lora(model, source):
 
 
 def lora_file(source):
-    """The name of a local source's only file of weights, which some versions of diffusers do not look for offline."""
+    """The name of a source's only file of weights, which some versions of diffusers do not look for offline."""
+    if not Path(source).exists():
+        hub_id(source)
+        return "pytorch_lora_weights.safetensors" if hub.HF_HUB_OFFLINE else None
     files = [Path(source)] if Path(source).is_file() else []
     for suffix in ("safetensors", "bin"):
         files = files or [*Path(source).glob(f"*.{suffix}")]
     return files[0].name if len(files) == 1 else None
 
 
-def refuse_dora(source, file):
-    """ValueError if LoRA weights, in any file or of a hub id, hold DoRA's magnitudes, which diffusers leaves out."""
+def refuse_other_adapters(source, file):
+    """ValueError if weights, in any file or of a hub id, are another adapter than LoRA in diffusers' or kohya's form."""
     from diffusers.loaders.lora_base import _fetch_state_dict
 
     unset = dict.fromkeys(("local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder"))
     weights, *_ = _fetch_state_dict(source, file, **unset, use_safetensors=True, force_download=False, allow_pickle=True,
                                     user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"})
-    if any("dora_scale" in name for name in weights):
-        raise ValueError("they are DoRA weights, and diffusers leaves out their magnitudes")
+    for mark, kind in OTHER_ADAPTERS.items():
+        if any(mark in name for name in weights):
+            raise ValueError(f"they are {kind}")
 
 
 def tensor_digest(tensor):

@@ -30,7 +30,7 @@ class Family:
         text_encoders               names of the text encoders among them; a part that is null is skipped
         lora_targets                names of the layers that an adapter trains
         blocks                      class names of the repeated blocks that --compile compiles
-        guidance                    the usual classifier-free guidance, for evaluate.py
+        guidance                    the usual classifier-free guidance of its samples
         make_process()              the DDPM or Flow of the pipeline's schedule; ValueError if it is of another kind
         encode_prompt(prompts, device)
                                     {"prompt_embeds": [B, L, E], ...} of B prompts, by the pipeline's own encode_prompt.
@@ -71,6 +71,7 @@ class Family:
         self.process = self.make_process()
         self.num_parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
         self.is_toy = self.num_parameters < 1e8  # the embedded CLIP is good enough for a toy
+        self.guidance = 3.0 if self.is_toy else self.guidance
         pipe.set_progress_bar_config(disable=True)
         for network in self.networks().values():
             network.eval().requires_grad_(False)  # with dropout the policy would differ from its reference
@@ -79,7 +80,7 @@ class Family:
         """{name: network} of the pipeline."""
         return {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
 
-    # Sizes
+    # Sizes and timesteps
 
     def resolution(self, wanted=None, for_training=True):
         """The side of the images in pixels: `wanted`, or the model's own. InputError if the model cannot do it."""
@@ -103,8 +104,6 @@ class Family:
 
     def latent_multiple(self):
         return 1
-
-    # Timesteps
 
     def schedule(self):
         process = vars(self.process).items()
@@ -212,6 +211,8 @@ class StableDiffusion(Family):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     blocks = ("BasicTransformerBlock", "ResnetBlock2D")  # nearly all of the arithmetic
     guidance = 7.5
+    schedule_keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+                     "rescale_betas_zero_snr")
 
     def make_process(self):
         from diffusers import DDPMScheduler
@@ -224,7 +225,11 @@ class StableDiffusion(Family):
         if getattr(self.pipe.text_encoder.config, "use_attention_mask", False):
             raise ValueError("its text encoder needs an attention mask, as AltDiffusion's does")
         scheduler = DDPMScheduler.from_config(config)
+        self.schedule_config = {key: scheduler.config[key] for key in self.schedule_keys}
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    def schedule(self):
+        return self.schedule_config  # the numbers that follow from it are rounded in another way on another processor
 
     def latent_multiple(self):
         return 2 ** (len(self.denoiser.config.block_out_channels) - 1)
@@ -244,8 +249,7 @@ class StableDiffusion(Family):
         """InputError if the pipeline's scheduler does not know a key of the schedule that the model has."""
         scheduler = self.pipe.scheduler
         known = inspect.signature(type(scheduler).__init__).parameters
-        for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-                    "rescale_betas_zero_snr"):
+        for key in self.schedule_keys:
             if scheduler.config.get(key) and key not in known:
                 raise InputError(f"{type(scheduler).__name__} ignores the model's {key}, so it would sample by another "
                                  "noise schedule. Pass evaluate.py --scheduler EulerDiscreteScheduler, or train.py "

@@ -21,7 +21,7 @@ from loss import LOSSES, wants
 
 H14 = "ViT-H-14:laion2b_s32b_b79k"
 TINY = dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10, beta=500.0,
-            prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, guidance=3.0, resolution=32)
+            prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, resolution=32)
 FLOW = dict(data="pickapic", clip=H14, steps=1000, batch_size=64, lora_rank=32, lr=1e-5, warmup=50, beta=2000.0,
             resolution=1024, gradient_checkpointing=True)
 PRESETS = {  # by model, then by model and loss
@@ -33,11 +33,10 @@ PRESETS = {  # by model, then by model and loss
     "sd15": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=500,
                  random_flip=True, resolution=512, optimizer="adamw"),
     "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=200,
-                 random_flip=True, resolution=1024, optimizer="adafactor", gradient_checkpointing=True,
-                 guidance=5.0),
+                 random_flip=True, resolution=1024, optimizer="adafactor", gradient_checkpointing=True),
     # We did not tune these. Others report such rates and betas (Flow-Factory: 1e-4 collapses; verl-omni).
-    "sd3.5-medium": FLOW | dict(guidance=4.5),
-    "flux-dev": FLOW | dict(guidance=3.5),
+    "sd3.5-medium": FLOW,
+    "flux-dev": FLOW,
 }
 # When a run goes on these may differ. Any other change would make it another run.
 MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pairs", "save_minutes", "save_every",
@@ -189,7 +188,7 @@ def train_options():
     add("sample_prompts", None, str, "a file of prompts for the grids; the first eight are drawn [captions of the data]",
         "FILE")
     add("sample_steps", 30, COUNT, "denoising steps of a sample")
-    add("guidance", 7.5, number(float, 0), "classifier-free guidance of a sample")
+    add("guidance", None, number(float, 0), "classifier-free guidance of a sample [the model's own]")
     add("dry_run", False, bool, "print the resolved run and stop")
     return options
 

@@ -55,14 +55,16 @@ def read_errors(name, file, identity, advice="Pass another file"):
 def check_draws(what, before, now, step, first=0):
     """InputError, by step and position, if pairs, timesteps or noise were drawn differently before.
 
-    before, now  draw_ids [n, 3] of neighbouring positions, from `first` on
+    before, now  draw_ids [n, 3] of neighbouring positions, from `first` on; equal to rounding
     """
-    differing = (before != now).any(dim=1).nonzero().flatten().tolist()
+    differs = (before - now).abs() > torch.tensor([0, 1e-6, 1e-2])                          # [n, 3]
+    differing = differs.any(dim=1).nonzero().flatten().tolist()
     if differing:
         index = differing[0]
         old, new = before[index].tolist(), now[index].tolist()
-        names = ("row {:.0f}", "timestep {:g}", "noise {:.0f}")
-        drawn = [f"{name.format(a)}, not {name.format(b)}" for name, a, b in zip(names, old, new) if a != b]
+        names = ("row {:.0f}", "timestep {:g}", "noise {:.3f}")
+        drawn = [f"{name.format(a)}, not {name.format(b)}"
+                 for name, a, b, other in zip(names, old, new, differs[index]) if other]
         raise InputError(f"{what} by other code or on other data: at step {step}, position {first + index}, it drew "
                          f"{'; '.join(drawn)}. Use the code and the data that it was begun with, or remove it and "
                          "begin anew")
@@ -263,6 +265,7 @@ class HeldOut:
         raises  InputError if the file is of other pairs or draws, or an error is not finite
         """
         self.error, pairs = error, self.pairs
+        distributed.check_alike(self.identity)
         self.inputs, draw_ids, unreadable = [], [], []
         for batch in tqdm(load(self.stream, [0]), "held out", disable=self.rank > 0):
             unreadable += batch["unreadable"]

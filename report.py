@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import importlib
 import io
 import json
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pandas
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common import InputError, as_text, atomic_write, brief, digest, is_hidden, write_csv
@@ -373,7 +374,7 @@ def write_report(file, sets, names, pairs, category=None, votes=None, chosen=())
     folder = file.parent if is_large(rows) else None
     atomic_write(file, page(names, list(identities), rows, summary, caption, folder))
     if chosen:
-        save_grid(file.with_suffix(".png"), names, [rows[number] for number in chosen])
+        importlib.import_module("extras.rows").save_rows(file.with_suffix(".png"), names, [rows[i] for i in chosen])
     if folder:
         print(f"{file} links to the images where they are now; do not move it or them")
 
@@ -428,20 +429,3 @@ def image_size(file):
 def is_large(rows):
     """Whether the images of a page would take more than LARGE bytes. A JPEG takes about a quarter byte per pixel."""
     return sum(math.prod(image_size(file)) for row in rows for file in row["images"]) / 4 > LARGE
-
-
-def save_grid(file, names, rows, side=256):
-    """Draw rows of the page as one PNG for a paper: a column per folder under its name, each prompt above its row."""
-    font = ImageFont.load_default(14)
-    grid = Image.new("RGB", (side * len(names), 24 + (side + 24) * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    for k, name in enumerate(names):
-        draw.text((k * side + 4, 4), Path(name).name, "black", font)
-    for number, row in enumerate(rows):
-        top = 24 + number * (side + 24)
-        draw.text((4, top + 4), row["prompt"], "black", font)
-        for k, image in enumerate(row["images"]):
-            picture = open_image(image)
-            sampling = Image.NEAREST if max(picture.size) <= SMALL else Image.LANCZOS
-            grid.paste(ImageOps.contain(picture, (side, side), sampling), (k * side, top + 24))
-    save_png(grid, file)

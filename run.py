@@ -19,6 +19,7 @@ from common import (DTYPES, CheckpointWriter, InputError, Log, atomic_write, is_
                     newest_checkpoint)
 from data import COLUMNS, ImagePairs
 from encode import EncodedPairs, check_cache
+from extras.prompts import read_prompts
 from loading import EMBEDDED, find_model, fuse_lora, load_model, save_model
 from loss import LOSSES, wants
 from options import H14, recorded_run
@@ -61,6 +62,7 @@ def open_parts(args, out, state, device):
     model.vae_dtype = DTYPES[args.vae_precision]
     model.set_times(args)
     args.optimizer = args.optimizer or model.optimizer
+    args.guidance = model.guidance if args.guidance is None else args.guidance
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
     importlib.import_module("extras.check_loss").check_coupling(args, pairs, model.process)
     return pairs, held_out, model
@@ -158,7 +160,6 @@ class Output:
     def draw_base_grid(self, pairs):
         """Samples from the starting model for eight prompts: those of --sample_prompts, else captions of the data."""
         try:
-            read_prompts = importlib.import_module("evaluate").read_prompts
             prompts = read_prompts(self.args.sample_prompts) if self.args.sample_prompts else []
         except InputError as error:
             raise InputError(str(error).replace("--prompts", "--sample_prompts"))

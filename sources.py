@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import contextlib
 import glob
-import hashlib
 import importlib
 import io
 import json
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from common import InputError, as_text, brief, digest, hub_id, is_hidden
+from common import InputError, as_text, brief, cannot_read, digest, hub_id, is_hidden
 
 HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
 SPLITS = {  # the words of datasets.data_files and "...set", held-out splits first: "test_of_training" is a test split
@@ -55,10 +54,7 @@ def find_source(source, part="pairs"):
 
 
 def split_of(name):
-    """The split that a relative path names, or None. The innermost part with a split's word decides.
-
-    `datasets` has the same words, but it reads train/x_test.parquet as training data.
-    """
+    """The split that a relative path names, or None. The innermost part with a split's word decides."""
     for part in reversed(Path(name).parts):
         words = re.split("[-._= 0-9]+", part.lower())  # the separators of datasets.data_files, and Spark's split=test
         for split, names in SPLITS.items():
@@ -217,7 +213,7 @@ def read_columns(fragments, extra):
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"--data {fragment.path} cannot be read: {brief(error)}")
+            raise cannot_read(fragment.path, error)
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the files may be on the hub
         return pyarrow.concat_tables(pool.map(read, fragments))
@@ -232,29 +228,32 @@ def open_parquet(paths, filesystem=None):
             (only,) = pyarrow.dataset.dataset(str(path), format="parquet", filesystem=filesystem).get_fragments()
             return only
         except Exception as error:
-            raise InputError(f"--data {path} cannot be read: {brief(error)}")
+            raise cannot_read(path, error)
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(fragment, paths))
 
 
-def read_rows(source, extra=(), wanted_splits=TO_TRAIN, open_images=None):
+def read_rows(source, extra=(), wanted_splits=TO_TRAIN, open_images=None, read_hub=None):
     """The `Rows` of a source.
 
     source       what `find_source` returns
     extra        names of further columns of numbers
     open_images  pyarrow's fragments -> their images; `copy_images` if None
+    read_hub     (hub id, extra) -> columns and images; `read_hub_rows` if None
     raises       InputError that names what cannot be read
     """
+    files, left_out = {}, {}
     if not Path(source).exists():
-        return read_hub_rows(source, extra)
-    files, left_out = source_files(source, wanted_splits)
-    if is_list(files):
-        columns, images = read_jsonl(files, extra)
+        columns, images = (read_hub or read_hub_rows)(source, extra)
     else:
-        fragments = open_parquet(files.values())
-        columns = read_columns(fragments, extra)
-        images = ImagesBeside((open_images or copy_images)(fragments), fragments)
+        files, left_out = source_files(source, wanted_splits)
+        if is_list(files):
+            columns, images = read_jsonl(files, extra)
+        else:
+            fragments = open_parquet(files.values())
+            columns = read_columns(fragments, extra)
+            images = ImagesBeside((open_images or copy_images)(fragments), fragments)
     check_one_split(columns, source, wanted_splits)
     return Rows(columns, images, files, left_out)
 
@@ -285,7 +284,7 @@ def copy_images(fragments):
             features=datasets.Features({"jpg_0": image, "jpg_1": image}),
             cache_dir=f"{datasets.config.HF_DATASETS_CACHE}/pairs-{contents}")
     except Exception as error:
-        raise InputError(unreadable_file(paths, error.__cause__ or error))
+        raise first_unreadable(paths, error.__cause__ or error)
     if len(table) != sum(fragment.count_rows() for fragment in fragments):
         raise InputError(f"--data {Path(paths[0]).parent} was read in part. If it has changed, run the command again")
     return table
@@ -304,13 +303,13 @@ class ImagesBeside:
         folder = self.folders[np.searchsorted(self.ends, row, side="right")]
         for side, cell in cells.items():
             path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
-            if isinstance(path, str) and (folder / path).exists():
+            if isinstance(path, str) and os.path.exists(folder / path):
                 cells[side] = str(folder / path)
         return cells
 
 
 def read_hub_rows(source, extra):
-    """The `Rows` of a hub data set's training split."""
+    """(`Rows.columns`, images) of a hub data set's training split."""
     import datasets
 
     try:
@@ -318,17 +317,17 @@ def read_hub_rows(source, extra):
         names = [name for name in column_types(extra) if name in table.column_names]
         columns = table.with_format("arrow").select_columns(names)[:]
     except Exception as error:
-        raise InputError(f"--data {source} cannot be read: {brief(error.__cause__ or error)}")
+        raise cannot_read(source, error.__cause__ or error)
     check_schema(table.features.arrow_schema, source, extra)
     table = table.select_columns(["jpg_0", "jpg_1"])
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
-    return Rows(conform(columns, extra), table, {}, {})
+    return conform(columns, extra), table
 
 
-def unreadable_file(files, error):
-    """One line that names the first parquet file that cannot be read to its end."""
+def first_unreadable(files, error):
+    """The InputError that names the first parquet file that cannot be read to its end."""
     import pyarrow.parquet
 
     for file in files:
@@ -336,8 +335,8 @@ def unreadable_file(files, error):
             for _ in pyarrow.parquet.ParquetFile(file).iter_batches():
                 pass
         except Exception as cause:
-            return f"--data {file} cannot be read: {brief(cause)}"
-    return f"--data {Path(files[0]).parent} cannot be read: {brief(error)}"
+            return cannot_read(file, cause)
+    return cannot_read(Path(files[0]).parent, error)
 
 
 def read_jsonl(files, extra):
@@ -348,8 +347,10 @@ def read_jsonl(files, extra):
     for file in files.values():
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, ValueError) as error:
-            raise InputError(f"--data {file} cannot be read: {brief(error)}")
+        except UnicodeError as error:
+            raise InputError(f"--data {file} cannot be read: it is not UTF-8 ({error}). Save it as UTF-8")
+        except OSError as error:
+            raise cannot_read(file, error)
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -361,7 +362,8 @@ def read_jsonl(files, extra):
             except KeyError as error:
                 raise InputError(f"line {number} of {file} lacks {error}; a line needs prompt, chosen and rejected")
             except (ValueError, TypeError, RecursionError) as error:
-                raise InputError(f"line {number} of {file} cannot be read: {brief(error)}")
+                raise InputError(f"line {number} of {file} cannot be read: {brief(error)}. A line is a JSON object with "
+                                 "prompt, chosen and rejected")
             images.append({"jpg_0": chosen, "jpg_1": rejected})
             for name, column in values.items():
                 column.append(cells.get(name))
@@ -387,16 +389,13 @@ def stored_bytes(cell):
         cell = Path(cell).read_bytes()
     if not cell:
         raise Unreadable("no image")
+    if cell.startswith(b"version https://git-lfs"):
+        raise Unreadable("a pointer of git-lfs")
     return cell
 
 
-def image_id(content):
-    """A 64-bit hash of encoded bytes as a signed integer: equal only for the same file."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
-
-
 def read_image(content):
-    """An upright RGB picture out of encoded bytes. Transparency becomes white, as in a browser.
+    """An upright RGB picture out of encoded bytes. Transparency becomes white. A colour profile is not applied.
 
     raises  whatever PIL raises on bytes that it cannot decode; ValueError above PIL's limit of pixels (a decompression
             bomb) and where the scale of the numbers is unknown

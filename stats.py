@@ -33,7 +33,7 @@ def rate_interval(outcomes, prompts):
     _, prompt_of = np.unique(prompts, return_inverse=True)
     sums = np.bincount(prompt_of, outcomes - rate)                                      # [P]
     n = len(sums)
-    if n > 1 and sums.any():
+    if n > 1 and not np.allclose(sums, 0):
         variance = (sums ** 2).sum() / len(outcomes) ** 2 * n / (n - 1)
         n = min(len(outcomes), rate * (1 - rate) / variance)
     return rate, *wilson(rate, n)

@@ -1,7 +1,6 @@
 """Align a text-to-image diffusion model with preference pairs, by RPO, Diffusion-DPO or SFT.
 
     python train.py                                             the embedded task: RPO on a laptop, in minutes
-    python train.py --loss dpo                                  the same with Diffusion-DPO
     python train.py --model tiny-flow                           the same on a small SD3, a flow-matching model
     python train.py --model sd15                                Stable Diffusion 1.5 on Pick-a-Pic v2
     torchrun --nproc_per_node=8 train.py --model sdxl           SDXL on eight GPUs

@@ -103,7 +103,7 @@ def ours(argv):
     reference.ReferenceErrors = TimedReferenceErrors  # this process runs nothing else
     train.main([*argv, "--steps", str(STEPS), "--sample_every", "0", "--save_minutes", "0"])
     args = train_args(argv)
-    lines = (Path(args.out) / "log.jsonl").read_text().splitlines()
+    lines = (Path(args.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     speeds = [json.loads(line)["pairs_per_second"] for line in lines[2:]]
     row = Row(statistics.median(speeds), peak_gib(get_device(args.device)))
     times = TimedReferenceErrors.times

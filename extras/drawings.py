@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import datasets
-import filelock
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -130,7 +129,7 @@ def judge(pixels):
 def encoded_pairs(regime, seed, out):
     """The folder of a regime's pairs for one seed, encoded when it is first asked for."""
     folder = out / f"{regime}-{seed}"
-    with filelock.FileLock(out / f"{regime}-{seed}.lock"):  # one run encodes, the others wait
+    with common.locked(out / f"{regime}-{seed}.lock"):  # one run encodes, the others wait
         if not folder.exists():
             encode_pairs(regime, seed, folder)
     return folder
@@ -216,7 +215,7 @@ def run(arm, regime, settings, half, out):
     words = [arm.loss, *arm.options.values(), regime, f"{rate:g}", f"{beta:g}", seed]
     log = out / f"{'-'.join(map(str, words))}.txt"
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        with open(log, "w") as text, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        with open(log, "w", encoding="utf-8") as text, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             train.main([*train_argv(arm, regime, rate, beta, seed, out), "--out", folder])
             pictures = samples(Path(folder) / "model", half, seed)
     return [measure(pictures, half)]

@@ -141,7 +141,7 @@ def measure(study_name, arm_name, regime, settings, half, out):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(file, json.dumps(run_lot(study_name, arm_name, regime, lot, half, folder)))
-        rows += json.loads(file.read_text())
+        rows += json.loads(file.read_text(encoding="utf-8"))
     return rows
 
 
@@ -237,7 +237,7 @@ def check_again(out, count, names):
         with tempfile.TemporaryDirectory(dir=out) as folder:
             STUDIES[name].prepare(Path(folder))
             for file in random.sample(files, min(count, len(files))):
-                rows = json.loads(file.read_text())
+                rows = json.loads(file.read_text(encoding="utf-8"))
                 settings = [(row["rate"], row["beta"], row["seed"]) for row in rows]
                 arm, regime, half = rows[0]["arm"], rows[0]["regime"], rows[0]["half"]
                 repeated = run_lot(name, arm, regime, settings, half, Path(folder))

@@ -58,7 +58,7 @@ def measure_run(setting, out):
                 "--validate", "tiny", "--validate_every", "10", "--validate_pairs", str(PAIRS), "--sample_every", "0"])
     judged = tiny.measure(tiny.load(run / "model"))
     rows = []
-    for line in (run / "log.jsonl").read_text().splitlines():
+    for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "validate/accuracy" in record:
             row = {"beta": beta, "lr": lr, "swapped": float(swapped), "step": record["step"] + 1}

@@ -28,6 +28,7 @@ If it is killed, the same command goes on.
 
 import distributed  # first: it notes the launcher, before the imports that take seconds
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -41,7 +42,7 @@ import common
 import evaluate
 import report
 from common import InputError, keyed_generator
-from evaluate import read_prompts
+from extras.prompts import read_prompts
 from flow_models import Flux
 from loading import load_model, load_pipeline, model_index, weights_digest
 from models import StableDiffusion, StableDiffusionXL, cast_for_autocast
@@ -82,7 +83,7 @@ def parse_args(argv=None):
     add("--held_out", type=int, default=0, metavar="N", help="prompts to keep apart for the reference images")
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=50, help="denoising steps [50]")
-    add("--guidance", type=float, help="classifier-free guidance [7.5; SDXL 5.0; a toy model 3.0]")
+    add("--guidance", type=float, help="classifier-free guidance [the model's own]")
     add("--resolution", type=int, help="side of the images in pixels [the model's own]")
     add("--batch_size", type=int, default=4, help="pairs at once [4]")
     add("--precision", choices=[*common.DTYPES], help="[bf16 on cuda, else fp32]")
@@ -191,8 +192,11 @@ def make_images(out, args, models, prompts, images, dtype):
                                  height=args.resolution, width=args.resolution)
             plain_images = report.to_pil(model.decode(plain))
         if editor:
+            # SDXL's editor draws its own size unless it is told one; SD's takes the image's.
+            side = args.resolution if "height" in inspect.signature(editor.pipe.__call__).parameters else None
+            size = {"height": side, "width": side} if side else {}
             styled = editor.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
-                                   image=plain_images, image_guidance_scale=args.image_guidance)
+                                   image=plain_images, image_guidance_scale=args.image_guidance, **size)
             styled_images = report.to_pil(editor.decode(styled))
         else:
             styled = model.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
@@ -247,7 +251,9 @@ def main(argv=None):
             models["editor"] = load_editor(args.editor)
         for model in models.values():
             model.check_scheduler()
-        args.resolution, args.guidance = evaluate.resolution_and_guidance(args, [*models.values()][0])
+        first, *_ = models.values()
+        args.resolution = first.resolution(args.resolution, for_training=False)
+        args.guidance = first.guidance if args.guidance is None else args.guidance
         rank, _, _ = distributed.torchrun_env()
         if rank == 0:
             claim_folder(out, args, models, prompts, images, dtype)

@@ -30,7 +30,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -39,7 +38,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from common import InputError, Parser, clip_tokenizer, digest, one_line_errors
+from common import InputError, Parser, clip_tokenizer, digest, locked, one_line_errors
 from loading import EMBEDDED, fuse_lora, load_model
 
 SIZE = 32  # pixels
@@ -325,7 +324,7 @@ def write_pairs(folder):
 
     datasets.Dataset.from_list(pair_rows()).to_parquet(folder / "train.parquet")
     prompts = [caption(scene) + "\n" for scene in HELD_OUT]
-    (folder / "prompts.txt").write_text("".join(prompts))
+    (folder / "prompts.txt").write_text("".join(prompts), encoding="utf-8")
 
 
 def write_held_out(folder):
@@ -336,7 +335,7 @@ def write_held_out(folder):
 
 def write_clip(folder):
     model = embedded_clip(FILES)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}), encoding="utf-8")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
@@ -360,7 +359,7 @@ def part(name, build_part=None):
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.parent / f"{name}.lock"):  # one process builds, the others wait
+    with locked(folder.parent / f"{name}.lock"):  # one process builds, the others wait
         if not is_whole(folder):
             build(build_part, folder)
     return folder
@@ -374,7 +373,7 @@ def build(build_part, folder):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             build_part(built)
-        (built / ".digests.json").write_text(json.dumps(file_digests(built)))
+        (built / ".digests.json").write_text(json.dumps(file_digests(built)), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)
 
@@ -387,7 +386,7 @@ def file_digests(folder):
 
 def is_whole(folder):
     try:
-        return json.loads((folder / ".digests.json").read_text()) == file_digests(folder)
+        return json.loads((folder / ".digests.json").read_text(encoding="utf-8")) == file_digests(folder)
     except (OSError, ValueError):
         return False
 
@@ -443,7 +442,7 @@ def base_of(lora):
     """The model that a file of LoRA weights was trained on: the one in its run's config.json, else an embedded one."""
     config = lora.parents[1] / "config.json"
     if config.exists():
-        return json.loads(config.read_text())["model"]
+        return json.loads(config.read_text(encoding="utf-8"))["model"]
     with safe_open(lora, "pt") as weights:
         is_transformer = any(name.startswith("transformer.") for name in weights.keys())
     return "tiny-flow" if is_transformer else "tiny"

@@ -43,7 +43,7 @@ def begin_wandb(folder):
         atomic_write(id_file, secrets.token_hex(4))
     arguments = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        return wandb.init(dir=folder, id=id_file.read_text(), name=folder.name, resume="allow", config=arguments,
+        return wandb.init(dir=folder, id=id_file.read_text(encoding="utf-8"), name=folder.name, resume="allow", config=arguments,
                           reinit="finish_previous")
     except Exception as error:
         raise InputError(f"WANDB_PROJECT is set, but wandb cannot begin a run: {brief(error)}. Log in to it, set "

@@ -329,11 +329,11 @@ def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path)
         assert rows == [*skipped, int(item["row"])] and rows[-1] not in (1, 2, 4, 5, 8)
     assert sorted({row for row, _ in collate(items)["unreadable"]}) == [1, 2, 4, 5, 8]
     pairs.scan()
-    reasons = {"no image": [1, 4], "its prompt is no text": [2], "Truncated File Read": [5]}
+    reasons = {"no image": [1, 4], "no prompt": [2], "Truncated File Read": [5]}
     reasons |= {"not a picture": [8]}
     counts = {"rows": 10, "used": 5, "ties": 0, "unlabelled": 0}
     assert pairs.report() == counts | {"unreadable": reasons, "left_out": {}}
-    assert "5 that cannot be read (2 no image, 1 its prompt is no text, 1 Truncated File Read, " in pairs.summary()
+    assert "5 that cannot be read (2 no image, 1 no prompt, 1 Truncated File Read, " in pairs.summary()
 
 
 def test_the_stream_starts_anywhere_and_is_the_same_for_every_reader(tmp_path):

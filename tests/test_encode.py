@@ -420,7 +420,7 @@ def test_rows_without_a_caption_and_files_without_a_pair(tmp_path, small_model):
     plain, cached = ImagePairs(str(source), 32), EncodedPairs(tmp_path / "c")
     plain.scan()
     assert plain.report() == cached.report()
-    reasons = {"not a picture": [5, 6, 7, 8, 9], "its prompt is no text": [11]}
+    reasons = {"not a picture": [5, 6, 7, 8, 9], "no prompt": [11]}
     assert cached.report()["unreadable"] == reasons
     for position in range(12):
         assert plain[position]["row"] == cached[position]["row"]

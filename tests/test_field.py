@@ -25,6 +25,7 @@ import loading
 import sources
 import train
 from common import InputError
+from extras import prompts as prompts_room
 from small_runs import log_of
 from test_resume import left
 
@@ -543,7 +544,7 @@ def test_prompts_are_not_cut_swallowed_or_made_up(tmp_path, what):
     name, text, complaint = PROMPT_FILES[what]
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=complaint):
-        evaluate.read_prompts(str(tmp_path / name))
+        prompts_room.read_prompts(str(tmp_path / name))
 
 
 GOOD_FILES = {
@@ -563,7 +564,7 @@ def test_good_prompts_are_read_as_they_are(tmp_path):
     }
     for name, text in GOOD_FILES.items():
         (tmp_path / name).write_bytes(text.encode())
-        assert evaluate.read_prompts(str(tmp_path / name)) == expected[name]
+        assert prompts_room.read_prompts(str(tmp_path / name)) == expected[name]
 
 
 @pytest.mark.parametrize("prompt", [None, 7, "a \ud83d", ["a"]])
@@ -582,10 +583,10 @@ def test_a_caption_that_is_no_utf8_is_listed(tmp_path):
     parquet(tmp_path / "a.parquet", 0, 1, caption=captions)
     pairs = read_by_both(tmp_path)
     pairs.scan()
-    assert pairs.report()["unreadable"] == {"its prompt is no text": [1]}
+    assert pairs.report()["unreadable"] == {"no prompt": [1]}
 
 
-@pytest.mark.parametrize("prompt", [None, 7, "a \ud83d"])
+@pytest.mark.parametrize("prompt", [None, 7, "a \ud83d", "", " \n"])
 def test_a_pair_without_a_prompt_is_listed_and_the_rest_trained(tmp_path, prompt):
     jsonl(tmp_path / "pairs.jsonl", 0, 1, 2)
     lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
@@ -593,7 +594,7 @@ def test_a_pair_without_a_prompt_is_listed_and_the_rest_trained(tmp_path, prompt
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     pairs = data.ImagePairs(str(tmp_path), 32)
     pairs.scan()
-    assert pairs.report()["unreadable"] == {"its prompt is no text": [1]}
+    assert pairs.report()["unreadable"] == {"no prompt": [1]}
 
 
 # 4. Pixels

@@ -210,6 +210,7 @@ onload = () => {
     press(key)
   }
   note.votes = [...votes.values()]; note.rest = seen()
+  set("against", "2"); note.second = seen()
   note.wide = [innerWidth, document.documentElement.scrollWidth]
   note.header = getComputedStyle(document.querySelector("header")).backgroundColor
   note.errors = errors
@@ -244,7 +245,7 @@ def test_a_browser_finds_enlarges_and_votes(tmp_path, width, dark):
     assert note["focused"] and note["open"] and note["flips"] == [1, 2, 0, 2]
     assert note["blind"] == [[0], 2] and note["names"] == "none"
     assert {tuple(sides) for sides in note["sides"]} == {(1, 2), (2, 1)}  # both come
-    assert len(note["votes"]) == 7 and note["rest"] == []
+    assert len(note["votes"]) == 7 and note["rest"] == [] and note["second"] == [0]  # another opponent, all rows again
     for (index, first, other, winner), sides, key in zip(note["votes"], note["sides"], "1201111"):
         left, right = (first, other) if sides == [1, 2] else (other, first)
         assert (first, other) == names[:2] and winner == {"1": left, "2": right, "0": ""}[key], index

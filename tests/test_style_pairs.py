@@ -191,18 +191,23 @@ def test_an_editor_styles_the_models_own_images(tmp_path, arguments, small_model
             style_pairs.main([*edit, "--out", str(tmp_path / "edited"), option, value])
 
 
-def test_an_editor_styles_a_folder_of_images(tmp_path, arguments, small_model):
-    """The images have any size and shape. The rejected image is the folder's own, in the order of the names."""
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_editor_styles_a_folder_of_images(tmp_path, arguments, small_model, kind):
+    """The images have any size and shape. The rejected image is the folder's own, in the order of the names.
+
+    Both images of a pair have --resolution, or the pairs would prefer sharpness.
+    """
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(len(PROMPTS)):
         Image.new("RGB", (48 + 8 * i, 40), (40 * i, 0, 0)).save(photos / f"{i}.jpg", quality=100)
-    editor = small_editor(tmp_path, small_model, "sd")
+    editor = small_editor(tmp_path, small_model, kind)
     argv = [*arguments, "--editor", editor, "--images", str(photos), "--resolution", "32"]
     style_pairs.main([*argv, "--out", str(tmp_path / "out")])
     for i, number in enumerate((0, 1, 2, 4, 5)):  # the second "a red fox" does not count
         plain = np.array(Image.open(tmp_path / "out" / "images" / f"{i:05d}-plain.png"), int)
         assert plain.shape == (32, 32, 3) and np.abs(plain - (40 * number, 0, 0)).max() <= 3
+        assert Image.open(tmp_path / "out" / "images" / f"{i:05d}-styled.png").size == (32, 32)
     Image.new("RGB", (40, 40)).save(photos / "9.png")
     with pytest.raises(SystemExit, match=r"photos holds 7 images, but .*prompts.json has 6 prompts"):
         style_pairs.main([*argv, "--out", str(tmp_path / "other")])

@@ -323,7 +323,7 @@ def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, mo
     """The README's first command. The first of these runs starts from an empty cache."""
     cache = tmp_path_factory.getbasetemp() / "whole-run"
     out = tmp_path_factory.mktemp("run") / loss
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}  # another test may run beside it
     began = time.time()
     subprocess.run(
         [sys.executable, "train.py", "--model", model, "--loss", loss, "--out", str(out)],

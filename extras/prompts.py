@@ -1,0 +1,123 @@
+"""Lists of prompts: files in the forms that people publish, and data sets of the hub."""
+
+import csv
+import importlib
+import io
+import json
+from pathlib import Path
+
+from common import InputError, as_text, brief, hub_id
+
+COLUMNS = ("prompt", "prompts", "caption", "text")  # the first of these that a row has holds its prompt
+
+
+def read_prompts(source):
+    """The prompts of a source, a list of strings; see `read_prompt_rows`."""
+    prompts, _ = read_prompt_rows(source)
+    return prompts
+
+
+def read_prompt_rows(source):
+    """Read prompts, and what else the rows of their table say.
+
+    source   a txt, tsv, csv, json or jsonl file, a dataset of the hub as ID or ID:SPLIT, or "tiny"
+    returns  N prompts, and N dicts {column: text} of the other columns with text or numbers
+    raises   InputError if the source cannot be read or a row has no prompt
+    """
+    path = Path(source)
+    if source == "tiny":
+        path = importlib.import_module("extras.tiny").part("pairs") / "prompts.txt"
+    try:
+        rows = read_prompt_file(path) if path.exists() else read_hub_prompts(source)
+    except Exception as error:  # many libraries read here, each with its own errors
+        raise InputError(f"--prompts {source} cannot be read: {brief(error)}")
+    prompts, columns = [], []
+    for number, row in enumerate(rows, 1):
+        prompt, others = split_row(row)
+        if not prompt:
+            raise InputError(f"--prompts {source}: row {number} has no prompt. A prompt is a text that is not empty, "
+                             f"alone or in the column {', '.join(COLUMNS)}; it is not {str(row)[:80]!a}")
+        prompts.append(prompt)
+        columns.append(others)
+    if not prompts:
+        raise InputError(f"--prompts {source} holds no prompt")
+    return prompts, columns
+
+
+def split_row(row):
+    """(prompt, {column: text} of the other columns) of a row: a string or a dict. The prompt is "" if it has none."""
+    columns = dict(row) if isinstance(row, dict) else {"prompt": row}
+    names = {str(name).lower(): name for name in columns}
+    name_of_prompt = next((names[name] for name in COLUMNS if name in names), None)
+    prompt = as_text(columns.pop(name_of_prompt, None)) or ""
+    others = {}
+    for name, value in columns.items():
+        if isinstance(value, (str, int, float)) and as_text(str(value)) is not None:
+            others[str(name)] = " ".join(str(value).split())
+    return prompt.strip(), others
+
+
+def read_prompt_file(path):
+    """The rows of a file, strings or dicts. ValueError if the format is unknown or a row was cut."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error}); save it as UTF-8")
+    suffix = path.suffix.lower()
+    lines = [line for line in text.split("\n") if line.strip()]
+    if suffix == ".txt":
+        return lines
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in lines]
+    if suffix == ".json":
+        rows = json.loads(text)
+        if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):  # MJHQ-30K: {id: row}
+            rows = [*rows.values()]
+        if not isinstance(rows, list):
+            raise ValueError("the JSON is not a list")
+        return rows
+    stream = io.StringIO(text, newline="")
+    if suffix == ".csv":
+        return read_table(csv.DictReader(stream, strict=True), is_quoted=True)
+    if suffix == ".tsv":  # PartiPrompts' format, in which quotes belong to the prompt
+        return read_table(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE), is_quoted=False)
+    raise ValueError("the suffix must be txt, tsv, csv, json or jsonl")
+
+
+def read_table(reader, is_quoted):
+    """The rows of a csv.DictReader. ValueError if the header or the number of fields suggests that a prompt was cut."""
+    reader.fieldnames = [str(name).strip() for name in reader.fieldnames or []]
+    names = [name.lower() for name in reader.fieldnames]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"the header {names} has an empty name, or one twice")
+    rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row:  # there may be a comma in the prompt
+            raise ValueError(f"row {number} has more fields than the header: {row[None]} is left over")
+        last = [cell for cell in row.values() if cell is not None][-1]
+        may_be_cut = is_quoted or last.startswith('"')  # PartiPrompts leaves out empty notes, so a tsv may lack fields
+        if None in row.values() and may_be_cut:  # there may be a line break in the prompt
+            raise ValueError(f"row {number} has fewer fields than the header: it ends with {last!r}")
+    return rows
+
+
+def read_hub_prompts(source):
+    """The rows of a dataset, ID or ID:SPLIT. Only text, numbers and class names are read: images would take minutes."""
+    import datasets
+
+    name, _, split = source.partition(":")
+    splits = datasets.get_dataset_split_names(hub_id(name))
+    if not split and len(splits) == 1:
+        split = splits[0]
+    if split not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}; give {name}:SPLIT")
+    rows = datasets.load_dataset(name, split=split)
+    columns, class_names = [], {}
+    for column, feature in rows.features.items():
+        is_value = isinstance(feature, (datasets.Value, datasets.ClassLabel)) and "binary" not in feature.dtype
+        if is_value or column.lower() in COLUMNS:
+            columns.append(column)
+        if isinstance(feature, datasets.ClassLabel):
+            class_names[column] = dict(enumerate(feature.names))
+    return [row | {column: names.get(row[column], "") for column, names in class_names.items()}
+            for row in rows.select_columns(columns)]
