@@ -837,7 +837,7 @@ def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tm
         return item | {"draw_id": draw_id, "position": torch.tensor(position)}
 
     monkeypatch.setattr(data.Stream, "__getitem__", other_item)
-    complaint = f"by other code .*: at step 1, position 5, it drew {name} [0-9]+, not {name} [0-9]+\\."
+    complaint = f"by other code .*: at step 1, position 5, it drew {name} [-0-9.]+, not {name} [-0-9.]+\\."
     with pytest.raises(SystemExit, match=complaint):
         run("sd", encoded("sd"), *file, "--lr", "1e-4", name="other")
     assert len(log_of(tmp_path / "other")) == 1

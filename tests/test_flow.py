@@ -106,21 +106,21 @@ def test_a_family_draws_by_its_own_schedulers_shift(small_model, kind):
     assert model.process.shift == pytest.approx(expected)
 
 
-def test_a_shift_that_follows_the_size_is_the_pipelines_in_sd3_too(small_model, command, tmp_path):
-    """The times of training are those of sampling: 32 pixels are 8 x 8 tokens of 2 x 2 latents here."""
+def test_a_shift_that_follows_the_size_is_the_pipelines_in_sd3_too(tmp_path, small_model):
+    """The times of training are those of sampling, at a size that is not the model's own."""
     folder = shutil.copytree(small_model("sd3"), tmp_path / "dynamic")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
     model = fresh(str(folder))
-    side = 32 // model.pipe.vae_scale_factor // 2
+    tokens = (64 // model.pipe.vae_scale_factor // 2) ** 2
     seen = []
     scheduler = type(model.pipe.scheduler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "set_timesteps", lambda self, *rest, mu=None, set_timesteps=scheduler.set_timesteps,
                       **more: seen.append(mu) or set_timesteps(self, *rest, mu=mu, **more))
-        model.sample(["a cat"], [torch.Generator()], 2, 1.0, height=32, width=32)
-    assert seen == [calculate_shift(side * side)]
-    assert model.shift(32) == pytest.approx(math.exp(seen[0])) and model.shift(32) < model.process.shift
+        model.sample(["a cat"], [torch.Generator()], 2, 1.0, height=64, width=64)
+    assert seen == [calculate_shift(tokens)]
+    assert model.shift(64) == pytest.approx(math.exp(seen[0])) and model.shift(64) > model.process.shift
 
 
 # The families
