@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_map
 
 IN_WORKER = "\nOriginal Traceback"  # marks the text of an exception that a DataLoader's process raised
 BAD_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP)
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+LFS = b"version https://git-lfs"
+POINTER = "it is a pointer of git-lfs; fetch the file by `git lfs pull`"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # the values of --precision
 
 
@@ -60,20 +62,34 @@ class Parser(argparse.ArgumentParser):
 
 def brief(error):
     """The first line of an exception's text, for messages of one line. A line that ends with a colon takes the next."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def cannot_read(file, error):
-    """The InputError for a file that cannot be read."""
-    try:
-        is_pointer = b"git-lfs" in Path(file).open("rb").read(100)
-    except OSError:  # it is on the hub, or the error
-        is_pointer = False
-    why = "it is a pointer; fetch the file by `git lfs pull`" if is_pointer else brief(error)[:300]
-    if getattr(error, "errno", None) in NO_LOCKS:
+    """The InputError for data that cannot be read."""
+    why = brief(error)[:300]
+    if is_pointer(file):
+        why = POINTER
+    elif getattr(error, "errno", None) in NO_LOCKS:
         why += ". Set HF_HOME to a folder on a file system with locks"
     return InputError(f"--data {file} cannot be read: {why}")
+
+
+def is_pointer(file):
+    """Whether a file is what git leaves in the place of a large file, if git-lfs did not fetch it."""
+    path = Path(file)
+    return path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS)
+
+
+def read_text(file):
+    """The text of a file. ValueError if it is not UTF-8, or a pointer of git-lfs."""
+    if is_pointer(file):
+        raise ValueError(POINTER)
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error}); save it as UTF-8")
 
 
 @contextlib.contextmanager
@@ -231,21 +247,21 @@ def write_csv(file, names, rows):
 def locked(file, seconds=-1):
     """Holds a lock file. InputError if another process holds it for so long (-1: wait as long as it takes).
 
-    On a file system without locks the file itself is the lock, and filelock finds out whether its owner has died.
+    On a file system without locks, a hidden file that names its owner is the lock. If the owner is dead, filelock
+    removes it.
     """
-    lock = filelock.FileLock(file, timeout=seconds)
+    lock, way_out = filelock.FileLock(file, timeout=seconds), ""
     try:
         try:
             lock.acquire()
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            if os.path.exists(file) and not os.path.getsize(file):  # not a soft lock, which names its owner
-                os.unlink(file)
-            lock = filelock.SoftFileLock(file, timeout=seconds)
+            soft = file.with_name(f".{file.name}")
+            lock, way_out = filelock.SoftFileLock(soft, timeout=seconds), f". If there is none, remove {soft}"
             lock.acquire()
     except filelock.Timeout:
-        raise InputError(f"another live run is writing to {Path(file).parent}. If there is none, remove {file}")
+        raise InputError(f"another live run is writing to {file.parent}{way_out}")
     try:
         yield
     finally:
@@ -264,14 +280,16 @@ def run_folder(folder):
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock", 2):
-        try:
-            yield folder
-        finally:
-            if [file.name for file in folder.iterdir()] == ["lock"]:
-                (folder / "lock").unlink()
-                if is_new:
-                    folder.rmdir()
+    try:
+        with locked(folder / "lock", 2):
+            try:
+                yield folder
+            finally:
+                if {file.name for file in folder.iterdir()} <= {"lock", ".lock"}:
+                    (folder / "lock").unlink()
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def newest_checkpoint(folder):

@@ -174,9 +174,10 @@ class ImagePairs(Pairs):
             faults = {int(row): why for row, why in zip(self.rows, pool.map(fault, self.rows)) if why}
         self.unreadable = {row: reason for row, (reason, _) in faults.items()}
         if len(faults) == len(self):
-            _, first = next(iter(faults.values()))
-            raise InputError(f"--data {self.source} holds no usable pair: {self.report()}. The first error is: "
-                             f"{first[:300]}. A path is a file, with / between folders; addresses, %20 and base64 are not read")
+            reason, first = next(iter(faults.values()))
+            advice = ". A path names a file, with / between folders, and is no address" if "such file" in reason or "name" in reason else ""
+            raise InputError(f"--data {self.source} holds no usable pair: {self.summary()}. The first error is: "
+                             f"{first[:300]}{advice}")
 
     def digest(self):
         """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and contents.
@@ -324,7 +325,7 @@ class Stream(torch.utils.data.Dataset):
         return item
 
     def draw_id(self, row, t, noise):
-        """(row, t, a weighted sum of the noise) [3] float64: they show changed draws, but no other rounding."""
+        """(row, t, a weighted sum of the noise) [3] float64. Another draw changes it; another rounding hardly does."""
         weights = torch.linspace(1, 2, noise.numel(), dtype=torch.float64)
         return torch.tensor([row, t, noise.flatten().double() @ weights], dtype=torch.float64)
 

@@ -37,7 +37,8 @@ class StableDiffusion3(Family):
             return config.shift
         tokens = ((resolution or self.resolution()) // self.pipe.vae_scale_factor // self.latent_multiple()) ** 2
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return math.exp(calculate_shift(tokens, *(config[key] for key in keys)))
+        mu = calculate_shift(tokens, *(config[key] for key in keys))
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
     def set_times(self, args):
         self.process.shift = self.shift(args.resolution)

@@ -27,11 +27,12 @@ HUB_IDS = {
 EMBEDDED = {"tiny": "extras.tiny", "tiny-flow": "extras.tiny_flow"}  # the modules that build them
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL,
             "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
-OTHER_ADAPTERS = {  # by a part of their tensors' names
+LORA_OPTIONS = "LoRA weights are for --init_lora (train.py, encode.py) or --lora (evaluate.py)"
+OTHER_ADAPTERS = {  # by a pattern in their tensors' names
     "dora_scale": "DoRA weights, and diffusers leaves out their magnitudes", "hada_w": "LoHa weights, not LoRA",
     "lokr_w": "LoKr weights, not LoRA",
-    "base_model.model.": "in peft's own form, whose scale is in adapter_config.json. Save them by diffusers' "
-                         "save_lora_weights"}
+    r"base_model\.model\.(?!double_blocks|single_blocks)":  # these two are fal's form for FLUX, which diffusers reads
+        "in peft's own form, whose scale is in adapter_config.json. Save them by diffusers' save_lora_weights"}
 LOWER_LORA = "init_lora.json"  # beside LoRA weights: names the LoRA weights that must be fused before them
 
 
@@ -78,12 +79,14 @@ def find_model(name, config=None):
         source = str(importlib.import_module(EMBEDDED[name]).part("pipeline"))
     is_local, is_file = Path(source).is_dir(), Path(source).is_file()
     try:
+        if is_file and any("lora" in name for name in tensor_names(source)[0]):
+            raise ValueError(f"it holds LoRA weights. {LORA_OPTIONS}")
         described_by = (config or published_config(source)) if is_file else source
         index = model_index(described_by)
         kind = index["_class_name"]
     except Exception as error:
-        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error).rstrip('.')}. "
-                         f"{what_a_model_is(source)}")
+        raise InputError(f"--model {source} cannot be read as a diffusers pipeline: {brief(error).rstrip('.')}"
+                         f"{way_out(source, config)}")
     if kind not in FAMILIES:
         raise InputError(f"--model {source} is a {kind}; known are {', '.join(FAMILIES)}")
     for part in FAMILIES[kind].parts:
@@ -93,16 +96,14 @@ def find_model(name, config=None):
     return source, FAMILIES[kind]
 
 
-def what_a_model_is(source):
-    """What helps if a source is no pipeline, in a sentence or two."""
+def way_out(source, config):
+    """What helps if a source is no pipeline."""
     if Path(source).is_file():
-        return ("Pass its configuration: --config DIR, a diffusers folder of such a model. LoRA weights are for "
-                "--init_lora (train.py) or --lora (evaluate.py)")
+        return "" if config else ". Pass its configuration: --config DIR, a diffusers folder of such a model"
     if Path(source).is_dir():
-        return ("A --model is a whole pipeline. LoRA weights are for --init_lora (train.py) or --lora (evaluate.py). A "
-                "network alone belongs into its own folder, such as unet/, of a copy of the pipeline")
-    is_offline = hub.HF_HUB_OFFLINE
-    return "HF_HUB_OFFLINE is set, so only what was downloaded before is found" if is_offline else "Is its name right?"
+        return (". A --model is a whole pipeline. A network alone is not enough: copy the pipeline, and put the network "
+                f"into its folder there, such as unet/. {LORA_OPTIONS}")
+    return ". HF_HUB_OFFLINE is set, so only what was downloaded before is found" if hub.HF_HUB_OFFLINE else ""
 
 
 def model_index(source):
@@ -146,8 +147,8 @@ def load_network(network_class, source, name):
                              **{dtype: torch.float32})
     try:
         return load(variant=variant or None)
-    except OSError:
-        if Path(source).exists():
+    except OSError as error:
+        if Path(source).exists() or "appear to have a file named" not in str(error):
             raise
         return load(variant="fp16")  # the only one of some hub ids
 
@@ -177,18 +178,23 @@ def load_single_file(file, family, config=None):
     return pipe
 
 
+@functools.cache
+def tensor_names(file):
+    """(the names of a file's tensors, its metadata) of a checkpoint in one file."""
+    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+    if Path(file).suffix == ".safetensors":
+        with safe_open(file, "pt") as weights:
+            return {*weights.keys()}, weights.metadata() or {}
+    return {*load_single_file_checkpoint(file)}, {}
+
+
 def marked_schedule(file):
     """What a checkpoint in one file says of its noise schedule by the marks that ComfyUI and A1111 read, too.
 
     raises  ValueError for EDM's preconditioning
     """
-    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
-
-    if Path(file).suffix == ".safetensors":
-        with safe_open(file, "pt") as weights:
-            names, metadata = {*weights.keys()}, weights.metadata() or {}
-    else:
-        names, metadata = {*load_single_file_checkpoint(file)}, {}
+    names, metadata = tensor_names(file)
     if any(name.startswith("edm_") for name in names):
         raise ValueError("it is marked as an EDM model, which is not one of epsilon or v")
     marks = {}
@@ -331,8 +337,8 @@ def refuse_other_adapters(source, file):
     unset = dict.fromkeys(("local_files_only", "cache_dir", "proxies", "token", "revision", "subfolder"))
     weights, *_ = _fetch_state_dict(source, file, **unset, use_safetensors=True, force_download=False, allow_pickle=True,
                                     user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"})
-    for mark, kind in OTHER_ADAPTERS.items():
-        if any(mark in name for name in weights):
+    for pattern, kind in OTHER_ADAPTERS.items():
+        if any(re.search(pattern, name) for name in weights):
             raise ValueError(f"they are {kind}")
 
 

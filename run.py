@@ -75,8 +75,8 @@ def check_same_content(out, state, now):
     """
     for name, value in state["digests"].items():
         if now["digests"].get(name) != value:
-            raise InputError(f"{out} was begun with another {name} ({value}, now {now['digests'].get(name)}). Give "
-                             "back what it was begun with, or pass another --out")
+            raise InputError(f"{out} was begun with another {name} ({value}, now {now['digests'].get(name)}), or by "
+                             "other code. Give back what it was begun with, or pass another --out")
     reference.check_draws(f"{out} was trained", state["draw_ids"], now["draw_ids"], state["step"] - 1)
     if now["learning_rates"] != state["learning_rates"]:
         raise InputError(f"with this --steps or this code, the {state['step']} steps that {out} has taken would have "

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from common import InputError, as_text, brief, cannot_read, digest, hub_id, is_hidden
+from common import LFS, InputError, as_text, brief, cannot_read, digest, hub_id, is_hidden, read_text
 
 HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
 SPLITS = {  # the words of datasets.data_files and "...set", held-out splits first: "test_of_training" is a test split
@@ -346,10 +346,8 @@ def read_jsonl(files, extra):
     values, images = {name: [] for name in column_types(extra)}, []
     for file in files.values():
         try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeError as error:
-            raise InputError(f"--data {file} cannot be read: it is not UTF-8 ({error}). Save it as UTF-8")
-        except OSError as error:
+            lines = read_text(file).split("\n")
+        except (OSError, ValueError) as error:
             raise cannot_read(file, error)
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -389,7 +387,7 @@ def stored_bytes(cell):
         cell = Path(cell).read_bytes()
     if not cell:
         raise Unreadable("no image")
-    if cell.startswith(b"version https://git-lfs"):
+    if cell.startswith(LFS):
         raise Unreadable("a pointer of git-lfs")
     return cell
 

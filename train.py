@@ -7,7 +7,6 @@
     python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
     python train.py --model sdxl --data CACHE --lora_rank 16    an adapter, on pairs that encode.py has encoded
     python train.py --model sd15 --data my_pairs --validate 0.02        with held-out pairs: is it learning?
-    python train.py --model sd15 --dry_run                      print the resolved run and stop
 
 Options and presets are in options.py. A run writes into --out: config.json, data.json, log.jsonl (a line per step),
 samples/*.png, checkpoint-STEP.pt, model/ (a diffusers pipeline or LoRA weights), and validation.png for held-out pairs.

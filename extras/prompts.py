@@ -6,7 +6,7 @@ import io
 import json
 from pathlib import Path
 
-from common import InputError, as_text, brief, hub_id
+from common import InputError, as_text, brief, hub_id, read_text
 
 COLUMNS = ("prompt", "prompts", "caption", "text")  # the first of these that a row has holds its prompt
 
@@ -59,10 +59,7 @@ def split_row(row):
 
 def read_prompt_file(path):
     """The rows of a file, strings or dicts. ValueError if the format is unknown or a row was cut."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeError as error:
-        raise ValueError(f"it is not UTF-8 ({error}); save it as UTF-8")
+    text = read_text(path)
     suffix = path.suffix.lower()
     lines = [line for line in text.split("\n") if line.strip()]
     if suffix == ".txt":
@@ -74,7 +71,7 @@ def read_prompt_file(path):
         if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):  # MJHQ-30K: {id: row}
             rows = [*rows.values()]
         if not isinstance(rows, list):
-            raise ValueError("the JSON is not a list")
+            raise ValueError("the JSON is neither a list nor {id: {\"prompt\": ...}, ...}")
         return rows
     stream = io.StringIO(text, newline="")
     if suffix == ".csv":

@@ -193,8 +193,8 @@ def make_images(out, args, models, prompts, images, dtype):
             plain_images = report.to_pil(model.decode(plain))
         if editor:
             # SDXL's editor draws its own size unless it is told one; SD's takes the image's.
-            side = args.resolution if "height" in inspect.signature(editor.pipe.__call__).parameters else None
-            size = {"height": side, "width": side} if side else {}
+            names = inspect.signature(editor.pipe.__call__).parameters
+            size = {name: args.resolution for name in ("height", "width") if name in names}
             styled = editor.sample(styled_prompts, styled_noise, args.steps, args.guidance, dtype,
                                    image=plain_images, image_guidance_scale=args.image_guidance, **size)
             styled_images = report.to_pil(editor.decode(styled))
