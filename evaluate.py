@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from common import DTYPES, InputError, Parser, atomic_write, is_hidden, keyed_generator, one_line_errors
-from extras.prompts import read_prompt_rows
+from extras.prompts import read_prompt_rows, read_prompts  # the second one for those who import this file
 from loading import EMBEDDED, fuse_lora, load_model, weights_digest
 from models import cast_for_autocast
 from report import (comparable_sets, first_difference, image_files, open_batches, open_folders, read_json, save_png,

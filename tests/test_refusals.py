@@ -127,7 +127,7 @@ def test_lora_weights_that_are_not_there_are_named(small_model, source, complain
         loading.fuse_lora(fresh(small_model("sd")), source)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def test_samples_have_the_models_own_guidance(tmp_path, small_model, few_pairs, monkeypatch, kind):
     """train.py and evaluate.py take it for a folder, too; that of a toy is 3."""
     argv = ["--model", small_model(kind), "--device", "cpu"]
