@@ -63,7 +63,8 @@ def test_the_peers_step_has_the_loss_of_two_equal_networks_at_first(small_model,
         assert row.pairs_per_second > 0 and row.gib > 0
 
 
-@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
 def test_what_a_forward_keeps_grows_by_the_pair(small_model, lora_rank):
     """Every pair adds the same bytes, and far fewer with gradient checkpointing."""
     kept = {}

@@ -95,7 +95,7 @@ def test_tab_separated_prompts_keep_their_quotes(tmp_path):
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.json", "[]", "holds no prompt"),
         ("p.json", "[1]", "row 1 has no prompt"),
-        ("p.json", '{"prompts": ["a cat"]}', "cannot be read: the JSON is not a list"),
+        ("p.json", '{"prompts": ["a cat"]}', "cannot be read: the JSON is neither a list nor"),
         ("p.csv", "id,words\n1,x\n", "row 1 has no prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "row 2 has no prompt"),
         ("p.jsonl", "{", "cannot be read"),
@@ -984,6 +984,7 @@ def test_several_images_of_a_prompt(generate):
 # All of it
 
 
+@pytest.mark.slow
 def test_the_embedded_task_end_to_end(tmp_path, monkeypatch, capsys):
     """With nothing but defaults, nothing downloaded; the page is read by a browser where there is one."""
     monkeypatch.chdir(tmp_path)

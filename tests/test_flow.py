@@ -282,7 +282,8 @@ def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, precision, l
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and second["reward/chosen"] != 0
 
 
-@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_passes_processes_and_caches_do_not_change_a_run(tmp_path, command, small_model, few_pairs, kind):
     """One pass or two, one or two processes, and a cache with the VAE's mean agree to rounding."""
     options = "--lora_rank 4 --prompt_dropout 0 --vae_sample mean --lr 1e-5 --beta 100 --workers 0"
@@ -347,7 +348,8 @@ def test_killed_at_random_moments(tmp_path, command, few_pairs, kind):
     killed(run, tmp_path / "out", expected, kills=3)
 
 
-@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
     """A whole run leaves a pipeline, grids and the held-out curve, and evaluate.py draws with the pipeline."""
     options = "--sample_every 2 --sample_steps 2 --ema 0.5"
@@ -364,7 +366,8 @@ def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
     assert len(manifest["images"]) == 2
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd3", marks=pytest.mark.slow), "flux"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command, small_model, few_pairs, kind, monkeypatch):
     """A run from a cache draws samples and measures held-out images, and no step encodes a prompt."""
     encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",

@@ -208,6 +208,7 @@ def test_the_group_is_seen(run, small_model, optimizer):
     assert (eight - one).norm() > 0.1 * (eight - start).norm()
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_pair_is_its_own_on_any_process(run):
     """Other trainers seed every rank alike, so pairs of one step share their noise."""
     (alone,) = run(1, 16, "rpo", 8, "sgd", "sd")["noise"]

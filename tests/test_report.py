@@ -271,6 +271,7 @@ def test_a_large_page_shows_the_images_where_they_lie(tmp_path, monkeypatch):
     assert "../" not in re.sub(r"base64,[\w+/=]+", "", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_draws_the_sorted_page(tmp_path):
     """Text in the DOM proves no picture: the best row's image must be in sight, below the header."""

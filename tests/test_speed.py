@@ -117,9 +117,10 @@ def test_the_last_graph_of_a_group_is_kept(tmp_path, command, monkeypatch, micro
 # torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, options", [
-    ("sd", "--micro_batch 8 --loss dpo"), pytest.param("sd", "--micro_batch 4", marks=pytest.mark.slow),
-    pytest.param("sdxl", "--micro_batch 4 --lora_rank 4 --gradient_checkpointing", marks=pytest.mark.slow)])
+    ("sd", "--micro_batch 8 --loss dpo"), ("sd", "--micro_batch 4"),
+    ("sdxl", "--micro_batch 4 --lora_rank 4 --gradient_checkpointing")])
 def test_compiled_blocks_make_no_new_graph_after_the_first_step(tmp_path, command, monkeypatch, kind, options):
     """That holds with the adapter on and off, with and without gradient. The losses are those of the plain network."""
     torch._dynamo.reset()

@@ -158,7 +158,8 @@ def small_editor(folder, small_model, kind):
     return str(folder / f"editor-{kind}")
 
 
-@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_an_editor_styles_the_models_own_images(tmp_path, arguments, small_model, kind):
     """The plain image is that of a run without an editor. The styled one is what the stock pipeline makes of it."""
     from diffusers import DiffusionPipeline

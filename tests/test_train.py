@@ -719,7 +719,7 @@ def test_a_sum_over_a_column_is_found_in_any_data(monkeypatch, score):
 def test_losses_that_couple_nothing_pass_at_every_beta(monkeypatch):
     """A saturated sigmoid and a loss near zero must not look like coupled pairs."""
     hinge_loss = readme_names()["hinge_loss"]
-    for beta in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000):
+    for beta in (1, 10, 100, 500, 1000, 5000):
         for loss_fn in (loss_file.sft_loss, loss_file.dpo_loss, hinge_loss, snr_weighted_loss, mapo_loss):
             check_coupling(monkeypatch, loss_fn, float(beta))
 
