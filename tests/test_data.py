@@ -336,6 +336,25 @@ def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path)
     assert "6 that cannot be read (2 no image, 2 no prompt, 1 Truncated File Read, " in pairs.summary()
 
 
+def test_crop_flip_and_prompt_dropout_are_independent_of_each_other(tmp_path):
+    """Of 400 items each of the four numbers is above one half in half, and so are any two of them together in a quarter."""
+    halves = Image.new("RGB", (32, 16), "black")
+    halves.paste("white", (0, 0, 8, 16))  # the crop is seen in the mean, the flip in the place of white
+    image = saved(halves)
+    source = parquet(tmp_path, rows_of(*[1.0] * 10, changes={n: {"jpg_0": image, "jpg_1": image} for n in range(10)}))
+    pairs = ImagePairs(source, 16, random_flip=True, random_crop=True, prompt_dropout=0.5)
+    items = [pairs[position] for position in range(400)]
+    is_dropped = np.array([item["prompt"] == "" for item in items])
+    left = np.array([int(item["time_ids"][0, 3]) for item in items])
+    augmented = [data.augmentation(0, position // 10, int(item["row"])) for position, item in enumerate(items)]
+    is_flipped = np.array([flip < 0.5 for _, _, flip, _ in augmented])
+    whitest = np.array([item["pixels"][0, 0].float().mean(0).argmax().item() for item in items])
+    seen = np.array([item["pixels"].max() > 127 for item in items])
+    assert ((whitest > 0) == is_flipped)[seen & (left > 0) & (left < 16)].mean() > 0.9  # the flip that is drawn is done
+    for one, other in ((is_dropped, is_flipped), (is_dropped, left > 8), (is_flipped, left > 8)):
+        assert abs(one.mean() - 0.5) < 0.1 and abs((one & other).mean() - 0.25) < 0.08
+
+
 def test_the_stream_starts_anywhere_and_is_the_same_for_every_reader(tmp_path):
     """Resume, workers and ranks rest on this: an item is a function of (seed, position)."""
 

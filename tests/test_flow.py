@@ -421,12 +421,25 @@ def test_uniform_times_go_on_after_a_kill(tmp_path, command):
     assert len(expected) == 12 and numbers_of(tmp_path / "same") == numbers_of(tmp_path / "other") == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_trains_the_attention_of_images_and_of_text(small_model, kind):
+    model = fresh(small_model(kind))
+    linear = [name for name, layer in model.denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
+    loading.add_lora(model, 2, 0)
+    trained = {name.split(".lora_")[0] for name, param in model.denoiser.named_parameters() if param.requires_grad}
+    assert trained == {name for name in linear if ".attn" in name} and len(trained) > 8
+
+
 def test_flux_is_told_the_guidance_that_it_trains_with(tmp_path, command):
-    train.main(command("flux", "--steps 1 --loss sft", tmp_path / "one"))
-    train.main(command("flux", "--steps 1 --loss sft --train_guidance 3.5", tmp_path / "other"))
-    assert numbers_of(tmp_path / "one", ["loss"]) != numbers_of(tmp_path / "other", ["loss"])
+    """Errors differ between two guidances. So the reference errors of one are refused at the other."""
+    options, errors = "--steps 1 --loss dpo --lora_rank 2", f"--reference_errors {tmp_path / 'errors'}"
+    train.main(command("flux", f"{options} {errors}", tmp_path / "one"))
+    train.main(command("flux", f"{options} --train_guidance 3.5", tmp_path / "other"))
+    assert numbers_of(tmp_path / "one", ["mse/ref_w"]) != numbers_of(tmp_path / "other", ["mse/ref_w"])
     with pytest.raises(SystemExit, match="holds a run with --train_guidance 1.0, not 3.5"):
-        train.main(command("flux", "--steps 2 --loss sft --train_guidance 3.5", tmp_path / "one"))
+        train.main(command("flux", "--loss dpo --lora_rank 2 --steps 2 --train_guidance 3.5", tmp_path / "one"))
+    with pytest.raises(SystemExit, match="errors belongs to a run with noise schedule"):
+        train.main(command("flux", f"{options} {errors} --train_guidance 3.5", tmp_path / "third"))
 
 
 def test_flux_draws_times_by_the_shift_of_its_images(tmp_path, command):

@@ -52,6 +52,9 @@ def test_pairs_are_in_pick_a_pics_schema_and_prompts_on_one_side_only(tmp_path, 
     for kind, image in (("styled", winner), ("plain", loser)):
         file = out / "images" / f"{prompts.index(rows[0]['caption']):05d}-{kind}.png"
         assert image.tobytes() == Image.open(file).tobytes(), f"the {kind} image is on the wrong side"
+    for prompt, reference in zip(held_out, sorted((out / "reference").glob("*.png")), strict=True):
+        styled = out / "images" / f"{prompts.index(prompt):05d}-styled.png"
+        assert reference.name == styled.name.replace("-styled", "") and reference.read_bytes() == styled.read_bytes()
 
 
 def test_the_plain_image_is_the_models_own_and_the_styled_one_comes_from_it(tmp_path, arguments, small_model):

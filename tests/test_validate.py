@@ -107,8 +107,10 @@ def test_the_figures_are_those_of_the_definition(run, held_out, small_model, mon
         trainer.set_up(None, {})
         pairs = ImagePairs(held_out, 32)
         stream = HeldOutStream(pairs, trainer.model.process, (4, 8, 8), 10)
-        items = {}
-        for item in (stream[position] for position in range(10)):
+        items, quarters = {}, {}
+        for position in range(10):
+            item = stream[position]
+            quarters.setdefault(int(item["row"]), position % 4)
             items.setdefault(int(item["row"]), item)  # one stands for the pair that cannot be read: it counts once
         errors[name] = []
         for row in sorted(items):
@@ -124,6 +126,10 @@ def test_the_figures_are_those_of_the_definition(run, held_out, small_model, mon
     for k, name in enumerate(("w", "l")):
         assert last[f"policy_{name}"] == pytest.approx(policy[:, k].mean().item(), rel=1e-5)
         assert last[f"ref_{name}"] == pytest.approx(ref[:, k].mean().item(), rel=1e-5)
+    of_quarters = torch.tensor([quarters[row] for row in sorted(items)])
+    for quarter in range(4):
+        share = (margin[of_quarters == quarter] > 0).float().mean().item()
+        assert last[f"accuracy_t{quarter}"] == pytest.approx(share)
     captions = [pairs.caption(row) for row in sorted(items)]
     _, *interval = rate_interval((margin > 0).numpy(), captions)
     assert [last["accuracy_low"], last["accuracy_high"]] == pytest.approx(interval)
@@ -212,15 +218,22 @@ def test_an_average_is_measured_where_there_is_one(run, held_out):
 
 @pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.slow), ("--ema", "0.5")])
 def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_out, options):
-    """With ten pairs on two processes and micro-batches of four, the last forward is filled up."""
-    argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, "--validate", held_out, *options]
-    argv += "--batch_size 8 --group_size 8 --micro_batch 4".split()
-    found = []
-    for world_size in (1, 2):
-        out = tmp_path / str(world_size)
-        ended = launch(tmp_path / f"log-{world_size}", world_size, faulty, None, 0, [*argv, "--out", str(out)])
+    """With ten pairs on two processes and micro-batches of four, the last forward is filled up.
+
+    To measure in the middle of a run changes no bit of it on any process.
+    """
+    argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, *options]
+    argv += "--batch_size 8 --group_size 8 --micro_batch 4 --validate_every 2".split()
+
+    def run(name, world_size, *more):
+        out = ["--out", str(tmp_path / name)]
+        ended = launch(tmp_path / f"log-{name}", world_size, faulty, None, 0, [*argv, *more, *out])
         assert all(status == 0 for status, _ in ended), ended
-        found.append(measured(out)[4])
+        return tmp_path / name
+
+    found = [measured(run(str(world_size), world_size, "--validate", held_out))[4] for world_size in (1, 2)]
+    unmeasured, as_measured = weights(run("unmeasured", 2)), weights(tmp_path / "2")
+    assert all(torch.equal(unmeasured[name], as_measured[name]) for name in unmeasured)
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert value == pytest.approx(found[1][name], rel=1e-3, abs=1e-4), name
