@@ -5,6 +5,7 @@ import json
 
 import datasets
 import numpy as np
+import open_clip
 import pyarrow.parquet
 import pytest
 import torch
@@ -334,6 +335,22 @@ def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path)
     counts = {"rows": 10, "used": 4, "ties": 0, "unlabelled": 0}
     assert pairs.report() == counts | {"unreadable": reasons, "left_out": {}}
     assert "6 that cannot be read (2 no image, 2 no prompt, 1 Truncated File Read, " in pairs.summary()
+
+
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (41, 40), (64, 64)])
+def test_clip_sees_what_its_own_crop_keeps(size):
+    """We cut the square out before CLIP's transform scales. Without that it would cut out the same square."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.BICUBIC)
+    transform = open_clip.image_transform(min(size), is_train=False)
+    torch.testing.assert_close(transform(data.middle_square(image)), transform(image))
+
+
+def test_a_crop_is_counted_from_the_top_and_from_the_left():
+    wide, tall = Image.new("RGB", (48, 16)), Image.new("RGB", (16, 48))
+    for image, y, x, expected in ((wide, 1, 0, [0, 0]), (wide, 0, 1, [0, 32]), (tall, 1, 0, [32, 0]), (tall, 0, 1, [0, 0])):
+        _, time_ids = data.crop_and_resize(image, 16, y, x, False)
+        assert time_ids[2:4].tolist() == expected
 
 
 def test_crop_flip_and_prompt_dropout_are_independent_of_each_other(tmp_path):

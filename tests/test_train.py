@@ -141,6 +141,22 @@ def test_without_tensorboard_a_run_still_runs(run, monkeypatch):
     assert (out / "model").is_dir() and not (out / "tensorboard").exists()
 
 
+def test_a_step_is_as_long_as_its_options_say(run, small_model):
+    """SGD moves by the rate times the clipped gradient. AdamW's decay takes rate x decay x weight off every weight."""
+    start = torch.cat([param.flatten() for param in fresh(small_model("sd")).denoiser.parameters()])
+
+    def moved(*options):
+        out = run("sd", "--loss", "sft", "--steps", "1", "--warmup", "0", *options, name="-".join(options).replace("/", ""))
+        model = loading.load_model(str(out / "model"))
+        return torch.cat([param.flatten() for param in model.denoiser.parameters()]) - start
+
+    for limit in ("1e-3", "2e-3"):
+        step = moved(*f"--optimizer sgd --lr 10 --weight_decay 0 --max_grad_norm {limit}".split())
+        assert step.double().norm() == pytest.approx(10 * float(limit), rel=1e-3)
+    without, with_decay = (moved(*f"--optimizer adamw --lr 1e-2 --weight_decay {decay}".split()) for decay in ("0", "0.5"))
+    torch.testing.assert_close(with_decay - without, -1e-2 * 0.5 * start, rtol=1e-3, atol=1e-6)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(run):
     complaint = "step 1: loss nan.* Not finite: the policy's errors of rows .* Kept: no checkpoint"
     with pytest.raises(SystemExit, match=complaint):
@@ -871,6 +887,12 @@ def test_precedence_is_default_preset_command_line():
     assert value("--model", "x", "--data", "y") == 1e-5  # the default
     assert value("--model", "sdxl") == 2.048e-5  # the preset
     assert value("--model", "sdxl", "--lr", "3e-6") == 3e-6  # the command line
+
+
+def test_the_default_micro_batch_holds_whole_groups_if_it_can():
+    """Then one pass is enough: of 24 pairs 12 would fit, but 8 are a group."""
+    sizes = {group: train_args(f"--batch_size 24 --group_size {group} --out x".split()).micro_batch for group in (1, 8, 24)}
+    assert sizes == {1: 12, 8: 8, 24: 12}
 
 
 def test_presets_are_whole_runs():
