@@ -523,11 +523,6 @@ def test_group_noise_says_what_the_pairs_of_a_group_share(shared, timesteps, noi
     assert len(drawn["noise"].unique(dim=0)) == noises and len(drawn["vae_noise"].unique(dim=0)) == 8
 
 
-def test_timesteps_are_uniform():
-    t = draw(range(4000), batch_size=4000, shape=(1,))["t"].float()
-    assert 0 <= t.min() < 5 and 995 <= t.max() < 1000 and abs(t.mean() - 499.5) < 3 * 288.7 / 4000**0.5
-
-
 # CLIP
 
 
@@ -902,7 +897,8 @@ def test_presets_are_whole_runs():
         assert (args.data, args.clip) == ("pickapic", "ViT-H-14:laion2b_s32b_b79k")
         assert (args.resolution, args.optimizer) == (size, optimizer)
         assert (args.batch_size, args.lr, args.warmup, args.beta) == (2048, 2.048e-5, warmup, 5000)
-        assert (args.weight_position, args.tau, args.group_size) == ("outside", 0.5, 8)
+        assert (args.loss, args.weight_position, args.tau, args.group_size) == ("rpo", "outside", 0.5, 8)
+        assert args.group_noise == "own"
         assert args.batch_size % args.micro_batch == 0 and args.micro_batch % args.group_size == 0
 
 
@@ -929,13 +925,6 @@ def test_a_run_knows_when_it_is_dpo(tmp_path, run, capsys, tau, is_said):
     assert ("these weights are one-hot, so this run is Diffusion-DPO. See --tau" in text) == is_said
 
 
-def test_help_fits_two_screens(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 2 * 50 and max(map(len, lines)) <= 110
-
-
 def test_every_command_of_the_documents_parses():
     """The programs accept the commands of the README, the guide and the scripts' own heads."""
     names = ("README.md", "GUIDE.md", "train.py", "encode.py", "evaluate.py")
@@ -951,14 +940,12 @@ def test_every_command_of_the_documents_parses():
         evaluate.parse_args(shlex.split(typed))
 
 
-@pytest.mark.parametrize("model, warmup, optimizer", [("sd15", 500, "adamw"), ("sdxl", 200, "adafactor")])
-def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys, model, warmup, optimizer):
-    """The presets promise the paper's form at Diffusion-DPO's batch, beta, learning rate and warm-up."""
-    train.main(["--model", model, "--dry_run", "--out", str(tmp_path / "out")])
-    promised = {"warmup": warmup, "optimizer": optimizer, "beta": 5000, "batch_size": 2048, "lr": 2.048e-5}
-    promised |= {"loss": "rpo", "weight_position": "outside", "tau": 0.5, "group_size": 8, "group_noise": "own"}
-    args = json.loads(capsys.readouterr().out)
-    assert {name: args[name] for name in promised} == promised and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, capsys, model):
+    argv = ["--model", model, "--out", str(tmp_path / "out")]
+    train.main([*argv, "--dry_run"])
+    assert json.loads(capsys.readouterr().out) == vars(train_args([*argv, "--dry_run"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_preset_passes_the_checks_of_what_is_typed(monkeypatch):
