@@ -873,3 +873,20 @@ def test_a_rank_that_fails_brings_the_others_down(tmp_path, options):
 
 if __name__ == "__main__":
     faulty(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+
+
+def test_the_scale_of_fp16_goes_on_where_it_was():
+    """Without it the first steps after a resume would overflow and be skipped."""
+    param = torch.nn.Parameter(torch.ones(2))
+
+    def output(scale):
+        room = object.__new__(run.Output)
+        room.params, room.ema, room.optimizer = {"w": param}, None, torch.optim.SGD([param], lr=0.1)
+        room.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return room
+
+    before, after = output(8.0), output(65536.0)
+    assert before.scaler.scale(torch.ones(())) == 8
+    state = {"weights": {"w": torch.zeros(2)}, "optimizer": before.optimizer.state_dict(), "skipped": 3}
+    after.restore(state | {"scaler": before.scaler.state_dict()})
+    assert after.scaler.scale(torch.ones(())) == 8 and after.skipped == 3 and not param.any()
