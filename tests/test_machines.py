@@ -191,6 +191,10 @@ def test_other_pairs_or_reference_errors_on_another_machine_are_refused(tmp_path
         (line,) = lines_of(text)
         assert status == 1 and "process 1 has another data than process 0" in line
 
+    for status, text in launch(tmp_path, 2, with_other_files, [*options, *out], "--validate", few_pairs, str(other)):
+        (line,) = lines_of(text)
+        assert status == 1 and "process 1 has another held-out pairs than process 0" in line
+
     errors = [str(tmp_path / "errors"), str(tmp_path / "other_errors")]
     train.main([*options, "--reference_errors", errors[0], "--steps", "1", "--out", str(tmp_path / "alone")])
     argv = [*options, *out]

@@ -206,12 +206,12 @@ def test_an_editor_styles_a_folder_of_images(tmp_path, arguments, small_model, k
     for i in range(len(PROMPTS)):
         Image.new("RGB", (48 + 8 * i, 40), (40 * i, 0, 0)).save(photos / f"{i}.jpg", quality=100)
     editor = small_editor(tmp_path, small_model, kind)
-    argv = [*arguments, "--editor", editor, "--images", str(photos), "--resolution", "32"]
+    argv = [*arguments, "--editor", editor, "--images", str(photos), "--resolution", "64"]
     style_pairs.main([*argv, "--out", str(tmp_path / "out")])
     for i, number in enumerate((0, 1, 2, 4, 5)):  # the second "a red fox" does not count
         plain = np.array(Image.open(tmp_path / "out" / "images" / f"{i:05d}-plain.png"), int)
-        assert plain.shape == (32, 32, 3) and np.abs(plain - (40 * number, 0, 0)).max() <= 3
-        assert Image.open(tmp_path / "out" / "images" / f"{i:05d}-styled.png").size == (32, 32)
+        assert plain.shape == (64, 64, 3) and np.abs(plain - (40 * number, 0, 0)).max() <= 3
+        assert Image.open(tmp_path / "out" / "images" / f"{i:05d}-styled.png").size == (64, 64)
     Image.new("RGB", (40, 40)).save(photos / "9.png")
     with pytest.raises(SystemExit, match=r"photos holds 7 images, but .*prompts.json has 6 prompts"):
         style_pairs.main([*argv, "--out", str(tmp_path / "other")])
