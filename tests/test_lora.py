@@ -584,7 +584,8 @@ def test_random_weights_of_another_model_are_refused(tmp_path, few_pairs, progra
     argv = ["--model", "my/model", "--random_init", "--data", few_pairs, "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as end:
         program.main(argv)
-    assert end.value.code == f"{program.__name__}.py: --random_init knows sd15, sdxl, sd3.5-medium, flux-dev, not my/model"
+    known = ", ".join(loading.HUB_IDS)
+    assert end.value.code == f"{program.__name__}.py: --random_init knows {known}, not my/model"
     assert not (tmp_path / "out").exists()
 
 
