@@ -175,9 +175,10 @@ class ImagePairs(Pairs):
         self.unreadable = {row: reason for row, (reason, _) in faults.items()}
         if len(faults) == len(self):
             reason, first = next(iter(faults.values()))
-            advice = ". A path names a file, with / between folders, and is no address" if "such file" in reason or "name" in reason else ""
+            if reason in ("no such file", "File name too long"):
+                first = f"{first[:300]}. A path names a file, with / between folders, and is no address"
             raise InputError(f"--data {self.source} holds no usable pair: {self.summary()}. The first error is: "
-                             f"{first[:300]}{advice}")
+                             f"{first[:400]}")
 
     def digest(self):
         """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and contents.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import common
 import data
 import encode
+import loading
 import loss
 import models
 import options
@@ -564,7 +565,7 @@ BAD_INPUT = {
     "--store fp16": ".* was begun with store fp32, not fp16",
     "--resolution 33": "--resolution 33: this model needs a multiple of 8",
     "--resolution 0": "argument --resolution: 0 is out of range",
-    "--random_init": "--random_init knows sd15, sdxl, .*, not",
+    "--random_init": f"--random_init knows {', '.join(loading.HUB_IDS)}, not",
     "--device cuda:9": "--device cuda:9 is not there",
     "--data no/such": "--data no/such cannot be read",
     "--dtaa x": "unrecognized arguments",
@@ -837,7 +838,8 @@ def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tm
         return item | {"draw_id": draw_id, "position": torch.tensor(position)}
 
     monkeypatch.setattr(data.Stream, "__getitem__", other_item)
-    complaint = f"by other code .*: at step 1, position 5, it drew {name} [-0-9.]+, not {name} [-0-9.]+\\."
+    number = {"row": "[0-9]+", "noise": r"-?[0-9]+\.[0-9]{3}"}[name]
+    complaint = rf"by other code .*: at step 1, position 5, it drew {name} {number}, not {name} {number}\."
     with pytest.raises(SystemExit, match=complaint):
         run("sd", encoded("sd"), *file, "--lr", "1e-4", name="other")
     assert len(log_of(tmp_path / "other")) == 1

@@ -251,9 +251,9 @@ def test_a_larger_group_takes_no_more_memory(tmp_path, small_model, chained_pair
     peaks = []
     for group in ("8", "64"):
         argv = ["--model", small_model("sd"), "--data", chained_pairs, "--clip", "tiny", "--device", "cpu"]
-        argv += "--resolution 256 --steps 1 --sample_every 0 --batch_size 64 --micro_batch 8".split()
+        argv += "--resolution 288 --steps 1 --sample_every 0 --batch_size 64 --micro_batch 8".split()
         argv += ["--group_size", group, "--out", str(tmp_path / f"out-{group}")]
         ((status, text),) = launch(tmp_path, 1, measured, argv, str(tmp_path / group))
         assert status == 0, text
         peaks.append(json.loads((tmp_path / group).read_text()))
-    assert peaks[0] > 400 and peaks[1] < 1.05 * peaks[0]  # MiB over the loaded models
+    assert peaks[0] > 500 and peaks[1] < 1.05 * peaks[0]  # MiB over the loaded models
