@@ -168,7 +168,7 @@ class ImagePairs(Pairs):
             try:
                 self.load(row)
             except Unreadable as error:  # its traceback would keep the images in memory
-                return str(error), brief(error.__cause__ or error)
+                return str(error), brief(error.__cause__ or error)[:300]
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             faults = {int(row): why for row, why in zip(self.rows, pool.map(fault, self.rows)) if why}
@@ -176,9 +176,8 @@ class ImagePairs(Pairs):
         if len(faults) == len(self):
             reason, first = next(iter(faults.values()))
             if reason in ("no such file", "File name too long"):
-                first = f"{first[:300]}. A path names a file, with / between folders, and is no address"
-            raise InputError(f"--data {self.source} holds no usable pair: {self.summary()}. The first error is: "
-                             f"{first[:400]}")
+                first += ". A path names a file, with / between folders, and is no address"
+            raise InputError(f"--data {self.source} holds no usable pair: {self.summary()}. The first error is: {first}")
 
     def digest(self):
         """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and contents.
