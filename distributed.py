@@ -353,16 +353,24 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+# Loaders that were not read to their end. They stay referenced, because to delete one can mean to wait forever for a lock
+# that a killed process held.
+UNFINISHED = []
+
+
 def guarded(batches, has_workers):
     """The batches of torch's DataLoader. A process of it that died or hangs becomes an InputError."""
     if has_workers:
         name_dead_readers()
+        UNFINISHED.append(batches)
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
         if not has_workers or IN_WORKER in str(error):  # an exception of the data code itself
             raise
         raise broke_off(error)
+    if has_workers:
+        UNFINISHED.remove(batches)
 
 
 def name_dead_readers():
@@ -378,7 +386,7 @@ def name_dead_readers():
         except RuntimeError as error:
             raise ReaderDied(broke_off(error))
 
-    if callable(handler):
+    if callable(handler) and handler.__module__ != __name__:  # every loader asks for it, and once is enough
         signal.signal(signal.SIGCHLD, handle)
 
 
@@ -396,8 +404,6 @@ def release_signals():
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
-    # A child that was killed while it held the loader's lock would make the loader's own shutdown wait forever.
-    torch.utils.data._utils._set_python_exit_flag()
 
 
 def end_with_launcher():

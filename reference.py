@@ -131,6 +131,8 @@ class ReferenceErrors:
                 self.save()
             if any(distributed.all_gather_list([stop.requested])):
                 break
+        else:
+            next(batches, None)  # ends the loader's processes
         if rank == 0 and missing:
             self.save()
         if self.errors[steps.start:steps.stop].isnan().any():

@@ -383,6 +383,7 @@ def test_what_was_trained_on_is_not_decoded_again(tmp_path, options, monkeypatch
 @pytest.mark.parametrize("optimizer, loss", [("adafactor", "rpo"), pytest.param("sgd", "sft", marks=pytest.mark.slow)])
 def test_four_steps_are_two_and_two(tmp_path, options, optimizer, loss):
     argv = [*options, "--optimizer", optimizer, "--loss", loss]
+    argv += ["--sft_weight", "0.5"] if loss == "rpo" else []
     for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
         train.main([*argv, "--steps", steps, "--out", str(tmp_path / name)])
     same_bits(tmp_path / "two", tmp_path / "four")
@@ -834,6 +835,35 @@ def test_an_error_of_a_reader_keeps_its_meaning():
     assert str(ended.value).startswith(meaning)
     with pytest.raises(RuntimeError, match="Original Traceback"), one_line_errors("train.py"):
         read(RuntimeError("shapes do not match"), workers=1)
+
+
+def test_a_run_that_broke_off_leaves_the_next_runs_in_the_process_their_readers():
+    """extras.learning trains many runs in a process. A loader's readers end with it, also after a run that broke off."""
+    for _ in range(6):  # torch knows a loader by its address, which the next one could get
+        with pytest.raises(ValueError, match="broken"):
+            read(ValueError("broken"), workers=1)
+        distributed.release_signals()
+    pairs = torch.utils.data.DataLoader(range(4), num_workers=2)
+    batches = iter(pairs)
+    readers = [*multiprocessing.active_children()]
+    assert [batch.item() for batch in distributed.guarded(batches, True)] == [0, 1, 2, 3]
+    assert readers and not any(reader.is_alive() for reader in readers)
+
+
+def test_many_loaders_of_a_run_report_a_dead_reader_once(monkeypatch):
+    """Each validation has a loader of its own. A handler that wraps the last one's would be as deep as their number."""
+    set_handlers = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: [torchs_handler, *set_handlers][-1])
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_handlers.append(handler))
+    for _ in range(3):
+        assert [*distributed.guarded(iter([1]), has_workers=True)] == [1]
+    assert len(set_handlers) == 1
+    with pytest.raises(distributed.ReaderDied):
+        set_handlers[0](signal.SIGCHLD, None)
+
+
+def torchs_handler(number, frame):
+    raise RuntimeError("DataLoader worker (pid 7) is killed")
 
 
 def test_the_process_that_fails_alone_says_so(monkeypatch):
