@@ -11,6 +11,7 @@ the same timestep t_i and the same noise eps_i, by `DDPM` or, for flow-matching 
     RPO   L = mean_i sum_j  w_ij * -log sigmoid( -beta/2 * (D_i^w - D_j^l) )        weights outside: arXiv:2406.06382
           L = mean_ij  -log sigmoid( -beta/2 * w_ij * (D_i^w - D_j^l) )             weights inside: arXiv:2402.10958
           w_ij = softmax over j of ( -d_ij / tau ),  see cross_pair_weights in data.py
+    DPO and RPO add   sft_weight * beta/2 * mean_i D_i^w    which holds the winner, as in arXiv:2404.19733 (0: the paper)
 
 Our beta is the product beta T omega(lambda_t) of Eq. (14), with constant omega. The 1/2 and the mean over a latent's
 elements are those of Diffusion-DPO's published code, so beta = 5000 means here what it means there.
@@ -126,24 +127,27 @@ def sft_loss(err_w):
     return err_w.mean(), {"mse/policy_w": err_w.detach().mean()}
 
 
-def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
+def dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, sft_weight=0.0):
     """Diffusion-DPO, Eq. (14) of arXiv:2311.12908: mean_i -log sigmoid( -beta/2 * (D_i^w - D_i^l) ).
 
-    beta  the strength of the pull to the reference
+    beta        the strength of the pull to the reference
+    sft_weight  the weight of the term that holds the winner; 0.5 pulls as much along D^w as DPO does at the start
     """
     d_w = err_w - ref_err_w                                                 # [B]
     d_l = err_l - ref_err_l                                                 # [B]
     logits = -beta / 2 * (d_w - d_l)                                        # [B]
-    return -F.logsigmoid(logits).mean(), preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta)
+    hold = sft_weight * beta / 2 * d_w.mean()
+    metrics = preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta)
+    return -F.logsigmoid(logits).mean() + hold, metrics | {"loss/sft": hold.detach()}
 
 
-def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position="outside"):
+def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position="outside", sft_weight=0.0):
     """Diffusion-RPO, arXiv:2406.06382: every winner of a group of B pairs against every loser of the group.
 
     Each pair keeps its own timestep and noise, so D_i^w and D_j^l differ in them, unless --group_noise shares them.
     The weights stand outside the log-sigmoid, as in the paper, or inside; the head of this file has both equations.
     Outside, beta means what it means in DPO, whatever B. Inside, a logit's effective beta is beta * w_ij, about
-    beta / B, so choose beta and B together. With B = 1 both are DPO.
+    beta / B, so choose beta and B together; the term of sft_weight keeps beta. With B = 1 both are DPO.
 
     weights  [B, B], row i = winner i, column j = loser j, rows sum to 1; constants
     raises   ValueError if weight_position is unknown or weights has another shape
@@ -159,18 +163,11 @@ def rpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, weights, weight_position=
         loss = -F.logsigmoid(weights * logits).mean()
     else:
         raise ValueError(f"weight_position {weight_position!r} is neither outside nor inside")
+    hold = sft_weight * beta / 2 * d_w.mean()
+    losers = torch.special.entr(weights).sum(dim=1).exp()       # [B], exp of a row's entropy: 1 where RPO is DPO
     metrics = preference_metrics(err_w, err_l, ref_err_w, ref_err_l, beta)
-    return loss, metrics | weight_metrics(weights)
-
-
-def weight_metrics(weights):
-    """How far a group's weights [B, B] are from Diffusion-DPO, which puts all weight on a winner's own loser.
-
-    weights/own      mean w_ii: 1 where RPO is DPO
-    weights/losers   mean exp of a row's entropy: the effective number of losers per winner
-    """
-    losers = torch.special.entr(weights).sum(dim=1).exp()                   # [B]
-    return {"weights/own": weights.diagonal().mean(), "weights/losers": losers.mean()}
+    metrics |= {"weights/own": weights.diagonal().mean(), "weights/losers": losers.mean(), "loss/sft": hold.detach()}
+    return loss + hold, metrics
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ H14 = "ViT-H-14:laion2b_s32b_b79k"
 TINY = dict(data="tiny", clip="tiny", sample_prompts="tiny", steps=120, batch_size=16, lr=2e-5, warmup=10, beta=500.0,
             prompt_dropout=0.1, validate_every=20, sample_every=40, sample_steps=20, resolution=32)
 FLOW = dict(data="pickapic", clip=H14, steps=1000, batch_size=64, lora_rank=32, lr=1e-5, warmup=50, beta=2000.0,
-            resolution=1024, gradient_checkpointing=True)
+            sft_weight=0.1, resolution=1024, gradient_checkpointing=True)
 PRESETS = {  # by model, then by model and loss
     "tiny": TINY,
     "tiny sft": dict(lr=1e-4),
@@ -34,7 +34,8 @@ PRESETS = {  # by model, then by model and loss
                  random_flip=True, resolution=512, optimizer="adamw"),
     "sdxl": dict(data="pickapic", clip=H14, steps=2000, batch_size=2048, lr=2.048e-5, warmup=200,
                  random_flip=True, resolution=1024, optimizer="adafactor", gradient_checkpointing=True),
-    # We did not tune these. Others report such rates and betas (Flow-Factory: 1e-4 collapses; verl-omni).
+    # We did not tune these. Others report such rates and betas (Flow-Factory: 1e-4 collapses; verl-omni). Others' flow
+    # models unlearn their winners; extras/hold.csv shows that sft_weight prevents it.
     "sd3.5-medium": FLOW,
     "flux-dev": FLOW,
 }
@@ -134,6 +135,8 @@ def train_options():
     options.group("method")
     add("loss", "rpo", LOSSES, "the objective, a name in LOSSES of loss.py")
     add("beta", 5000.0, POSITIVE, "strength of the pull to the reference")
+    add("sft_weight", 0.0, number(float, 0), "dpo, rpo: weight of an SFT term, sft_weight * beta/2 * mean D^w, which "
+        "keeps the winners' error from growing; 0 is the papers' form")
     add("group_size", 8, COUNT, "rpo: how many pairs are contrasted with each other")
     add("tau", 0.5, number(float, 0, above=True, may_be_inf=True),
         "rpo: temperature of the cross-pair weights; inf gives uniform weights and loads no CLIP")
@@ -208,6 +211,8 @@ def train_args(argv=None):
     held_out_share(args.validate)
     if args.reference_errors and not {"ref_err_w", "ref_err_l"} & wants(loss_fn).keys():
         raise InputError(f"--reference_errors: {args.loss} has no reference")
+    if typed.get("sft_weight") and "sft_weight" not in wants(loss_fn):
+        raise InputError(f"--sft_weight: {args.loss} takes no such term")
     if "micro_batch" not in typed and not fits(args.micro_batch, args):
         args.micro_batch = None  # it was recorded for another number of processes
     if args.micro_batch == "auto" and fits(recorded.get("micro_batch"), args):

@@ -28,10 +28,10 @@ def softmax_rows(n, seed=1):
     return torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).softmax(dim=1)
 
 
-def call(name, inputs, beta=BETA, weights=None):
-    """A loss with what it names of four errors [n], beta and weights."""
+def call(name, inputs, beta=BETA, weights=None, **more):
+    """A loss with what it names of four errors [n], beta, weights and more."""
     given = dict(zip(("err_w", "err_l", "ref_err_w", "ref_err_l"), inputs))
-    given |= {"beta": beta, "weights": softmax_rows(len(inputs[0])) if weights is None else weights}
+    given |= {"beta": beta, "weights": softmax_rows(len(inputs[0])) if weights is None else weights} | more
     return OWN[name](**{key: value for key, value in given.items() if key in wants(OWN[name])})
 
 
@@ -103,6 +103,21 @@ def test_rpo_by_hand_on_a_2x2(position):
                 total += weights[i][j] * nlog_sigmoid(logit) / 2  # mean over the winners of a weighted sum
     loss, _ = rpo_loss(w, l, rw, rl, BETA, torch.tensor(weights), position)
     assert loss.item() == pytest.approx(total, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, more", [("dpo", {}), ("rpo", {}), ("rpo", {"weight_position": "inside"})])
+def test_sft_weight_adds_the_winners_errors(name, more):
+    """It adds sft_weight * beta/2 * mean D^w, logs it, and pulls each winner alike and no loser."""
+    inputs = w, l, rw, _ = errors(4)
+    plain, metrics = call(name, inputs, **more)
+    held, held_metrics = call(name, inputs, sft_weight=0.3, **more)
+    by_hand = 0.3 * BETA / 2 * sum((w - rw).tolist()) / 4
+    assert (held - plain).item() == pytest.approx(by_hand, abs=1e-6)
+    assert metrics["loss/sft"] == 0 and held_metrics["loss/sft"].item() == pytest.approx(by_hand, abs=1e-6)
+    assert {**held_metrics, "loss/sft": 0} == metrics
+    winners, losers = (a - b for a, b in zip(torch.autograd.grad(held, [w, l]), torch.autograd.grad(plain, [w, l])))
+    torch.testing.assert_close(winners, torch.full((4,), 0.3 * BETA / 2 / 4), **close)
+    assert (losers == 0).all()
 
 
 @pytest.mark.parametrize("name", ["dpo", "rpo"])

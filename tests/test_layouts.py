@@ -18,7 +18,7 @@ from extras import tiny
 from loss import denoising_error, rpo_loss
 from small_runs import launch, log_of
 
-BATCH, STEPS, BETA, TAU = 16, 6, 100, 0.02
+BATCH, STEPS, BETA, TAU, SFT_WEIGHT = 16, 6, 100, 0.02, 0.2
 LAYOUTS = [(world_size, micro) for world_size in (1, 2, 4) for micro in (1, 2, 4)] + [(1, 8), (2, 8)]
 METHODS = [("rpo", 8), ("rpo", 16), ("dpo", 8), ("sft", 8)]
 
@@ -81,6 +81,8 @@ def run(tmp_path_factory, small_model, chained_pairs):
         argv += f"--loss {loss} --group_size {group} --micro_batch {micro} --optimizer {optimizer}".split()
         argv += f"--steps {STEPS} --batch_size {BATCH} --beta {BETA} --tau {TAU} --sample_every 0".split()
         argv += "--clip tiny --device cpu --max_grad_norm 1e9 --lr 1e-3".split()
+        if loss != "sft":
+            argv += ["--sft_weight", str(SFT_WEIGHT)]
         for status, text in launch(folder, world_size, observed, argv, str(folder / "seen")):
             assert status == 0, text
         seen = [torch.load(folder / f"seen-{rank}", weights_only=True) for rank in range(world_size)]
@@ -123,7 +125,8 @@ def giant(small_model, chained_pairs):
         if loss == "sft":
             total = w.mean()
         elif loss == "dpo":  # the reference is the policy: at step 0 every D is zero, its gradient is not
-            total = -torch.nn.functional.logsigmoid(-BETA / 2 * ((w - w.detach()) - (l - l.detach()))).mean()
+            d_w, d_l = w - w.detach(), l - l.detach()
+            total = -torch.nn.functional.logsigmoid(-BETA / 2 * (d_w - d_l)).mean() + SFT_WEIGHT * BETA / 2 * d_w.mean()
         else:
             total, masked = 0, 0
             text, image_w, image_l = clip.embed(batch["caption"], batch["clip_pixels"]).unbind(1)
@@ -133,7 +136,7 @@ def giant(small_model, chained_pairs):
                 weights = data.cross_pair_weights(*embeds, TAU, image_ids=batch["image_ids"][g])
                 masked = masked + (weights == 0).sum()
                 group_loss, _ = rpo_loss(w[g], l[g], w[g].detach(), l[g].detach(), BETA, weights,
-                                         args.weight_position)
+                                         args.weight_position, SFT_WEIGHT)
                 total = total + group_loss * group / BATCH
             assert masked > 0 and (weights > 0).any(dim=1).all()
         total.backward()
@@ -162,7 +165,7 @@ def check(run, giant, world_size, micro, loss, group, small_model, kind="sd", op
         one = run(1, 16, loss, group, optimizer, kind)
         assert apart(got["gradient"], giant(loss, group, kind)) < 1e-5
         for a, b in zip(got["log"], one["log"], strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=7e-4)  # from log 2 on it crosses zero
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         if optimizer == "sgd":
             for name, weight in got["weights"].items():
