@@ -161,7 +161,8 @@ def train_argv(arm, regime, rate, beta, seed, out):
     if arm.loss != "sft":
         values |= {"beta": beta * arm.pull, "reference_errors": out / f"{regime}-{seed}.safetensors"}
     if arm.loss == "rpo":
-        values |= {"group_size": GROUP} | arm.options
+        values["group_size"] = GROUP
+    values |= arm.options
     argv = []
     for name, value in values.items():
         argv += [f"--{name}", str(value)]

@@ -16,6 +16,7 @@ Two studies, vectors.py and drawings.py, train every one of ARMS in several regi
 
 import concurrent.futures
 import csv
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,7 +35,7 @@ from common import InputError, Parser, atomic_write, digest, one_line_errors, wr
 from extras import drawings, vectors
 from loss import LOSSES, dpo_loss
 
-# Three losses beside the project's, written as a fork would add them
+# Two losses beside the project's, written as a fork would add them
 
 
 def shuffled_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
@@ -49,13 +50,7 @@ def pointwise_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
     return -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean(), {}
 
 
-def dpo_sft_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
-    """DPO + 0.2 beta/2 mean D^w. The second term is SFT on the winners: a fifth of DPO's steepest slope along D^w."""
-    loss, metrics = dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta)
-    return loss + 0.2 * beta / 2 * (err_w - ref_err_w).mean(), metrics
-
-
-FURTHER_LOSSES = {"shuffled": shuffled_loss, "pointwise": pointwise_loss, "dpo_sft": dpo_sft_loss}
+FURTHER_LOSSES = {"shuffled": shuffled_loss, "pointwise": pointwise_loss}
 
 
 def begin_process():
@@ -68,7 +63,7 @@ class Arm(NamedTuple):
     """A way of training.
 
     loss       a name in LOSSES, or "base" (the model before training), or "ideal" (the wished samples themselves)
-    options    tau, similarity, weight_position
+    options    tau, similarity, weight_position, sft_weight
     pull       a factor for every beta of the grid: weights inside divide beta by the group size, about 8
     after_sft  whether a stage of SFT comes first
     """
@@ -91,17 +86,23 @@ ARMS = {
     "RPO tau .5, text alone": Arm("rpo", {"tau": 0.5, "similarity": "text"}),
     "RPO tau .5, inside": Arm("rpo", {"tau": 0.5, "weight_position": "inside"}, pull=8.0),
     "one shuffled loser": Arm("shuffled"),
-    "DPO + SFT": Arm("dpo_sft"),
+    "DPO + SFT .2": Arm("dpo", {"sft_weight": 0.2}),
     "pointwise": Arm("pointwise"),
     "SFT, then DPO": Arm("dpo", after_sft=True),
     "SFT, then RPO tau .5": Arm("rpo", {"tau": 0.5}, after_sft=True),
     "SFT, then RPO uniform": Arm("rpo", {"tau": math.inf}, after_sft=True),
     "SFT, then pointwise": Arm("pointwise", after_sft=True),
 }
+HELD = []  # pairs of arms for the table of sft_weight: each with and without the term, then RPO and DPO with it
+for name, weight in itertools.product(("DPO", "RPO uniform", "RPO tau .5"), (0.1, 0.2, 0.5)):
+    held = f"{name} + SFT {weight:.1f}".replace(" 0.", " .")
+    ARMS.setdefault(held, Arm(ARMS[name].loss, ARMS[name].options | {"sft_weight": weight}))
+    HELD.append((held, name))
+HELD += [(held, held.replace(name, "DPO")) for held, name in HELD if name != "DPO"]
 FRAME = ("base", "ideal")  # they have no settings to choose
 STUDIES = {"vectors": vectors, "drawings": drawings}
 TRIED = {"vectors": [*ARMS],
-         "drawings": ["base", "ideal", "SFT", "DPO", "RPO tau .5", "RPO uniform", "DPO + SFT"]}
+         "drawings": ["base", "ideal", "SFT", "DPO", "RPO tau .5", "RPO uniform", "DPO + SFT .2"]}
 QUESTIONS = {  # the table shows the first arm minus the second
     "do the weights help?": ("RPO tau .5", "RPO uniform"),
     "does a smaller tau help?": ("RPO tau .1", "RPO tau .5"),
@@ -109,7 +110,7 @@ QUESTIONS = {  # the table shows the first arm minus the second
     "weights outside or inside?": ("RPO tau .5", "RPO tau .5, inside"),
     "all losers or one other?": ("RPO uniform", "one shuffled loser"),
     "all pairs or each alone?": ("RPO uniform", "pointwise"),
-    "all pairs or DPO + SFT?": ("RPO uniform", "DPO + SFT"),
+    "all pairs or DPO + SFT?": ("RPO uniform", "DPO + SFT .2"),
     "winners alone?": ("SFT", "RPO uniform"),
     "all pairs or the diagonal, after SFT?": ("SFT, then RPO uniform", "SFT, then DPO"),
     "does an SFT stage help DPO?": ("SFT, then DPO", "DPO"),
@@ -352,7 +353,7 @@ def against_dpo(cells, criterion):
             values = cells.reported(arm, regime, criterion)
             line.append(f"{values.mean():.{digits}f} ± {values.std():.{digits}f}")
         lines.append(line)
-    others = [arm for arm in cells.arms if arm not in (*FRAME, "DPO")]
+    others = [arm for arm in cells.arms if arm == "DPO + SFT .2" or arm not in (*FRAME, "DPO", *dict(HELD))]
     for arm, texts in zip(others, differences(cells, criterion, [(arm, "DPO") for arm in others])):
         lines.append([f"{arm} - DPO", *texts])
     return markdown(["", *cells.regimes], lines)
@@ -365,6 +366,15 @@ def questions(cells, criterion):
     for (text, (a, b)), texts in zip(asked.items(), differences(cells, criterion, asked.values())):
         lines.append([text, f"{a} - {b}", *texts])
     return markdown(["question", "difference", *cells.regimes], lines)
+
+
+def with_sft_weight(cells, criterion):
+    """The table of HELD: what the term that holds the winner changes, as far as a study has both arms."""
+    pairs = [pair for pair in HELD if {*pair} <= {*cells.arms}]
+    lines = []
+    for (a, b), texts in zip(pairs, differences(cells, criterion, pairs)):
+        lines.append([f"{a} - {b}", *texts])
+    return markdown(["difference", *cells.regimes], lines)
 
 
 def chosen_settings(cells, criterion):
@@ -393,6 +403,7 @@ def tables(of_study):
             title = f"{cells.study_name}, {criterion}, chosen by {cells.chosen_by(criterion)}"
             texts[f"{title}: against DPO"] = against_dpo(cells, criterion)
             texts[f"{title}: questions"] = questions(cells, criterion)
+            texts[f"{title}: sft_weight"] = with_sft_weight(cells, criterion)
     for cells in studies:
         for criterion in cells.criteria:
             texts[f"{cells.study_name}, settings chosen by {criterion}"] = chosen_settings(cells, criterion)
@@ -407,7 +418,7 @@ def figure(file, of_study):
 
     panels = [(Cells(name, rows), regime) for name, rows in of_study.items() for regime in STUDIES[name].REGIMES]
     shown = [arm for arm in ARMS if arm not in (*FRAME, "DPO")]
-    picture, axes = pyplot.subplots(1, len(panels), figsize=(16, 4.6), sharey=True)
+    picture, axes = pyplot.subplots(1, len(panels), figsize=(16, 6), sharey=True)
     for (cells, regime), axis in zip(panels, axes):
         for y, arm in enumerate(shown):
             if arm in cells.arms:

@@ -16,7 +16,7 @@ import stats
 from data import cross_pair_weights
 from extras import drawings, laboratory, tiny, vectors
 from extras.laboratory import ARMS, STUDIES, TRIED
-from loss import LOSSES, dpo_loss, rpo_loss
+from loss import dpo_loss, rpo_loss
 
 EXTRAS = Path(laboratory.__file__).parent
 REPORT = (EXTRAS / "laboratory.md").read_text()
@@ -146,13 +146,12 @@ def test_an_outline_keeps_what_the_caption_names():
 
 @pytest.mark.slow
 def test_a_run_of_drawings_is_one_of_train_py(tmp_path, monkeypatch):
-    """A whole run, twice with the same result, by three losses; one of them is such as a fork adds."""
-    monkeypatch.setitem(LOSSES, "dpo_sft", laboratory.FURTHER_LOSSES["dpo_sft"])
+    """A whole run, twice with the same result, by three losses, one of them with the term that holds the winner."""
     monkeypatch.setattr(drawings, "STEPS", 2)
     monkeypatch.setattr(drawings, "PAIRS", 32)
     monkeypatch.setattr(drawings, "SAMPLES", 18)
     drawings.prepare(tmp_path)
-    for name in ("SFT", "DPO + SFT", "RPO tau .5"):
+    for name in ("SFT", "DPO + SFT .2", "RPO tau .5"):
         rows = [drawings.run(ARMS[name], "30% swapped", [(1e-3, 100.0, 0)], "report", tmp_path) for _ in range(2)]
         assert rows[0] == rows[1] and {*rows[0][0]} == {*COLUMNS}
         assert 0 <= rows[0][0]["right"] <= min(rows[0][0]["style"], rows[0][0]["content"]) <= 1
@@ -309,9 +308,24 @@ def test_the_figures_of_the_summary_are_those_of_the_tables():
     assert "ahead of tau 0.5 by {} to {} points; three of the five".format(*range_of(weights)) in summary
     shuffled = row_of(asked, "RPO uniform - one shuffled loser")
     assert not any(is_kept for *_, is_kept in shuffled) and range_of(shuffled)[1] < 3
-    others = row_of(asked, "RPO uniform - DPO + SFT") + row_of(asked, "RPO uniform - pointwise")
+    others = row_of(asked, "RPO uniform - DPO + SFT .2") + row_of(asked, "RPO uniform - pointwise")
     assert all(is_kept and mean < 0 for mean, *_, is_kept in others)
     assert "ahead of uniform RPO by {:.0f} to {:.0f} points (kept)".format(*range_of(others)) in summary
+
+    with_term = "Vectors, right, chosen by right: sft_weight"
+    gains, between = {}, []
+    for held, plain in laboratory.HELD[:9]:
+        gains.setdefault(plain, []).extend(row_of(with_term, f"{held} - {plain}"))
+    for held, other in laboratory.HELD[9:]:
+        between += row_of(with_term, f"{held} - {other}")
+    assert all(is_kept for *_, is_kept in gains["DPO"])
+    assert "DPO gains {} to {} points (kept in all 15 cells)".format(*range_of(gains["DPO"])) in summary
+    of_rpo = gains["RPO uniform"] + gains["RPO tau .5"]
+    kept = sum(is_kept for *_, is_kept in of_rpo)
+    assert "RPO gains {} to {} points (kept in {} of 30)".format(*range_of(of_rpo), kept) in summary
+    kept = [mean for mean, *_, is_kept in between if is_kept]
+    assert len(between) == 30 and len(kept) == 4 and sum(mean > 0 for mean in kept) == 2
+    assert f"four are kept: two for RPO, by at most {max(kept)} points, and two for DPO" in summary
 
     of_drawings = "Drawings, right, chosen by right: against DPO"
     clean, swapped = row_of(of_drawings, "RPO uniform - DPO")
@@ -319,7 +333,7 @@ def test_the_figures_of_the_summary_are_those_of_the_tables():
     (mean, low, high, *_), (mean_s, low_s, high_s, *_) = clean, swapped
     assert (f"Uniform RPO is ahead by {mean} [{low}, {high}], and with swapped labels by {mean_s} [{low_s}, {high_s}] "
             "(not kept)") in summary
-    clean, swapped = row_of(of_drawings, "DPO + SFT - DPO")
+    clean, swapped = row_of(of_drawings, "DPO + SFT .2 - DPO")
     assert clean[-1] and swapped[-1]
     assert f"DPO plus SFT is ahead of DPO by {clean[0]} and {swapped[0]} points (kept)" in summary
 
