@@ -7,7 +7,7 @@ import pytest
 
 import common
 import options
-from extras import learning, tiny
+from extras import hold, learning, tiny
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_models")
@@ -19,6 +19,25 @@ def test_the_guides_table_is_that_of_the_rows():
     assert {(row["beta"], row["lr"], row["swapped"]) for row in rows} == set(learning.settings())
     for setting in learning.settings():
         assert [row["step"] for row in learning.rows_of(rows, setting)] == [*range(10, 121, 10)]
+
+
+def test_the_guides_table_of_held_winners_is_that_of_the_rows(capsys):
+    hold.main(["--rows", str(ROOT / "extras")])
+    assert capsys.readouterr().out.strip() in (ROOT / "GUIDE.md").read_text()
+    assert [*hold.read_rows(ROOT / "extras" / "hold.csv")] == hold.settings()
+    with pytest.raises(SystemExit, match="^hold.py: nowhere/hold.csv: there is no such file of rows"):
+        hold.main(["--rows", "nowhere"])
+
+
+@pytest.mark.slow
+def test_a_run_that_holds_its_winners_gives_its_row(tmp_path, monkeypatch):
+    """The weight reaches the loss, and errors are divided by the reference's."""
+    monkeypatch.setitem(options.PRESETS, "tiny-flow", options.PRESETS["tiny-flow"] | {"steps": 120, "batch_size": 1,
+                                                                                     "group_size": 1})
+    monkeypatch.setattr(tiny, "measure", lambda pipe: {"style": 0.5, "shape": 1.0})
+    plain, held = (hold.measure_run(("adapter", weight, 0), tmp_path) for weight in (0.0, 50.0))
+    assert held["winner"] < min(plain["winner"], held["loser"]) and (held["sketches"], held["shapes"]) == (0.5, 1.0)
+    assert held["sft_weight"] == 50 and not [*tmp_path.iterdir()]
 
 
 def test_swapped_labels_are_the_same_pairs(tmp_path):
