@@ -30,7 +30,7 @@ import reference
 import run as run_room
 import train
 from common import InputError
-from extras import random_models, tiny
+from extras import kohya, random_models, tiny
 from loss import denoising_error
 from models import cast_for_autocast, disabled_adapter
 from small_runs import fresh, launch, loaded, log_of
@@ -300,6 +300,105 @@ def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
     (tmp_path / "lone" / loading.LOWER_LORA).write_text(json.dumps({"init_lora": str(tmp_path / "gone")}))
     with pytest.raises(InputError, match=f"LoRA weights {tmp_path}/gone cannot be loaded"):
         loading.fuse_lora(fresh(small_model("sd")), lone)
+
+
+# Adapters for other programs
+
+
+def stock_error(model, adapter=None):
+    """The errors of a model into which the stock pipeline has loaded an adapter file, for the inputs of `pair_inputs`."""
+    parts = fresh(model)
+    if adapter:
+        parts.pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    return denoising_error(network=parts.denoiser, **pair_inputs(parts))
+
+
+@pytest.mark.parametrize("model", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_kohyas_file_is_the_adapter(run, small_model, model):
+    """A stock pipeline reads it. With two stages one file holds both adapters."""
+    first = run(model, f"{LORA} --loss sft")
+    second = run(model, f"{LORA} --init_lora {first.out / 'model'}")
+    for trained in (first, second):
+        kohya.main([str(trained.out / "model")])
+        expected = denoising_error(network=trained.model.denoiser, **pair_inputs(trained.model))
+        assert apart(stock_error(small_model(model), trained.out / "model-kohya.safetensors"), expected) < 1e-5
+        assert apart(stock_error(small_model(model)), expected) > 5e-4
+    kohya.main([str(second.out / ADAPTER), "--out", str(second.out / "by-file.safetensors")])
+    weights = load_file(second.out / "model-kohya.safetensors")
+    assert weights.keys() == load_file(second.out / "by-file.safetensors").keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(second.out / "by-file.safetensors").items())
+    assert {name: alpha.item() for name, alpha in weights.items() if name.endswith(".alpha")} == {
+        name.replace(".lora_down.weight", ".alpha"): len(down) for name, down in weights.items() if "lora_down" in name}
+
+
+UNET = r"(down_blocks_\d_attentions_\d|mid_block_attentions_0|up_blocks_\d_attentions_\d)_transformer_blocks_\d"
+COMFYUI = {  # the layers of comfy/lora.py and comfy/utils.py that an adapter of ours may have
+    "sd": rf"lora_unet_{UNET}_attn[12]_to_(q|k|v|out_0)\.(lora_down\.weight|lora_up\.weight|alpha)",
+    "sd3": r"transformer\.transformer_blocks\.\d\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|attn2\.(to_[qkv]"
+           r"|to_out\.0))\.lora_[AB]\.weight",
+    "flux": r"transformer\.(single_transformer_blocks\.\d\.attn\.to_[qkv]|transformer_blocks\.\d\.attn\.(to_[qkv]|to_out\.0|"
+            r"add_[qkv]_proj|to_add_out))\.lora_[AB]\.weight",
+}
+COMFYUI["sdxl"] = COMFYUI["sd"]
+
+
+@pytest.mark.parametrize("model", COMFYUI)
+def test_comfyui_knows_every_name(small_model, tmp_path, model):
+    """SD and SDXL by kohya's names, SD3 and FLUX by diffusers' own, which extras.kohya says."""
+    parts = fresh(small_model(model))
+    loading.add_lora(parts, 2, seed=0)
+    loading.save_model(parts, tmp_path / "model")
+    file = tmp_path / ADAPTER
+    if parts.denoiser_name == "unet":
+        kohya.main([str(file.parent)])
+        file = tmp_path / "model-kohya.safetensors"
+    else:
+        with pytest.raises(SystemExit, match=f"is an adapter of SD3 or FLUX. ComfyUI reads {file} as it is"):
+            kohya.main([str(file.parent)])
+    names = load_file(file).keys()
+    assert len(names) > 15 and all(re.fullmatch(COMFYUI[model], name) for name in names)
+
+
+def test_kohyas_file_keeps_the_scale_of_an_adapter_of_others(small_model, tmp_path):
+    """peft multiplies B by alpha / rank. diffusers writes alpha into the file's metadata, and its converter drops it."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    model = fresh(small_model("sd"))
+    model.denoiser.add_adapter(LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, target_modules=["to_q"]))
+    weights = get_peft_model_state_dict(model.denoiser)
+    metadata = {"r": 2, "lora_alpha": 6, "target_modules": ["to_q"]}
+    model.pipe.save_lora_weights(tmp_path, weights, unet_lora_adapter_metadata=metadata)
+    file = tmp_path / ADAPTER.name
+    kohya.main([str(file), "--out", str(tmp_path / "out" / "kohya.safetensors")])
+    expected = denoising_error(network=model.denoiser, **pair_inputs(model))
+    assert apart(stock_error(small_model("sd"), tmp_path / "out" / "kohya.safetensors"), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "weights, complaint",
+    [
+        ({"unet.a.to_q.lora_A.weight": (2, 4)}, "unet.a.to_q is no adapter of a linear layer"),
+        ({"unet.a.conv.lora_A.weight": (2, 4, 3, 3), "unet.a.conv.lora_B.weight": (4, 2, 1, 1)}, "unet.a.conv is no"),
+        ({"lora_unet_a_to_q.lora_down.weight": (2, 4)}, "lora_unet_a_to_q.lora_down.weight is no tensor of a UNet"),
+        ({"text_encoder.a.q_proj.lora_A.weight": (2, 4)}, "text_encoder.a.q_proj.lora_A.weight is no tensor of a UNet"),
+        ({"unet.a.to_q.lora_A.weight": (2, 4), "unet.a.to_q.dora_scale": (4,)}, "cannot be read: they are DoRA weights"),
+    ],
+)
+def test_what_kohyas_file_cannot_hold_is_refused(tmp_path, weights, complaint):
+    save_file({name: torch.ones(shape) for name, shape in weights.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit, match=f"^kohya.py: .*{re.escape(complaint)}"):
+        kohya.main([str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")])
+    with pytest.raises(SystemExit, match="is no folder, so pass --out FILE"):
+        kohya.main([str(tmp_path / "a.safetensors")])
+    (tmp_path / loading.LOWER_LORA).write_text(json.dumps({"init_lora": "some/hub-id"}))
+    save_file({"unet.a.to_q.lora_A.weight": torch.ones(2, 4), "unet.a.to_q.lora_B.weight": torch.ones(4, 2)},
+              tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit, match=f"was trained above some/hub-id, which is not here. Name its folder in {tmp_path}"):
+        kohya.main([str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")])
+    for name in ("nowhere", "some/hub-id"):
+        with pytest.raises(SystemExit, match="no such folder or file. Download an adapter of the hub first"):
+            kohya.main([name, "--out", str(tmp_path / "b.safetensors")])
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
