@@ -4,18 +4,21 @@ import contextlib
 import importlib
 import json
 import math
+import re
 import shutil
 import time
 
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 import distributed
 import reference
-from common import (DTYPES, CheckpointWriter, InputError, Log, atomic_write, is_cache, is_hidden, keyed_generator,
+from common import (DTYPES, CheckpointWriter, InputError, Log, atomic_write, brief, is_cache, is_hidden, keyed_generator,
                     newest_checkpoint)
 from data import COLUMNS, ImagePairs
 from encode import EncodedPairs, check_cache
@@ -26,6 +29,9 @@ from options import H14, recorded_run
 
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
          "skipped": "skipped"}  # scalars in the progress bar
+# Dense bf16 by NVIDIA's data sheets, by words of the card's name; the first that fits counts.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 836, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
+               "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
 
 
 # Before the first step
@@ -104,6 +110,46 @@ def describe(args, model, params, clip, steps_taken):
         line += (f"; groups of {args.group_size}, weights {args.weight_position}, tau {args.tau:g}, clip "
                  f"{args.clip if clip else 'not loaded'}")
     return line + (f"; going on after {steps_taken} steps" if steps_taken else "")
+
+
+def seconds_at_peak(model, first_pairs, runs_reference, device):
+    """The seconds that a pair's useful arithmetic takes if all GPUs reach their peak in bf16; None if that is unknown.
+
+    first_pairs  a number of pairs -> their MicroBatch
+    """
+    peak = peak_flops(device)
+    if not peak:
+        return None
+    inputs = first_pairs(1).inputs
+    try:
+        policy, forward = count_flops(model, inputs["x"], inputs["t"], inputs["cond"])
+    except Exception as error:  # of a family of the user's own; a number for the log is no reason to stop
+        distributed.print0(f"flops_utilisation is not logged: {brief(error)}")
+        return None
+    return (policy + runs_reference * forward) / peak / distributed.torchrun_env()[2]
+
+
+def peak_flops(device):
+    """A GPU's dense bf16 FLOP/s by its data sheet; None for an unknown one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)]
+    is_less = "Laptop" in name or "MIG" in name
+    return known[0] * 1e12 if known and not is_less else None
+
+
+def count_flops(model, *inputs):
+    """FLOPs of the denoiser, (forward and backward, forward alone), for the inputs of `predict`. Nothing is computed."""
+    x_t, t, cond = tree_map(lambda value: value.to("meta"), inputs)
+    denoiser = model.denoiser
+    with torch.device("meta"):  # a second network that has shapes and no memory
+        network = type(denoiser).from_config(denoiser.config).requires_grad_(True)
+        for adapter in getattr(denoiser, "peft_config", {}).values():
+            network.requires_grad_(False).add_adapter(adapter)
+        with FlopCounterMode(display=False) as both:
+            model.predict(network, x_t, t, cond).sum().backward()
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model.predict(network, x_t, t, cond)
+    return both.get_total_flops(), forward.get_total_flops()
 
 
 def load_checkpoint(folder, steps):
@@ -226,9 +272,10 @@ class Output:
         self.skipped = state["skipped"]
         state.clear()
 
-    def begin(self, start, pairs, held_out):
+    def begin(self, start, pairs, held_out, seconds_at_peak):
         """Makes the folder ready for step `start`: removes what is half-written or belongs to later steps."""
         self.logged_at, self.pairs, self.held_out = time.time(), pairs, held_out
+        self.seconds_at_peak = seconds_at_peak
         if not self.is_writer:
             return
         for part in self.out.glob("*.part"):
@@ -256,6 +303,8 @@ class Output:
         now = time.time()
         scalars["pairs_per_second"] = args.batch_size / (now - self.logged_at)  # includes saving and drawing
         self.logged_at = now
+        if self.seconds_at_peak:
+            scalars["flops_utilisation"] = scalars["pairs_per_second"] * self.seconds_at_peak
         self.checkpoints.check()
         if self.scaler.is_enabled():
             if not math.isfinite(scalars["grad_norm"]):

@@ -72,7 +72,7 @@ def train(args, out, state):
     if trainer.is_encoded:
         release_encoders(trainer.model, keeps_vae=trainer.draws_samples)
     output.restore(state)
-    output.begin(start, trainer.pairs, trainer.held_out)
+    output.begin(start, trainer.pairs, trainer.held_out, trainer.seconds_at_peak)
     batches = trainer.load(trainer.stream, steps)
     progress = tqdm(steps, args.loss, args.steps, initial=start, disable=trainer.rank > 0)
 
@@ -122,6 +122,7 @@ def train(args, out, state):
         optimizer.zero_grad(set_to_none=True)
         output.after_step(step, scalars, flags, progress, held_out, trainer.identity)
 
+    next(batches, None)  # ends the loader's processes
     output.checkpoints.wait()
     output.save_model()
     print0(f"{time.time() - started:.0f} s; the result is {out}/model")
@@ -216,6 +217,8 @@ class Trainer:
         self.groups_span_ranks = self.world_size > 1 and args.micro_batch % self.pairs_per_loss > 0
         print0(f"data: {pairs.summary()}")
         print0(run.describe(args, self.model, params, self.clip, steps_taken))
+        runs_reference = self.wants_reference and not self.reference_errors
+        self.seconds_at_peak = run.seconds_at_peak(self.model, self.first_pairs, runs_reference, self.device)
 
     def identity(self, done):
         """What a checkpoint after `done` steps is known by, see `run.check_same_content`."""
@@ -287,8 +290,7 @@ class Trainer:
             tqdm.write(crop_summary(batch["time_ids"][:, :images_per_pair]))
             self.prints_crop = False
         if self.clip:
-            pictures = batch.get("clip_pixels")
-            batch["clip_embeds"] = self.clip.embed(batch["caption"], pictures)
+            batch["clip_embeds"] = self.clip.embed(batch["caption"], batch.get("clip_pixels"))
         return self.encode(batch, images_per_pair)
 
     @torch.no_grad()
@@ -370,8 +372,7 @@ class Trainer:
         for i in range(0, len(errors[0]), self.pairs_per_loss):
             group = {name: value[i:i + self.pairs_per_loss] for name, value in values.items()}
             if self.wants_weights:
-                clip_embeds = group.get("clip_embeds")
-                group["weights"] = self.group_weights(clip_embeds, group["image_ids"])
+                group["weights"] = self.group_weights(group.get("clip_embeds"), group["image_ids"])
             group = {name: group[name] for name in group if name in self.wants}
             group_loss, group_metrics = self.loss_fn(**group, **self.hyperparameters)
             loss = loss + group_loss * self.pairs_per_loss / batch_size
@@ -392,13 +393,14 @@ class Trainer:
 
     def forward_backward(self, micro_batch):
         """A forward and a backward of the first pairs, to see whether memory suffices."""
-        self.args.micro_batch = micro_batch
-        first = next(self.load(self.stream, [0]))
-        batch = self.prepare(first, self.images_per_pair)
+        batch = self.first_pairs(micro_batch)
         err = self.policy_error(batch.inputs)
         if self.wants_reference and not self.reference_errors:
             self.compute_reference_error(batch.inputs)
         err.sum().backward()
+
+    def first_pairs(self, count):
+        return self.encode(collate([self.stream[position] for position in range(count)]), self.images_per_pair)
 
     @torch.no_grad()
     def loss_inputs_of(self, step):

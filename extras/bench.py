@@ -4,6 +4,7 @@
     python -m extras.bench --model sd15 --random_init --resolution 64 --lora_rank 16    full size, no download
     python -m extras.bench --model sdxl --random_init --data my_pairs   any options of train.py, all rows
     python -m extras.bench --count                                      FLOPs and bytes of the full-size models
+    python -m extras.bench --report card.jsonl                          what a GPU reaches, see card.py
 
 Every row runs in a process of its own, on the same pairs, model, batch, precision and adapter:
 
@@ -22,6 +23,7 @@ counts nothing twice.
 import concurrent.futures
 import contextlib
 import copy
+import importlib
 import json
 import multiprocessing
 import resource
@@ -228,19 +230,7 @@ def arithmetic(argv):
     else:
         model.denoiser.requires_grad_(True)
     matmul_per_second = measure_matmul(get_device(args.device), DTYPES[args.precision])
-    return Arithmetic(resolution, *denoiser_flops(model, resolution), matmul_per_second)
-
-
-def denoiser_flops(model, resolution):
-    """FLOPs of a pair, counted on the meta device, which computes nothing: (forward and backward, forward)."""
-    inputs = tree_map(lambda tensor: tensor.to("meta"), example_inputs(model, resolution, 1))
-    with torch.device("meta"):
-        denoiser = model.denoiser.to("meta")
-        with FlopCounterMode(display=False) as both:
-            model.predict(denoiser, *inputs).sum().backward()
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            model.predict(denoiser, *inputs)
-    return both.get_total_flops(), forward.get_total_flops()
+    return Arithmetic(resolution, *run.count_flops(model, *example_inputs(model, resolution, 1)), matmul_per_second)
 
 
 def example_inputs(model, resolution, pairs):
@@ -306,7 +296,7 @@ def count(name, lora_rank, optimizer):
         else:
             model.denoiser.requires_grad_(True)
     resolution = model.resolution()
-    policy_flops, reference_flops = denoiser_flops(model, resolution)
+    policy_flops, reference_flops = run.count_flops(model, *example_inputs(model, resolution, 1))
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as vae:
         model.pipe.vae.encode(torch.empty(2, 3, resolution, resolution))
     model.denoiser.zero_grad()
@@ -407,6 +397,8 @@ def main(argv=None):
         argv = sys.argv[1:] if argv is None else argv
         if argv == ["--count"]:
             return print_counted()
+        if "--report" in argv:
+            return importlib.import_module("extras.card").main(argv)
         argv = DEFAULTS + argv
         args = train_args(argv)
         counted = alone(arithmetic, argv)

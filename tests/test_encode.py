@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import data
+import distributed
 import encode
 import loading
 import loss
@@ -671,7 +672,8 @@ def never(*_):
     raise AssertionError("a reference is computed")
 
 
-METHODS = [slow([]), slow(["--loss", "dpo"]), ["--lora_rank", "2"], ["--group_size", "8"]]
+METHODS = [slow([]), slow(["--loss", "dpo"]), ["--lora_rank", "2"],
+           ["--group_size", "8", "--sft_weight", "0.2"]]
 
 
 @pytest.mark.parametrize("options", METHODS)
@@ -687,6 +689,13 @@ def test_cached_reference_errors_train_to_the_same_bits(run, encoded, tmp_path, 
     assert torch.equal(plain[2], second[2])
     assert lines(plain[0]) == lines(first[0]) == lines(second[0])
     assert lines(plain[0])[2]["reward/margin"] != 0
+
+
+def test_no_loader_is_left_when_a_run_ends(run, encoded, tmp_path, monkeypatch):
+    """The readers of the reference's errors would idle beside the training, and each keep its memory."""
+    monkeypatch.setattr(distributed, "UNFINISHED", [])
+    run("sd", encoded("sd"), "--reference_errors", str(tmp_path / "errors"), "--workers", "1", "--steps", "1")
+    assert distributed.UNFINISHED == []
 
 
 def test_reference_errors_at_another_micro_batch_agree_to_rounding(run, encoded, tmp_path):

@@ -31,7 +31,7 @@ import train
 from common import InputError
 from extras import check_loss, tiny
 from loss import DDPM, denoising_error, wants
-from options import encode_args, train_args
+from options import encode_args, hyperparameters, train_args
 from small_runs import fresh, log_of
 from test_resume import left, same_bits
 
@@ -614,6 +614,15 @@ def test_a_loss_is_given_what_it_names(run, small_model, monkeypatch, precision)
     assert seen["hyperparameters"] == (0.2, 3.0)
 
 
+def test_a_loss_of_a_fork_takes_sft_weight_by_its_name(monkeypatch):
+    """A loss that does not name it cannot have the term, so the option is refused."""
+    monkeypatch.setitem(loss_file.LOSSES, "held", lambda err_w, sft_weight: (err_w.mean(), {}))
+    assert hyperparameters(train_args(["--loss", "held", "--sft_weight", "0.3", "--device", "cpu"])) == {"sft_weight": 0.3}
+    assert hyperparameters(train_args(["--loss", "dpo", "--device", "cpu"]))["sft_weight"] == 0
+    with pytest.raises(InputError, match="--sft_weight: sft takes no such term"):
+        train_args(["--loss", "sft", "--sft_weight", "0.3", "--device", "cpu"])
+
+
 def free_loss(err_w, beta, margin, power=2, is_hinge=True, form="abs", floor=None):
     return err_w.mean(), {}
 
@@ -702,7 +711,7 @@ def check_coupling(monkeypatch, loss_fn, beta=5000.0, **columns):
     monkeypatch.setattr(options, "VECTORS", options.VECTORS | columns.keys())
     columns = {name: np.array(values, dtype=np.float32) for name, values in columns.items()}
     rows = np.arange(max(map(len, columns.values()), default=8))
-    check_loss.check_coupling(SimpleNamespace(loss="tried", beta=beta, loss_args={}),
+    check_loss.check_coupling(SimpleNamespace(loss="tried", beta=beta, sft_weight=0.2, loss_args={}),
                             SimpleNamespace(rows=rows, columns=columns), fresh_process())
 
 
