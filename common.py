@@ -82,6 +82,11 @@ def is_pointer(file):
     return path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS)
 
 
+def cache_folder():
+    """The folder for files that are built or downloaded on first use."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-rpo"
+
+
 def read_text(file):
     """The text of a file. ValueError if it is not UTF-8, or a pointer of git-lfs."""
     if is_pointer(file):
@@ -180,7 +185,7 @@ def digest(content):
     if isinstance(content, torch.nn.Module):
         for name, tensor in sorted(content.state_dict().items()):
             sha.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
-            sha.update(tensor.cpu().contiguous().numpy())
+            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif isinstance(content, bytes):
         sha.update(content)
     else:

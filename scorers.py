@@ -1,4 +1,4 @@
-"""Score images against prompts with the published scorers, in float32. A digest of the weights names what scored.
+"""Score images against prompts with the published scorers. A digest of the weights names what scored.
 
     clip         100 * cosine of CLIP ViT-H/14, or of any open_clip model              arXiv:2104.08718
     pickscore    PickScore v1: CLIP ViT-H/14 tuned on Pick-a-Pic v1; 100 * cosine      arXiv:2305.01569
@@ -6,16 +6,21 @@
     hpsv2.0      HPS v2.0, which older papers call HPSv2; not comparable with v2.1     arXiv:2306.09341
     imagereward  ImageReward: BLIP with a head; mean 0, deviation 1 on its own data    arXiv:2304.05977
     aesthetic    LAION's predictor on CLIP ViT-L/14; about 1 to 10; reads no prompt    arXiv:2210.08402
+    hpsv3        HPSv3: Qwen2-VL-7B with a head, in bfloat16; 17 GB; without bounds    arXiv:2508.03789
 
     name, score, identity = get_scorer("hpsv2=HPS_v2.1_compressed.pt", "cuda")
     score(images, prompts)  N pictures of mode RGB, N strings -> [N] float32 on the CPU
     identity                a dict of source, digest, scale, preprocessing; JSON keeps it as it is
 
 To add a scorer, write a function from a source to `Parts`, an entry of SCORERS, and a test. `preprocess` makes
-[3, h, w] from a picture, `rate` makes [N] from [N, 3, h, w] and N prompts.
+[3, h, w] from a picture, `rate` makes [N] from [N, 3, h, w] and N prompts, in `dtype`. Without `preprocess`, `rate` takes
+the pictures themselves.
 """
 
+import gc
+import inspect
 import json
+import math
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -26,13 +31,15 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 import transformers
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from common import InputError, brief, clip_tokenizer, digest, hub_id
 from data import Clip
 from options import H14
 
-Parts = namedtuple("Parts", "network preprocess rate identity")
+Parts = namedtuple("Parts", "network preprocess rate identity dtype", defaults=[torch.float32])
 CROP = "bicubic on PIL to a short side of {}, centre crop, CLIP's mean and deviation"
 LETTERBOX = "bicubic with antialias to a long side of {}, zero padding, CLIP's mean and deviation"
 COSINE = "100 * cosine"
@@ -46,7 +53,8 @@ def find(source, repo, name):
 
 def load_weights(network, file, rename=lambda name: name):
     """Load a state dict. ValueError if, after `rename`, names or shapes are not the network's; None drops a tensor."""
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    is_safe = Path(file).suffix == ".safetensors"
+    content = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
     state = {rename(name): tensor for name, tensor in content.get("state_dict", content).items()}
     state.pop(None, None)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -201,7 +209,7 @@ def laion_head():
 
 def aesthetic(source, backbone="ViT-L-14-quickgelu:openai", width=768):
     """`source` is the file of the head, for image embeddings [N, width]; `backbone` is a source of `clip`."""
-    model, transform, _, identity = clip(backbone)
+    model, transform, _, identity, _ = clip(backbone)
     network = nn.ModuleDict({"layers": linear_head(width)})  # its tensors are named as in the file
     load_weights(network, Path(source).expanduser() if source else laion_head())
     network["clip"] = model
@@ -214,6 +222,87 @@ def aesthetic(source, backbone="ViT-L-14-quickgelu:openai", width=768):
     return Parts(network, transform, rate, identity)
 
 
+HPSV3_PROMPT = Path(__file__).with_name("extras") / "hpsv3.txt"  # the authors' text, MIT license, MizzenAI/HPSv3
+HPSV3_PIXELS, QWEN_MERGE = 256 * 28 * 28, 28  # an image's pixels; the side of what becomes a token
+QWEN_CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{image}"
+             "<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")  # Qwen2-VL's template of a chat
+
+
+def hpsv3(source, device="cpu", dtype=torch.bfloat16):
+    """`source` is HPSv3.safetensors or its folder. Qwen2-VL-7B-Instruct's other files may lie beside it.
+
+    The authors' forward gives the language model no positions, so an image's tokens are counted like words, and not by
+    row and column as in Qwen2-VL. The weights are bfloat16, as published, which rounds scores to about one percent.
+    While they are read, the host holds them twice.
+    """
+    file = find(source, "MizzenAI/HPSv3", "HPSv3.safetensors")
+    base = str(file.parent) if (file.parent / "config.json").exists() else "Qwen/Qwen2-VL-7B-Instruct"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="right")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    to_patches = transformers.AutoImageProcessor.from_pretrained(base)
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.text_config.vocab_size = len(tokenizer)
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < 1.1 * file.stat().st_size:
+            raise ValueError(f"it needs {1.1 * file.stat().st_size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    width = config.text_config.hidden_size
+    network = nn.ModuleDict({
+        "qwen": transformers.AutoModel.from_config(config, dtype=dtype),
+        "head": nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(), nn.Linear(1024, 16), nn.ReLU(),
+                              nn.Linear(16, 2))})
+    load_weights(network, file, hpsv3_name)
+    text_of = HPSV3_PROMPT.read_text(encoding="utf-8")
+    image_id, reward_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|Reward|>"])
+
+    def rate(images, prompts):
+        language_model, device = network["qwen"].language_model, next(network.parameters()).device
+        patches = to_patches([image.resize(hpsv3_size(*image.size), Image.BICUBIC) for image in images],
+                             return_tensors="pt").to(device)
+        tokens_of = (patches.image_grid_thw.prod(1) // 4).tolist()  # an image's patches, merged 2 by 2
+        texts = [QWEN_CHAT.format(image="<|image_pad|>" * count, text=text_of.replace("{text_prompt}", prompt))
+                 for count, prompt in zip(tokens_of, prompts)]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device)         # [N, L]
+        if (tokens.input_ids == reward_id).sum() != len(prompts) or (tokens.input_ids == image_id).sum() != sum(tokens_of):
+            raise InputError("hpsv3: a prompt holds a token of the template, such as <|Reward|>")
+        seen = network["qwen"].visual(patches.pixel_values.to(dtype), grid_thw=patches.image_grid_thw)
+        embeds = language_model.embed_tokens(tokens.input_ids)                          # [N, L, E]
+        is_image = (tokens.input_ids == image_id)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(is_image, seen.pooler_output.to(embeds.dtype))
+        output = language_model(inputs_embeds=embeds, attention_mask=tokens.attention_mask, use_cache=False)
+        at_reward = output.last_hidden_state[tokens.input_ids == reward_id]             # [N, E]
+        return network["head"](at_reward.float())[:, 0]  # mean and deviation of a score: the mean counts
+
+    identity = {"source": source or "MizzenAI/HPSv3", "scale": "mean of the authors' head, without bounds",
+                "preprocess": f"bicubic on PIL to about {HPSV3_PIXELS} pixels, sides of multiples of {QWEN_MERGE}",
+                "precision": str(dtype), "note": "it has no bounds, and versions are not comparable"}
+    return Parts(network, None, rate, identity, None)
+
+
+def hpsv3_name(name):
+    """The name in `hpsv3` of a tensor of HPSv3.safetensors, which has older names; None if the score does not need it."""
+    name = name.removeprefix("model.")
+    if name.startswith("lm_head."):
+        return None
+    if name.startswith("rm_head."):
+        return name.replace("rm_head.", "head.")
+    return f"qwen.{name}" if name.startswith(("visual.", "language_model.")) else f"qwen.language_model.{name}"
+
+
+def hpsv3_size(width, height):
+    """The (width, height) to which qwen-vl-utils scales a picture for HPSV3_PIXELS at least and at most."""
+    if max(width, height) > 200 * min(width, height):
+        raise InputError(f"hpsv3: a picture of {width} x {height} is more than 200 times as long as it is wide")
+    sides = [max(QWEN_MERGE, round(side / QWEN_MERGE) * QWEN_MERGE) for side in (width, height)]
+    if math.prod(sides) > HPSV3_PIXELS:
+        scale = math.sqrt(width * height / HPSV3_PIXELS)
+        sides = [math.floor(side / scale / QWEN_MERGE) * QWEN_MERGE for side in (width, height)]
+    elif math.prod(sides) < HPSV3_PIXELS:
+        scale = math.sqrt(HPSV3_PIXELS / (width * height))  # not 1 / scale: that rounds to other sides
+        sides = [math.ceil(side * scale / QWEN_MERGE) * QWEN_MERGE for side in (width, height)]
+    return tuple(sides)
+
+
 def load(name, build, way_out, source=None, device="cpu", **options):
     """(score, identity) of the scorer whose `Parts` are build(source, **options); see the head of this file.
 
@@ -221,9 +310,14 @@ def load(name, build, way_out, source=None, device="cpu", **options):
             raises it if pictures are not RGB or not as many as the prompts, and if a score is not finite
     """
     device = torch.device(device)
+    gc.collect()  # the scorer before this one may still hold memory
+    torch.cuda.empty_cache()
     try:
-        network, preprocess, rate, identity = build(source, **options)
-        network.float().eval().requires_grad_(False)
+        if "device" in inspect.signature(build).parameters:
+            options["device"] = device
+        network, preprocess, rate, identity, dtype = build(source, **options)
+        network = network.to(dtype) if dtype else network  # None: each part has its own
+        network.eval().requires_grad_(False)
         identity = {"scorer": name} | identity | {"digest": digest(network)}
         network.to(device)
     except Exception as error:
@@ -236,7 +330,9 @@ def load(name, build, way_out, source=None, device="cpu", **options):
         for image in images:
             if image.mode != "RGB":
                 raise InputError(f"{name}: a picture is {image.mode}, not RGB; read_image converts it")
-        pixels = torch.stack([preprocess(image) for image in images]).to(device)        # [N, 3, h, w]
+        pixels = images
+        if preprocess:
+            pixels = torch.stack([preprocess(image) for image in images]).to(device)    # [N, 3, h, w]
         with torch.autocast(device.type, enabled=False):  # half precision would tie near-equal scores
             scores = rate(pixels, prompts).cpu()
         if not scores.isfinite().all():
@@ -252,7 +348,8 @@ SCORERS = {  # name: a function from a source and a device to (score, identity)
     "hpsv2": partial(load, "hpsv2", partial(hps, file="HPS_v2.1_compressed.pt"), "FILE"),
     "hpsv2.0": partial(load, "hpsv2.0", partial(hps, file="HPS_v2_compressed.pt"), "FILE"),
     "imagereward": partial(load, "imagereward", imagereward, "FILE, with BERT's vocab.txt beside it"),
-    "aesthetic": partial(load, "aesthetic", aesthetic, "FILE; CLIP ViT-L/14 comes from the hub")}
+    "aesthetic": partial(load, "aesthetic", aesthetic, "FILE; CLIP ViT-L/14 comes from the hub"),
+    "hpsv3": partial(load, "hpsv3", hpsv3, "FILE, with the files of Qwen2-VL-7B-Instruct beside it")}
 
 
 def get_scorer(spec, device="cpu"):

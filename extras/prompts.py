@@ -4,11 +4,22 @@ import csv
 import importlib
 import io
 import json
+import os
+import urllib.request
 from pathlib import Path
 
-from common import InputError, as_text, brief, hub_id, read_text
+from common import InputError, as_text, atomic_write, brief, cache_folder, hub_id, read_text
 
 COLUMNS = ("prompt", "prompts", "caption", "text")  # the first of these that a row has holds its prompt
+GITHUB = "https://raw.githubusercontent.com"
+HPDV2 = "https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark"
+NAMED = {  # sets that people report on: their published files, or ID:SPLIT on the hub
+    "parti": [f"{GITHUB}/google-research/parti/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv"],
+    "hpdv2": [f"{HPDV2}/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")],
+    "drawbench": ["sayakpaul/drawbench:train"],
+    "pickapic_test": [f"{GITHUB}/AIDC-AI/Diffusion-SDPO/1c83c650fccbe7c1262e0b098401490162c7348d/prompts/papv2.json"],
+    "dpg": [f"{GITHUB}/TencentQQGYLab/ELLA/3c228f1dc6c4d3cad0a47493816151a419f14db3/dpg_bench/dpg_bench.csv"],
+}
 
 
 def read_prompts(source):
@@ -20,7 +31,7 @@ def read_prompts(source):
 def read_prompt_rows(source):
     """Read prompts, and what else the rows of their table say.
 
-    source   a txt, tsv, csv, json or jsonl file, a dataset of the hub as ID or ID:SPLIT, or "tiny"
+    source   a txt, tsv, csv, json or jsonl file, a name in NAMED, a dataset of the hub as ID or ID:SPLIT, or "tiny"
     returns  N prompts, and N dicts {column: text} of the other columns with text or numbers
     raises   InputError if the source cannot be read or a row has no prompt
     """
@@ -28,9 +39,13 @@ def read_prompt_rows(source):
     if source == "tiny":
         path = importlib.import_module("extras.tiny").part("pairs") / "prompts.txt"
     try:
-        rows = read_prompt_file(path) if path.exists() else read_hub_prompts(source)
+        if path.is_file() or path.exists() and source not in NAMED:
+            rows = read_prompt_file(path)
+        else:
+            rows = read_named(source) if source in NAMED else read_hub_prompts(source)
     except Exception as error:  # many libraries read here, each with its own errors
-        raise InputError(f"--prompts {source} cannot be read: {brief(error)}")
+        way_out = f". Get {' and '.join(NAMED[source])} elsewhere and pass the file" if source in NAMED else ""
+        raise InputError(f"--prompts {source} cannot be read: {brief(error)}{way_out}")
     prompts, columns = [], []
     for number, row in enumerate(rows, 1):
         prompt, others = split_row(row)
@@ -95,6 +110,30 @@ def read_table(reader, is_quoted):
         may_be_cut = is_quoted or last.startswith('"')  # PartiPrompts leaves out empty notes, so a tsv may lack fields
         if None in row.values() and may_be_cut:  # there may be a line break in the prompt
             raise ValueError(f"row {number} has fewer fields than the header: it ends with {last!r}")
+    return rows
+
+
+def read_named(name):
+    """The rows of a set in NAMED. Its files are downloaded once; nothing of them is part of this repository."""
+    rows = []
+    for url in NAMED[name]:
+        if not url.startswith("https:"):
+            return read_hub_prompts(url)
+        file = cache_folder() / "prompts" / name / url.rpartition("/")[2]
+        if not file.exists():
+            with urllib.request.urlopen(url, timeout=60) as stream:
+                content = stream.read()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, content, suffix=f".{os.getpid()}")  # under torchrun all processes read the prompts
+        of_file = read_prompt_file(file)
+        if name == "hpdv2":  # lists of strings, one per style
+            of_file = [{"prompt": prompt, "style": file.stem} for prompt in of_file]
+        elif name == "pickapic_test":  # the other columns are paths of its authors
+            of_file = [row["prompt"] for row in of_file]
+        elif name == "dpg":  # a row per question on the picture
+            texts = {row["item_id"]: row["text"] for row in of_file}
+            of_file = [{"prompt": text, "item_id": item} for item, text in texts.items()]
+        rows += of_file
     return rows
 
 

@@ -24,7 +24,6 @@ import inspect
 import io
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -38,7 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from common import InputError, Parser, clip_tokenizer, digest, locked, one_line_errors
+from common import InputError, Parser, cache_folder, clip_tokenizer, digest, locked, one_line_errors
 from loading import EMBEDDED, fuse_lora, load_model
 
 SIZE = 32  # pixels
@@ -354,8 +353,7 @@ def part(name, build_part=None):
     build_part = build_part or BUILDERS[name]
     sources = sorted({__file__, inspect.getfile(build_part), *map(str, FILES.glob("*.safetensors"))})
     recipe = digest(b"".join(Path(source).read_bytes() for source in sources))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "diffusion-rpo" / f"tiny-{recipe}" / name
+    folder = cache_folder() / f"tiny-{recipe}" / name
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
