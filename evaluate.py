@@ -31,11 +31,13 @@ import numpy as np
 import torch
 
 from common import DTYPES, InputError, Parser, atomic_write, is_hidden, keyed_generator, one_line_errors
+from extras.prompts import NAMED as NAMED_PROMPTS
 from extras.prompts import read_prompt_rows, read_prompts  # the second one for those who import this file
 from loading import EMBEDDED, fuse_lora, load_model, weights_digest
 from models import cast_for_autocast
+from page import write_report
 from report import (comparable_sets, first_difference, image_files, open_batches, open_folders, read_json, save_png,
-                    settings_of, table, to_pil, writable_file, write_report)
+                    settings_of, short_names, table, to_pil, writable_file)
 
 
 # Generate
@@ -171,6 +173,7 @@ def score(args):
         get_scorer = functools.cache(scorers.get_scorer)  # a new cache frees the last metric's memory
         for folder in folders:
             spec = "clip=tiny" if metric == "clip" and folder.manifest.get("toy") else metric
+            scorer = None  # the one before it lets go of its memory
             _, scorer, identity = get_scorer(spec, device)
             score_missing(folder, column, scorer, identity, args.batch_size)
             scores = [row[column] for row in folder.read_scores()[1]]
@@ -205,14 +208,32 @@ def compare(args):
         raise InputError(f"compare: --out {out} must be an .html file; the tables are written beside it")
     if (out.parent / "manifest.json").exists():
         raise InputError(f"compare: --out {out} lies among images; give a folder of its own")
-    paths = [str(Path(path)) for path in args.folders]
+    names, paths = named_folders(args.folders)
     if args.against:
-        against = [path for path in paths if Path(path).resolve() == Path(args.against).resolve()]
+        against = [path for name, path in zip(names, paths)
+                   if args.against == name or Path(path).resolve() == Path(args.against).resolve()]
         if not against:
             raise InputError(f"compare: --against {args.against} is none of {', '.join(paths)}")
-        paths.sort(key=lambda path: path not in against)  # it becomes the first
+        first = paths.index(against[0])
+        for some in (names, paths):
+            some.insert(0, some.pop(first))
     pairs = [(i, j) for j, i in itertools.combinations(range(len(paths)), 2) if j == 0 or args.all_pairs]
-    write_report(out, comparable_sets(paths), paths, pairs, args.category, args.votes, args.rows)
+    sets = comparable_sets(paths)
+    if len(set(names)) < len(names):
+        raise InputError(f"compare: two folders have one name: {', '.join(names)}. Give each as NAME=DIR")
+    write_report(out, sets, paths, names, pairs, args.category, args.votes, args.rows)
+
+
+def named_folders(texts):
+    """(names, paths) of compare's folders, each DIR or NAME=DIR. Without NAME it is the part in which the paths differ."""
+    names, paths = [], []
+    for text in texts:
+        is_named = not Path(text).exists() and re.match(r"[^=/]+=", text)
+        name, _, path = text.partition("=") if is_named else (None, None, text)
+        names.append(name)
+        paths.append(str(Path(path)))
+    short = short_names(paths)
+    return [name or short[i] for i, name in enumerate(names)], paths
 
 
 def pairs(args):
@@ -237,7 +258,7 @@ def prompt_sets(sources, out):
         raise InputError(f"--out {out} holds images of one set of prompts; give another --out for several")
     sets, names = {}, set()
     for text in sources:
-        name, _, source = text.partition("=")
+        name, _, source = (text, "", text) if text in NAMED_PROMPTS else text.partition("=")
         if not source or not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in names:
             raise InputError(f"--prompts {text}: of several sets each is NAME=SOURCE, with a name of its own")
         sets[out / name] = source
@@ -263,15 +284,17 @@ def parse_args(argv=None):
             sub.add_argument("--device", help="cuda, mps or cpu [the best there is]")
             sub.add_argument("--batch_size", type=int, default=8, help="images at a time [%(default)s]")
         if function is not generate:
-            sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder of images that generate made")
+            sub.add_argument("folders", nargs="+", metavar="DIR", help="a folder of images that generate made" +
+                             ("; NAME=DIR gives it a name" if function is compare else ""))
         return sub.add_argument
 
     add = command(generate)
     add("--model", default="tiny", help="a preset's name, a folder, a hub id or a .safetensors file [%(default)s]")
     add("--lora", nargs="+", default=[], metavar="LORA", help="LoRA weights to fuse, in order: folders, files, hub ids")
     add("--config", metavar="DIR", help="a diffusers folder that describes a --model in one .safetensors file")
-    add("--prompts", nargs="+", metavar="[NAME=]SOURCE", help="a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT on "
-        "the hub, or tiny; several sets have a NAME each and go to OUT/NAME [tiny for a tiny model]")
+    add("--prompts", nargs="+", metavar="[NAME=]SOURCE", help=f"a txt, tsv, csv, json or jsonl file, ID or ID:SPLIT on "
+        f"the hub, {', '.join(NAMED_PROMPTS)}, or tiny; several sets have a NAME each and go to OUT/NAME "
+        "[tiny for a tiny model]")
     add("--out", metavar="DIR", required=True, help="folder for the images and manifest.json")
     add("--limit", type=int, metavar="N", help="draw only the first N prompts [all]")
     add("--per_prompt", type=int, default=1, metavar="K", help="images per prompt, each from its own noise [1]")
@@ -283,7 +306,7 @@ def parse_args(argv=None):
     add("--precision", choices=["fp32", "bf16", "fp16"], help="precision of sampling [bf16 on cuda, else fp32]")
     add = command(score)
     add("--metrics", default="clip", metavar="A,B=SOURCE", help="scorers: clip, pickscore, hpsv2, hpsv2.0, "
-        "imagereward, aesthetic; SOURCE is a local file or folder, for clip ARCH:WEIGHTS [%(default)s]")
+        "imagereward, aesthetic, hpsv3; SOURCE is a local file or folder, for clip ARCH:WEIGHTS [%(default)s]")
     add = command(compare)
     add("--out", metavar="PAGE.html", default="report.html", help="the page; tables go beside it [%(default)s]")
     add("--against", metavar="DIR", help="compare the others with this folder [the first]")

@@ -1,16 +1,10 @@
-"""Folders of images and their scores, and the tables and the page that `evaluate.py compare` makes from them."""
+"""Folders of images and their scores, and the tables that `evaluate.py compare` makes from them."""
 
-import base64
 import functools
-import importlib
-import io
 import json
-import math
 import os
-import urllib.parse
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pandas
 from PIL import Image, PngImagePlugin
@@ -18,10 +12,9 @@ from tqdm import tqdm
 
 from common import InputError, as_text, atomic_write, brief, digest, is_hidden, write_csv
 from sources import read_image
-from stats import FEW, adjust, categories_of, compare_scores, count_votes
+from stats import FEW, categories_of, compare_scores
 
 NOTE = "diffusion-rpo"  # the PNG text field in which an image carries its index, prompt and seed
-LARGE = 30e6  # bytes; a page whose images would take more links to their files
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SMALL = 128  # pixels; smaller images are shown exactly and enlarged
 
@@ -234,6 +227,36 @@ def comparable_sets(paths):
     return {name: comparable_folders([sets[name] for sets in sets_of_paths]) for name in sets_of_paths[0]}
 
 
+def short_names(paths):
+    """A name for each path: the parts that tell the paths apart. N distinct strings."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    for end in (0, -1):  # first the common beginning goes, then the common end
+        while len(parts) > 1 and min(map(len, parts)) > 1 and len({of_path[end] for of_path in parts}) == 1:
+            parts = [of_path[1:] if end == 0 else of_path[:-1] for of_path in parts]
+    if len(parts) == 1:
+        parts = [parts[0][-1:]]
+    return ["/".join(of_path) for of_path in parts]
+
+
+def protocol(sets, identities):
+    """What a paper must say of a comparison: how images were drawn, the prompts, the scorers with their weights."""
+    text = ""
+    for name, folders in sets.items():
+        manifest = folders[0].manifest
+        settings, source = manifest.get("settings", {}), manifest.get("prompts", {}).get("source")
+        text += f"{name}: " if name else ""
+        if {"steps", "scheduler", "guidance", "resolution", "precision", "seed"} <= settings.keys():
+            text += ("{steps} steps of {scheduler[class]}, guidance {guidance:g}, {resolution} px, {precision}, seed {seed}; "
+                     .format(**settings))
+        cut = max(len(folder.manifest.get("prompts", {}).get("cut", [])) for folder in folders)
+        text += f"{len(set(folders[0].prompts))} prompts{f' of {Path(source).name}' if source else ''}, {cut} cut. "
+    scorers = []
+    for name, identity in identities.items():
+        words = [identity.get("source"), f"digest {identity.get('digest')}", identity.get("note")]
+        scorers.append(f"{name} ({', '.join(filter(None, words))})")
+    return f"{text}Scorers: {', '.join(scorers)}."
+
+
 def comparable_scores(folders, scorers=None):
     """({scorer: identity}, {scorer: {folder: [N] scores of its images}}).
 
@@ -271,6 +294,9 @@ CAPTION = (f"The unit is the prompt: scores of its images are averaged first. Di
            f"with its 95% t interval. Win rate: a tie counts one half; with Wilson's 95% interval. p: exact sign tests "
            f"without ties, Holm-corrected over the {{}} comparisons of {FEW} prompts or more. With fewer than {FEW} "
            f"prompts there is no interval and no p.")
+
+TEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+                    | {letter: f"\\{letter}" for letter in "&%$#_{}"})
 
 
 def cells_of(numbers, templates):
@@ -310,7 +336,7 @@ def write_tables(file, results, summary, caption):
     atomic_write(file.with_suffix(".md"), f"{markdown}\n{caption}\n")
 
     frame = pandas.DataFrame(summary)
-    tex = frame.to_latex(index=False, escape=True, caption=caption.replace("%", r"\%"))
+    tex = frame.to_latex(index=False, escape=True, caption=caption.translate(TEX))
     atomic_write(file.with_suffix(".tex"), tex)
 
     flat = []
@@ -353,79 +379,3 @@ def compare_sets(sets, names, pairs, column=None):
         columns = {name for folders in sets.values() for beside in folders[0].columns for name in beside}
         raise InputError(f"no prompt has a {column}; they have {', '.join(sorted(columns)) or 'no columns'}")
     return results, identities, page_rows
-
-
-def write_report(file, sets, names, pairs, category=None, votes=None, chosen=()):
-    """Print the table; write the page `file`, the table beside it, and the `chosen` rows of the page as a picture."""
-    results, identities, rows = compare_sets(sets, names, pairs, category)
-    if any(not 0 <= number < len(rows) for number in chosen):
-        raise InputError(f"--rows are numbers of the page, from 0 to {len(rows) - 1}")
-    counted = count_votes(votes, names, rows) if votes else []
-    caption = CAPTION.format(adjust(results))
-    summary = summarize(results)
-    print(table(summary))
-    print(caption)
-    for vote in counted:
-        print("votes: {images} is better than {against} in {win_rate:.1%} ({win_rate_95[0]:.1%} to "
-              "{win_rate_95[1]:.1%}) of {n}, {wins}/{ties}/{losses}".format(**vote))
-    numbers = {"scorers": identities, "caption": caption, "results": results, "votes": counted}
-    atomic_write(file.with_suffix(".json"), json.dumps(numbers, indent=1))
-    write_tables(file, results, summary, caption)
-    folder = file.parent if is_large(rows) else None
-    atomic_write(file, page(names, list(identities), rows, summary, caption, folder))
-    if chosen:
-        importlib.import_module("extras.rows").save_rows(file.with_suffix(".png"), names, [rows[i] for i in chosen])
-    if folder:
-        print(f"{file} links to the images where they are now; do not move it or them")
-
-
-# The page
-
-
-def page(names, metrics, rows, summary, caption="", folder=None):
-    """The HTML page that compares folders of images made from the same prompts: the template page.html, filled in.
-
-    names    N folders; differences are to the first
-    metrics  names of scores, higher is better; without any the page shows the images alone
-    rows     [{"index": number of the prompt, "prompt": str, "category": str, "images": N files,
-             "scores": {metric: N floats}}]
-    summary  rows of the table at the top, dicts of strings with the same keys
-    folder   where the page will be, if it is to link to the images; None: the page contains them
-    """
-    rows = [row | {"images": [shown_image(file, folder) for file in row["images"]]}
-            for row in sorted(rows, key=lambda row: row["index"])]
-    categories = sorted({row["category"] for row in rows} - {""})
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(
-        names=names, metrics=metrics, rows=rows, summary=summary, caption=caption, categories=categories)
-
-
-def shown_image(file, folder):
-    """{source, width, height, is_small} of an image of the page. Small ones are enlarged, others fit 320 pixels.
-
-    The source is a link from `folder`; or, without one, the image itself: exact if small, else a JPEG that fits 1024.
-    """
-    if folder is None:
-        image = open_image(file)
-        kind = "png" if max(image.size) <= SMALL else "jpeg"
-        image.thumbnail((1024, 1024))
-        stream, size = io.BytesIO(), image.size
-        image.save(stream, kind, quality=85)
-        source = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-    else:
-        source, size = urllib.parse.quote(os.path.relpath(file, folder)), image_size(file)
-    is_small = max(size) <= SMALL
-    scale = 256 // max(size) if is_small else min(1, 320 / max(size))
-    width, height = (max(1, round(side * scale)) for side in size)
-    return {"source": source, "width": width, "height": height, "is_small": is_small}
-
-
-def image_size(file):
-    """(width, height) of an image file."""
-    with Image.open(file) as image:  # only the header is read
-        return image.size
-
-
-def is_large(rows):
-    """Whether the images of a page would take more than LARGE bytes. A JPEG takes about a quarter byte per pixel."""
-    return sum(math.prod(image_size(file)) for row in rows for file in row["images"]) / 4 > LARGE

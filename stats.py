@@ -126,14 +126,18 @@ def adjust(results):
     return len(compared)
 
 
-def count_votes(file, names, page_rows):
-    """Count the votes of a csv that this page exported: a dict of numbers for each two folders that met."""
+def count_votes(file, names, paths, page_rows):
+    """Count the votes of a csv that this page exported: a dict of numbers for each two folders that met.
+
+    paths  the folders' paths, by which the csv names them; names may be those of other folders, too
+    """
+    name_of = dict(zip(paths, names)) | {"": ""}
     outcomes = {}
     try:
         for vote in csv.DictReader(io.StringIO(Path(file).read_text(encoding="utf-8"), newline="")):
-            first, other, winner = vote["first"], vote["other"], vote["winner"]
-            if {first, other} - {*names} or winner not in (first, other, ""):
-                raise ValueError(f"a vote is on {first} and {other}, not on {', '.join(names)}")
+            first, other, winner = (name_of.get(vote[key]) for key in ("first", "other", "winner"))
+            if not first or not other or winner not in (first, other, ""):
+                raise ValueError(f"a vote is on {vote['first']} and {vote['other']}, not on {', '.join(paths)}")
             outcome = 0.5 if winner == "" else float(winner == other)
             outcomes.setdefault((other, first), []).append((outcome, page_rows[int(vote["index"])]["prompt"]))
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:

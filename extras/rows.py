@@ -1,7 +1,5 @@
 """Chosen rows of a comparison as one picture for a paper: `evaluate.py compare --rows`."""
 
-from pathlib import Path
-
 from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -17,7 +15,7 @@ def save_rows(file, names, rows, side=256):
     grid = Image.new("RGB", (side * len(names), 24 + (side + 24) * len(rows)), "white")
     draw = ImageDraw.Draw(grid)
     for k, name in enumerate(names):
-        draw.text((k * side + 4, 4), Path(name).name, "black", font)
+        draw.text((k * side + 4, 4), name, "black", font)
     for number, row in enumerate(rows):
         top = 24 + number * (side + 24)
         draw.text((4, top + 4), row["prompt"], "black", font)

@@ -1,7 +1,8 @@
 """Evaluation: what makes two folders of images comparable, and that no prompt ever meets another's image."""
 
-import functools
 import csv
+import functools
+import html
 import io
 import json
 import os
@@ -19,7 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
+import distributed
 import evaluate
+import page
 import report
 from common import InputError
 from extras import style, tiny
@@ -113,6 +116,59 @@ def test_bad_prompts_are_refused_in_one_line(tmp_path, name, text, complaint):
     assert "\n" not in str(refusal.value)
 
 
+PUBLISHED = {  # how the files of the named sets begin, and what is read
+    "PartiPrompts.tsv": "Prompt\tCategory\tChallenge\tNote\na bond\tAbstract\tBasic\t\n",
+    "anime.json": '["a girl"]', "concept-art.json": '["a ship"]', "paintings.json": '["a pond"]', "photo.json": '["a bus"]',
+    "papv2.json": '[{"prompt": "a moon", "raw_image_path": "x.png"}]',
+    "dpg_bench.csv": "item_id,text,keywords,proposition_id\n7,a barn,,1\n7,a barn,,2\n8,a lake,,1\n"}
+SETS = {
+    "parti": [("a bond", {"Category": "Abstract", "Challenge": "Basic", "Note": ""})],
+    "hpdv2": [("a girl", {"style": "anime"}), ("a ship", {"style": "concept-art"}), ("a pond", {"style": "paintings"}),
+              ("a bus", {"style": "photo"})],
+    "pickapic_test": [("a moon", {})],
+    "dpg": [("a barn", {"item_id": "7"}), ("a lake", {"item_id": "8"})],
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sets_of_prompts_by_name(tmp_path, monkeypatch, name):
+    """Each is downloaded once. Without a network one line names the files to get."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def no_network(url, timeout):
+        raise OSError("Network is unreachable")
+
+    def network(url, timeout):
+        asked.append(url)
+        return io.BytesIO(PUBLISHED[url.rpartition("/")[2]].encode())
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(InputError, match=f"--prompts {name} cannot be read: .*unreachable.* Get https://.*pass the file"):
+        read_prompts(name)
+    monkeypatch.setattr("urllib.request.urlopen", network)
+    assert [*zip(*read_prompt_rows(name))] == [*zip(*read_prompt_rows(name))] == SETS[name]
+    assert asked == evaluate.NAMED_PROMPTS[name]
+    (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the suffix must be txt"):  # a file of that name counts
+        read_prompts(name)
+
+
+def test_drawbench_by_name_is_the_hubs(monkeypatch):
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
+    rows = datasets.Dataset.from_dict({"Prompts": ["a red car"], "Category": ["Colors"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {("sayakpaul/drawbench", "train"): rows}[name, split])
+    assert read_prompt_rows("drawbench") == (["a red car"], [{"Category": "Colors"}])
+
+
+def test_named_sets_need_no_other_name(tmp_path):
+    """Two of them beside each other, and beside one with a name of its own."""
+    sets = evaluate.prompt_sets(["parti", "dpg", "mine=p.txt"], tmp_path)
+    assert sets == {tmp_path / "parti": "parti", tmp_path / "dpg": "dpg", tmp_path / "mine": "p.txt"}
+    assert evaluate.prompt_sets(["parti"], tmp_path) == {tmp_path: "parti"}
+
+
 def test_prompts_of_the_hub(monkeypatch):
     """ID:SPLIT; with several splits, the one to take must be said. Images are not read, classes by their names."""
     features = {"Prompt": "large_string", "image": "binary", "score": "float64", "kind": None}
@@ -202,6 +258,18 @@ def test_processes_share_the_prompts_and_make_the_same_images(tmp_path, generate
     ):
         assert status == 0, text
     assert same(pixels(tmp_path / "two"), pixels(generate("one")))
+
+
+def test_a_prompt_is_drawn_by_one_process(tmp_path, monkeypatch):
+    """All batches are drawn, none of them twice, and a batch whose files are there is not drawn again."""
+    monkeypatch.setattr(distributed, "wait_for_all", lambda: None)
+    (tmp_path / "2").touch()
+    (tmp_path / "3").touch()
+    drawn = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "torchrun_env", lambda: (rank, rank, 3))
+        drawn += distributed.pending_batches(9, 2, lambda i: [tmp_path / str(i)], "images")
+    assert sorted(drawn, key=min) == [range(0, 2), range(4, 6), range(6, 8), range(8, 9)]
 
 
 def test_images_of_another_model_or_setting_are_not_mixed_in(generate, small_model, tmp_path):
@@ -447,7 +515,7 @@ def test_compare_counts_what_the_scores_say(generate, tmp_path):
     scores = [[float(row["clip"]) for row in rows] for rows in score(*folders)]
     evaluate.main(["compare", *map(str, folders), "--out", str(tmp_path / "report.html")])
     results = json.loads((tmp_path / "report.json").read_text())["results"]
-    assert [row["against"] for row in results] == [None] * 3 + [str(folders[0])] * 2
+    assert [row["against"] for row in results] == [None] * 3 + ["a"] * 2
     means = [[(own[0] + own[2]) / 2, own[1], own[3], own[4]] for own in scores]  # two images of one prompt
     for result, own in zip(results, [*means, *means[1:]]):
         assert result["mean"] == pytest.approx(np.mean(own)) and result["median"] == pytest.approx(np.median(own))
@@ -492,8 +560,8 @@ def test_the_table_in_all_formats(tmp_path, capsys):
     compared = [row for row in results if row["against"]]
     assert len(compared) == 4 and "over the 4 comparisons of 20 prompts or more" in caption
     assert ",40,0,0," in texts["csv"]  # whole numbers
-    assert all(row["against"] == paths[0] and row["n"] == 40 for row in compared)
-    certain = [row for row in compared if row["images"] == paths[1]]
+    assert all(row["against"] == "base" and row["n"] == 40 for row in compared)
+    certain = [row for row in compared if row["images"] == "m_1"]
     for row in certain:
         assert (row["wins"], row["ties"], row["losses"], row["win_rate"]) == (40, 0, 0, 1.0)
         assert row["win_rate_95"] == pytest.approx([0.912, 1], abs=1e-3)  # Wilson's
@@ -514,17 +582,62 @@ def test_the_table_in_all_formats(tmp_path, capsys):
     assert float(read[-1]["difference_95_low"]) == pytest.approx(results[-1]["difference_95"][0])
 
 
+def test_methods_have_short_names(tmp_path, capsys):
+    """A method is named by what tells its path apart, or as the user says. The file keeps the paths."""
+    for paths, names in ((["images/base", "images/rpo"], ["base", "rpo"]), (["out/a/images", "out/b/images"], ["a", "b"]),
+                         (["x/a/images", "y/a/images", "z"], ["x/a/images", "y/a/images", "z"]), (["out/a"], ["a"])):
+        assert report.short_names(paths) == names
+    paths = three_models(tmp_path)
+    named = [f"Base model={paths[0]}", f"ours={paths[1]}", paths[2]]
+    results, caption, texts = table_of(tmp_path, *named, "--against", "ours")
+    assert {row["against"] for row in results} == {None, "ours"}
+    assert {row["images"] for row in results} == {"Base model", "ours", "m&2"}
+    folders = json.loads((tmp_path / "table.json").read_text())["folders"]
+    assert folders == {"ours": paths[1], "Base model": paths[0], "m&2": paths[2]}
+    assert f"Base model: {paths[0]}" in capsys.readouterr().out and str(tmp_path) not in texts["md"] + texts["tex"]
+    with pytest.raises(SystemExit, match="two folders have one name: a, a, m&2. Give each as NAME=DIR"):
+        table_of(tmp_path, f"a={paths[0]}", f"a={paths[1]}", paths[2])
+
+
+def test_the_caption_says_how_the_images_were_made(tmp_path, generate):
+    """Steps, scheduler, guidance, size, seed, prompts, how many were cut, and the scorers' weights."""
+    (tmp_path / "my_p.txt").write_text("a fox\n" + "word " * 400)
+    folders = [generate(name, "--prompts", str(tmp_path / "my_p.txt")) for name in "ab"]
+    score(*folders)
+    _, caption, texts = table_of(tmp_path, *folders)
+    digest = report.ImageFolder(folders[0]).read_scores()[0]["clip"]["digest"]
+    assert caption.startswith("2 steps of PNDMScheduler, guidance 3, 32 px, float32, seed 0; 2 prompts of my_p.txt, 1 cut. "
+                              f"Scorers: clip (tiny, digest {digest}).")
+    assert caption in texts["md"] and caption in html.unescape(texts["html"])
+    assert r"my\_p.txt, 1 cut" in texts["tex"] and r"95\% t interval" in texts["tex"]
+
+
+def test_the_page_draws_the_differences(tmp_path):
+    """An interval lies where its numbers say, on one scale for all methods of a scorer; zero is drawn, too."""
+    results, _, texts = table_of(tmp_path, *three_models(tmp_path))
+    drawings = page.interval_drawings(results)
+    assert [drawing["title"] for drawing in drawings] == ["s", "t"]
+    for drawing in drawings:
+        rows = [row for row in results if row["against"] and row["scorer"] == drawing["title"]]
+        for line, row in zip(drawing["lines"], rows, strict=True):
+            assert line["label"] == f"{row['images']} \u2212 base" and 0 < line["low"] <= line["mean"] <= line["high"] < 100
+            scale = (drawing["lines"][1]["high"] - drawing["zero"]) / rows[1]["difference_95"][1]
+            assert line["mean"] - drawing["zero"] == pytest.approx(scale * row["difference"])
+            assert line["is_better"] == (row["difference_95"][0] > 0)
+    assert texts["html"].count('<div class="line">') == 4 and "<h1>m_1 and m&amp;2 against base</h1>" in texts["html"]
+
+
 def test_any_opponent_or_all(tmp_path):
     """Against another the difference changes its sign; all pairs are every two once."""
     paths = three_models(tmp_path)
     usual, _, _ = table_of(tmp_path, *paths)
     other, _, _ = table_of(tmp_path, *paths, "--against", f"{paths[2]}/../{Path(paths[2]).name}/")
-    forward = next(row for row in usual if row["against"] == paths[0] and row["images"] == paths[2])
-    back = next(row for row in other if row["against"] == paths[2] and row["images"] == paths[0])
+    forward = next(row for row in usual if row["against"] == "base" and row["images"] == "m&2")
+    back = next(row for row in other if row["against"] == "m&2" and row["images"] == "base")
     assert forward["difference"] == pytest.approx(-back["difference"]) and forward["wins"] == back["losses"]
     every, caption, _ = table_of(tmp_path, *paths, "--all_pairs")
     found = [(row["images"], row["against"]) for row in every if row["against"] and row["scorer"] == "s"]
-    assert found == [(paths[1], paths[0]), (paths[2], paths[0]), (paths[2], paths[1])]
+    assert found == [("m_1", "base"), ("m&2", "base"), ("m&2", "m_1")]
     assert "over the 6 comparisons" in caption
     with pytest.raises(SystemExit, match="--against nowhere is none of"):
         evaluate.main(["compare", *paths, "--against", "nowhere"])
@@ -595,15 +708,16 @@ def test_votes_are_counted_with_their_interval(tmp_path, capsys):
     paths = three_models(tmp_path)
     lines = ["index,first,other,winner"]
     for i in range(30):
-        lines.append(f"{i},{paths[0]},{paths[1]},{[paths[1], paths[1], paths[0], ''][i % 4]}")
+        first, other = paths[:2]
+        lines.append(f"{i},{first},{other},{[other, other, first, ''][i % 4]}")
     (tmp_path / "votes.csv").write_text("\n".join(lines))
     evaluate.main(["compare", *paths, "--votes", str(tmp_path / "votes.csv"), "--out", str(tmp_path / "t.html")])
     (vote,) = json.loads((tmp_path / "t.json").read_text())["votes"]
     assert (vote["n"], vote["wins"], vote["ties"], vote["losses"]) == (30, 16, 7, 7)
     outcomes = [[1, 1, 0, 0.5][i % 4] for i in range(30)]  # each of another prompt
     assert [vote["win_rate"], *vote["win_rate_95"]] == pytest.approx(rate_interval(outcomes, range(30)))
-    assert "votes: " in capsys.readouterr().out
-    for wrong in ("99,{0},{1},", "0,{0},elsewhere,", "0,{0},{1},{2}", "x,{0},{1},"):
+    assert "votes: m_1 is better than base in " in capsys.readouterr().out
+    for wrong in ("0,base,m_1,", "99,{0},{1},", "0,{0},elsewhere,", "0,{0},{1},{2}", "x,{0},{1},"):
         (tmp_path / "votes.csv").write_text("index,first,other,winner\n" + wrong.format(*paths))
         with pytest.raises(SystemExit, match="cannot be read, or is of another page"):
             evaluate.main(["compare", *paths, "--votes", str(tmp_path / "votes.csv"), "--out", f"{tmp_path}/t.html"])
