@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import scorers
 from common import InputError
+from extras import hpsv3
 from report import protocol
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -61,7 +62,7 @@ def score(published):
 
 
 def load(source, dtype=torch.float32, **options):
-    build = functools.partial(scorers.hpsv3, dtype=dtype, **options)
+    build = functools.partial(hpsv3.hpsv3, dtype=dtype, **options)
     return scorers.load("hpsv3", build, "FILE", str(source))
 
 
@@ -86,7 +87,7 @@ def test_the_score_is_the_heads_mean_at_the_reward_token(published, score):
     (image, *_), prompt = pictures(), PROMPTS[1]
     tokenizer = transformers.AutoTokenizer.from_pretrained(published)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
-    template = scorers.HPSV3_PROMPT.read_text()
+    template = hpsv3.HPSV3_PROMPT.read_text()
     assert template.endswith("\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND\n")
     patches = transformers.AutoImageProcessor.from_pretrained(published)(
         [image.resize((448, 448))], return_tensors="pt")
@@ -143,7 +144,7 @@ def test_a_card_without_the_room_is_told_before_it_loads(published, monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     monkeypatch.setattr(scorers, "load_weights", None)  # calling it would raise
     with pytest.raises(ValueError, match=r"it needs 0.0 GB, and 0.0 GB are free"):
-        scorers.hpsv3(str(published), device="cuda")
+        hpsv3.hpsv3(str(published), device="cuda")
 
 
 @pytest.mark.parametrize("prompt", ["<|Reward|>", "an <|image_pad|>"])
@@ -158,9 +159,9 @@ def test_a_prompt_with_a_token_of_the_template_is_refused(score, prompt):
     ((136, 136), (448, 448)), ((360, 360), (448, 448))])  # where another order of rounding gives 476
 def test_pictures_are_scaled_to_the_authors_size(size, scaled):
     """qwen-vl-utils: sides of multiples of 28; a picture above 256 x 28 x 28 pixels is rounded down, one below up."""
-    assert scorers.hpsv3_size(*size) == scaled
+    assert hpsv3.hpsv3_size(*size) == scaled
 
 
 def test_a_picture_too_long_is_refused():
     with pytest.raises(InputError, match="more than 200 times"):
-        scorers.hpsv3_size(3000, 10)
+        hpsv3.hpsv3_size(3000, 10)
