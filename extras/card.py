@@ -85,16 +85,13 @@ KINDS = {  # what the profile adds up, by a pattern in the names of operators an
     "matrix products": "mm|gemm|linear", "attention": "attention|flash|fmha", "optimizer": "adam|foreach|_fused"}
 
 
-def make_model(name, device, encoders=False):
-    """A model with random weights on a device. On a CPU it is small.
-
-    encoders  whether the encoders have their full size, and the denoiser is small; else the text encoders are short
-    """
+def make_model(name, device, small_denoiser=False, short_text=False):
+    """A model with random weights on a device. On a CPU it is small. `short_text`: one layer for each text encoder."""
     is_small = device.type == "cpu"
-    changes = dict(SMALL[name]) if is_small or encoders else {}
+    changes = dict(SMALL[name]) if is_small or small_denoiser else {}
     if is_small:
         changes["vae"] = SMALL_VAE
-    if is_small or not encoders:
+    if is_small or short_text:
         changes |= {"text_encoder": ONE_LAYER["text_encoder"]}
         changes |= {"text_encoder_2": ONE_LAYER["t5" if name == "flux-dev" else "text_encoder_2"]}
         changes |= {"text_encoder_3": ONE_LAYER["t5"]}
@@ -182,7 +179,7 @@ def training_row(options, profile_file=None):
         run.peak_flops = lambda device: peak
         run.Output, run.EncodedPairs = Recorder, MemoryPairs
         run.is_cache = lambda source: source == "memory"
-        run.load_model = lambda name, random_init, config: make_model(name, device)
+        run.load_model = lambda name, random_init, config: make_model(name, device, short_text=args.data == "memory")
         open_parts = run.open_parts
 
         def open_and_fill(args, out, state, device):
@@ -238,7 +235,7 @@ def profile_text(recorder):
 def encoders_row(name, precision):
     """Images and prompts that a model's encoders take a second, 8 at a time."""
     device, dtype = get_device(None), DTYPES[precision]
-    model = make_model(name, device, encoders=True)
+    model = make_model(name, device, small_denoiser=True)
     model.vae_dtype = dtype
     place_encoders(model, device, dtype, only_adapter=True)
     resolution = 64 if device.type == "cpu" else model.resolution()
