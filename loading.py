@@ -289,11 +289,7 @@ def fuse_lora(model, source):
     raises  InputError if the weights cannot be read, or if one of their tensors fits nowhere: diffusers would leave
             it out
     """
-    pipe, lower_file = model.pipe, Path(source) / LOWER_LORA
-    try:
-        lower = json.loads(lower_file.read_text(encoding="utf-8"))["init_lora"] if lower_file.exists() else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{lower_file} cannot be read: {error!r}")
+    pipe, lower = model.pipe, lower_lora(source)
     if lower:
         fuse_lora(model, lower)
     try:
@@ -317,6 +313,16 @@ def fuse_lora(model, source):
         model.init_lora = source
     except Exception as error:
         raise InputError(f"LoRA weights {source} cannot be loaded into this model: {brief(error)}")
+
+
+def lower_lora(source):
+    """The LoRA weights that must be fused before those of a source, which is a folder or a file in it; or None."""
+    path = Path(source)
+    file = path.with_name(LOWER_LORA) if path.is_file() else path / LOWER_LORA
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["init_lora"] if file.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} cannot be read: {error!r}")
 
 
 def lora_file(source):

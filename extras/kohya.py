@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 import common
 from common import InputError
-from loading import LOWER_LORA, lora_file, refuse_other_adapters
+from loading import LOWER_LORA, lora_file, lower_lora, refuse_other_adapters
 
 
 def read_adapter(source):
@@ -67,10 +67,10 @@ def read_adapter(source):
 def with_lower(source):
     """The layers of an adapter, together with those of the adapter that it was trained above."""
     layers = read_adapter(source)
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    if (folder / LOWER_LORA).exists():
-        below = json.loads((folder / LOWER_LORA).read_text(encoding="utf-8"))["init_lora"]
+    below = lower_lora(source)
+    if below:
         if not Path(below).exists():
+            folder = Path(source) if Path(source).is_dir() else Path(source).parent
             raise InputError(f"{source} was trained above {below}, which is not here. Name its folder in "
                              f"{folder / LOWER_LORA}")
         for name, (a, b) in with_lower(below).items():
@@ -96,6 +96,8 @@ def main(argv=None):
             raise InputError(f"{args.adapter} is no folder, so pass --out FILE")
         folder = Path(os.path.abspath(args.adapter))
         out = Path(args.out or folder.with_name(f"{folder.name}-kohya.safetensors"))  # two files in a folder confuse diffusers
+        if out.with_name(LOWER_LORA).exists():  # the file will hold both, and a reader would add the lower one again
+            raise InputError(f"--out {out} lies beside {LOWER_LORA}; pass a file in another folder")
         weights = {}
         for name, (a, b) in with_lower(args.adapter).items():
             weights |= {f"{name}.lora_A.weight": a.contiguous(), f"{name}.lora_B.weight": b.contiguous()}

@@ -291,6 +291,9 @@ def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
     inputs = pair_inputs(both)
     trained = denoising_error(network=second.model.denoiser, **inputs)
     assert apart(denoising_error(network=both.denoiser, **inputs), trained) < 1e-5
+    by_file = fresh(small_model("sd"))
+    loading.fuse_lora(by_file, second.out / ADAPTER)
+    assert apart(denoising_error(network=by_file.denoiser, **inputs), trained) < 1e-5
     judged = tiny.load(second.out / "model")
     assert apart(denoising_error(network=judged.unet, **inputs), trained) < 1e-5
     lone = shutil.copytree(second.out / "model", tmp_path / "lone", ignore=lambda *_: [loading.LOWER_LORA])
@@ -323,6 +326,8 @@ def test_kohyas_file_is_the_adapter(run, small_model, model):
         expected = denoising_error(network=trained.model.denoiser, **pair_inputs(trained.model))
         assert apart(stock_error(small_model(model), trained.out / "model-kohya.safetensors"), expected) < 1e-5
         assert apart(stock_error(small_model(model)), expected) > 5e-4
+    with pytest.raises(SystemExit, match="lies beside init_lora.json; pass a file in another folder"):
+        kohya.main([str(second.out / ADAPTER), "--out", str(second.out / "model" / "by-file.safetensors")])
     kohya.main([str(second.out / ADAPTER), "--out", str(second.out / "by-file.safetensors")])
     weights = load_file(second.out / "model-kohya.safetensors")
     assert weights.keys() == load_file(second.out / "by-file.safetensors").keys()
@@ -394,7 +399,8 @@ def test_what_kohyas_file_cannot_hold_is_refused(tmp_path, weights, complaint):
     save_file({"unet.a.to_q.lora_A.weight": torch.ones(2, 4), "unet.a.to_q.lora_B.weight": torch.ones(4, 2)},
               tmp_path / "a.safetensors")
     with pytest.raises(SystemExit, match=f"was trained above some/hub-id, which is not here. Name its folder in {tmp_path}"):
-        kohya.main([str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")])
+        kohya.main([str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "out" / "b.safetensors")])
+    (tmp_path / loading.LOWER_LORA).unlink()
     for name in ("nowhere", "some/hub-id"):
         with pytest.raises(SystemExit, match="no such folder or file. Download an adapter of the hub first"):
             kohya.main([name, "--out", str(tmp_path / "b.safetensors")])
