@@ -208,15 +208,14 @@ def compare(args):
         raise InputError(f"compare: --out {out} must be an .html file; the tables are written beside it")
     if (out.parent / "manifest.json").exists():
         raise InputError(f"compare: --out {out} lies among images; give a folder of its own")
-    names, paths = named_folders(args.folders)
+    named = named_folders(args.folders)
     if args.against:
-        against = [path for name, path in zip(names, paths)
+        against = [(name, path) for name, path in named
                    if args.against == name or Path(path).resolve() == Path(args.against).resolve()]
         if not against:
-            raise InputError(f"compare: --against {args.against} is none of {', '.join(paths)}")
-        first = paths.index(against[0])
-        for some in (names, paths):
-            some.insert(0, some.pop(first))
+            raise InputError(f"compare: --against {args.against} is none of {', '.join(path for _, path in named)}")
+        named.sort(key=lambda folder: folder != against[0])  # it becomes the first
+    names, paths = map(list, zip(*named))
     pairs = [(i, j) for j, i in itertools.combinations(range(len(paths)), 2) if j == 0 or args.all_pairs]
     sets = comparable_sets(paths)
     if len(set(names)) < len(names):
@@ -225,15 +224,14 @@ def compare(args):
 
 
 def named_folders(texts):
-    """(names, paths) of compare's folders, each DIR or NAME=DIR. Without NAME it is the part in which the paths differ."""
+    """[(name, path)] of compare's folders, each DIR or NAME=DIR. Without NAME it is the part in which the paths differ."""
     names, paths = [], []
     for text in texts:
         is_named = not Path(text).exists() and re.match(r"[^=/]+=", text)
         name, _, path = text.partition("=") if is_named else (None, None, text)
         names.append(name)
         paths.append(str(Path(path)))
-    short = short_names(paths)
-    return [name or short[i] for i, name in enumerate(names)], paths
+    return [(name or short, path) for name, short, path in zip(names, short_names(paths), paths)]
 
 
 def pairs(args):

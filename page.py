@@ -61,20 +61,21 @@ def page(names, metrics, rows, summary, caption="", folder=None, results=(), pat
     rows = [row | {"images": [shown_image(file, folder) for file in row["images"]]}
             for row in sorted(rows, key=lambda row: row["index"])]
     categories = sorted({row["category"] for row in rows} - {""})
+    drawings = interval_drawings(results)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(
         names=names, metrics=metrics, rows=rows, summary=summary, caption=caption, categories=categories,
-        paths=paths or names, drawings=interval_drawings(results), **heading(names, metrics, rows, results))
+        paths=paths or names, drawings=drawings, **heading(names, metrics, rows, drawings))
 
 
-def heading(names, metrics, rows, results):
+def heading(names, metrics, rows, drawings):
     """{title, lead}: the page's title, and one sentence on what is compared."""
     first, *others = names
     title = f"{listed(others)} against {first}" if others else first
     lead = f"Images of {len({row['prompt'] for row in rows})} prompts by {listed(names)}"
     if metrics and others:
         lead += f", scored by {listed(metrics)}"
-    if interval_drawings(results):
+    if drawings:
         lead += ". Shown are paired differences with their 95% intervals"
     return {"title": title, "lead": f"{lead}."}
 

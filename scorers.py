@@ -220,10 +220,6 @@ def aesthetic(source, backbone="ViT-L-14-quickgelu:openai", width=768):
     return Parts(network, transform, rate, identity)
 
 
-def hpsv3(source, **options):
-    return importlib.import_module("extras.hpsv3").hpsv3(source, **options)
-
-
 def load(name, build, way_out, source=None, device="cpu", **options):
     """(score, identity) of the scorer whose `Parts` are build(source, **options); see the head of this file.
 
@@ -234,8 +230,6 @@ def load(name, build, way_out, source=None, device="cpu", **options):
     gc.collect()  # the scorer before this one may still hold memory
     torch.cuda.empty_cache()
     try:
-        if name == "hpsv3":  # it asks for the room before it loads
-            options["device"] = device
         network, preprocess, rate, identity, dtype = build(source, **options)
         network = network.to(dtype) if dtype else network  # None: each part has its own
         network.eval().requires_grad_(False)
@@ -263,6 +257,12 @@ def load(name, build, way_out, source=None, device="cpu", **options):
     return score, identity
 
 
+def hpsv3(source=None, device="cpu"):
+    """`load` of a scorer that must know the device, because it asks for the room before it loads."""
+    build = partial(importlib.import_module("extras.hpsv3").hpsv3, device=device)
+    return load("hpsv3", build, "FILE, with the files of Qwen2-VL-7B-Instruct beside it", source, device)
+
+
 SCORERS = {  # name: a function from a source and a device to (score, identity)
     "clip": partial(load, "clip", clip, "ARCH:TAG, ARCH:FILE or tiny"),
     "pickscore": partial(load, "pickscore", pickscore, "FOLDER of a CLIPModel"),
@@ -270,7 +270,7 @@ SCORERS = {  # name: a function from a source and a device to (score, identity)
     "hpsv2.0": partial(load, "hpsv2.0", partial(hps, file="HPS_v2_compressed.pt"), "FILE"),
     "imagereward": partial(load, "imagereward", imagereward, "FILE, with BERT's vocab.txt beside it"),
     "aesthetic": partial(load, "aesthetic", aesthetic, "FILE; CLIP ViT-L/14 comes from the hub"),
-    "hpsv3": partial(load, "hpsv3", hpsv3, "FILE, with the files of Qwen2-VL-7B-Instruct beside it")}
+    "hpsv3": hpsv3}
 
 
 def get_scorer(spec, device="cpu"):

@@ -100,6 +100,9 @@ def main(argv=None):
             for job in concurrent.futures.as_completed(runs):
                 rows[runs[job]] = job.result()
                 common.write_csv(file, (*KEYS, *COLUMNS), [rows[setting] for setting in settings() if setting in rows])
+        lacking = [setting for setting in settings() if setting not in rows]
+        if lacking:
+            raise common.InputError(f"{file} lacks {len(lacking)} runs; the command without --rows goes on with them")
         print(table(rows))
 
 

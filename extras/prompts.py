@@ -39,10 +39,10 @@ def read_prompt_rows(source):
     if source == "tiny":
         path = importlib.import_module("extras.tiny").part("pairs") / "prompts.txt"
     try:
-        if path.is_file() or path.exists() and source not in NAMED:
-            rows = read_prompt_file(path)
+        if source in NAMED and not path.is_file():
+            rows = read_named(source)
         else:
-            rows = read_named(source) if source in NAMED else read_hub_prompts(source)
+            rows = read_prompt_file(path) if path.exists() else read_hub_prompts(source)
     except Exception as error:  # many libraries read here, each with its own errors
         way_out = f". Get {' and '.join(NAMED[source])} elsewhere and pass the file" if source in NAMED else ""
         raise InputError(f"--prompts {source} cannot be read: {brief(error)}{way_out}")
