@@ -16,7 +16,8 @@ A batch has B pairs. Index 0 of every axis of length 2 is the winner, index 1 th
                       clip_pixels       [B, 2, 3, h, w] float32, preprocessed for CLIP; only if CLIP embeds images
     a cache           mean, std         [B, 2, C, h, w], the VAE's posterior
                       clip_embeds       [B, 3, E'] of caption, winner, loser
-                      what the family's encode_prompts returns: prompt_embeds [B, L, E], ...
+                      what the family's encode_prompts returns: prompt_embeds [B, L, E], ...; where L is the longest
+                      prompt's, prompt_embeds_mask [B, L] float32 is 1 at a prompt's tokens and 0 behind them
 """
 
 import concurrent.futures
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 
 from common import InputError, brief, digest, fingerprint, image_id, keyed_generator
 from distributed import to_device
@@ -276,8 +278,12 @@ def collate(items):
     """A list of items -> the batch at the head of this file."""
     batch = {key: [item[key] for item in items] for key in items[0]}
     batch["unreadable"] = [entry for entries in batch["unreadable"] for entry in entries]
-    return {key: torch.stack(value) if value and torch.is_tensor(value[0]) else value
-            for key, value in batch.items()}
+    return {key: join(key, value) if value and torch.is_tensor(value[0]) else value for key, value in batch.items()}
+
+
+def join(name, rows):
+    """Tensors [...] -> [n, ...]. Prompts may differ in their length [L, ...]; zeros make them equal."""
+    return pad_sequence(rows, batch_first=True) if name.startswith("prompt_embeds") else torch.stack(rows)
 
 
 class Stream(torch.utils.data.Dataset):

@@ -8,7 +8,7 @@ VAE, text encoders and CLIP never change in training, and they take a quarter of
     manifest.json               what it was made from and how, the counts of data.json, the bytes of every file
     prompts.json                the distinct prompts; the first one is ""
     prompts-00000.safetensors   SHARD prompts per file: what the family's encode_prompts gives, as prompt_embeds
-                                [n, L, E], and clip_embeds [n, E']
+                                [n, L, E], and clip_embeds [n, E']; a mask beside prompts of several lengths
     pairs-00000.safetensors     SHARD pairs per file, without the unreadable ones, which its header lists. Winner
                                 first: mean, std [n, 2, C, h, w] of the VAE's posterior, time_ids [n, 2, 6], image_ids
                                 [n, 2], clip_embeds [n, 2, E'], and row [n] and prompt [n], numbers of the pair in the
@@ -263,7 +263,10 @@ class Encoder:
         """Joins dicts of tensors, on the CPU, in the precision in which they are stored."""
         tensors = {}
         for name in parts[0]:
-            tensor = torch.cat([part[name].cpu() for part in parts])
+            if name.startswith("prompt_embeds"):
+                tensor = data.join(name, [row.cpu() for part in parts for row in part[name]])
+            else:
+                tensor = torch.cat([part[name].cpu() for part in parts])
             is_halved = self.args.store == "fp16" and name not in NEVER_HALVED and name not in self.pairs.columns
             tensors[name] = tensor.half() if is_halved else tensor
         return tensors
@@ -272,8 +275,9 @@ class Encoder:
         """The size of what is not written yet."""
         latent = np.prod(self.model.latent_shape(self.args.resolution))
         numbers = len(self.pairs) * 2 * latent * (2 if self.args.vae_sample == "sample" else 1)
-        prompt = sum(value.numel() for value in self.model.encode_prompts([""], self.dtype).values())
-        numbers += len(self.prompts) * prompt
+        few = self.prompts[:BATCH]  # they may differ in length, so this is about the size
+        embeds = self.model.encode_prompts(few, self.dtype)
+        numbers += len(self.prompts) * sum(value.numel() for value in embeds.values()) // len(few)
         written = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))  # these are whole and stay
         return numbers * (2 if self.args.store == "fp16" else 4) - written
 

@@ -1,14 +1,16 @@
-"""Flow-matching families: SD3 and SD3.5, and FLUX.1. The contract of a family is in models.py."""
+"""Flow-matching families: SD3/SD3.5, FLUX.1, Z-Image, FLUX.2 [klein], Qwen-Image. models.py has the contract of a family."""
 
 import math
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from common import InputError
 from loss import Flow
 from models import Family
 
 T5_TOKENS = 256  # tokens per prompt, the default of SD3's pipelines
+QWEN_TOKENS = 512  # tokens per prompt, with those of the chat template: the default of the three pipelines that use Qwen
 
 
 class StableDiffusion3(Family):
@@ -20,6 +22,13 @@ class StableDiffusion3(Family):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     blocks = ("JointTransformerBlock",)
     guidance = 4.5
+
+    @staticmethod
+    def widths(pipe):
+        """FLUX.1 has the same: T5 reads the prompt as a sequence, the CLIPs give pooled embeddings."""
+        texts = [part.config for name, part in pipe.components.items() if part and "text_encoder" in name]
+        needed = {"joint_attention_dim": config.d_model for config in texts if hasattr(config, "d_model")}
+        return needed | {"in_channels": pipe.vae.config.latent_channels}
 
     def make_process(self):
         """Logit-normal times, as SD3 was trained (section 5.3.1 of arXiv:2403.03206), with the sampler's shift."""
@@ -95,6 +104,10 @@ class Flux(StableDiffusion3):
     guidance = 3.5
     train_guidance = 1.0
 
+    @staticmethod
+    def widths(pipe):
+        return StableDiffusion3.widths(pipe) | {"in_channels": 4 * pipe.vae.config.latent_channels}
+
     def schedule(self):
         return super().schedule() | {"train_guidance": self.train_guidance}
 
@@ -139,5 +152,184 @@ class Flux(StableDiffusion3):
 
     def sample(self, *inputs, height, width, **more):
         packed = super().sample(*inputs, height=height, width=width, **more)
+        scale = self.pipe.vae_scale_factor
+        return self.unpack(packed, height // scale, width // scale)
+
+
+class ZImage(StableDiffusion3):
+    """Z-Image: Qwen3 reads a prompt at its own length, and the network takes prompt and image as one sequence.
+
+    The network counts its time from noise to image, and its output is x - eps.
+    """
+
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    text_encoders = ("text_encoder",)
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    blocks = ("ZImageTransformerBlock",)
+    guidance = 4.0
+
+    @staticmethod
+    def widths(pipe):
+        return {"in_channels": pipe.vae.config.latent_channels, "cap_feat_dim": pipe.text_encoder.config.hidden_size}
+
+    def latent_multiple(self):
+        return 2
+
+    def own_sample_size(self):
+        return 1024 // self.pipe.vae_scale_factor  # the pipeline's default in pixels
+
+    def longest_tokenizer(self):
+        """The chat template takes some of the tokens."""
+        return self.pipe.tokenizer, QWEN_TOKENS - int(self.encode_prompts([""])["prompt_embeds_mask"].sum())
+
+    def encode_prompt(self, prompts, device):
+        embeds, _ = self.pipe.encode_prompt([*prompts], device, do_classifier_free_guidance=False)  # it changes its list
+        mask = [prompt.new_ones(len(prompt)) for prompt in embeds]                      # B of [L]
+        return {"prompt_embeds": pad_sequence(embeds, batch_first=True),                # [B, L, E]
+                "prompt_embeds_mask": pad_sequence(mask, batch_first=True)}
+
+    def sampling_embeds(self, prompts, dtype=torch.float32):
+        embeds = super().sampling_embeds(prompts, dtype)
+        return {name: without_padding(embeds[name], embeds[f"{name}_mask"])
+                for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+    def conditioning(self, embeds, time_ids):
+        prompts = without_padding(embeds["prompt_embeds"].float(), embeds["prompt_embeds_mask"])
+        return {"cap_feats": prompts * time_ids.shape[1]}
+
+    def predict(self, network, x_t, t, cond):
+        frames = [*x_t.unsqueeze(2)]                                                    # N of [C, 1, h, w]
+        predictions = network(frames, 1 - t, **cond, return_dict=False)[0]
+        return -torch.stack(predictions).squeeze(2)
+
+
+def without_padding(embeds, mask):
+    """[B, L, E] -> B of [L of the prompt, E]."""
+    return [prompt[:length] for prompt, length in zip(embeds, mask.sum(1).int().tolist())]
+
+
+class Flux2Klein(StableDiffusion3):
+    """FLUX.2 [klein]: three layers of Qwen3 beside each other, always padded to one length without a mask.
+
+    The VAE's latents are normalised by a batch norm over packs of 2 x 2. Ours stay unpacked, [C, h, w].
+    """
+
+    vae_class = "AutoencoderKLFlux2"
+    parts, text_encoders = ZImage.parts, ZImage.text_encoders
+    lora_targets = [*StableDiffusion3.lora_targets, "to_qkv_mlp_proj"]
+    blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    guidance = 4.0
+
+    @staticmethod
+    def widths(pipe):
+        return {"in_channels": 4 * pipe.vae.config.latent_channels,
+                "joint_attention_dim": 3 * pipe.text_encoder.config.hidden_size}
+
+    def shift(self, resolution=None):
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        side = (resolution or self.resolution()) // self.pipe.vae_scale_factor // 2
+        return math.exp(compute_empirical_mu(side * side, num_steps=50))
+
+    def latent_multiple(self):
+        return 2
+
+    def own_sample_size(self):
+        return self.pipe.default_sample_size
+
+    def latent_scale(self, latents):
+        norm, (channels, height, width) = self.pipe.vae.bn, latents.shape[-3:]
+        def tiled(values):  # [4 C] of a pack's places -> [C, h, w]
+            return values.to(latents.device).view(channels, 2, 2).repeat(1, height // 2, width // 2)
+
+        return tiled(norm.running_mean), tiled((norm.running_var + norm.eps).rsqrt())
+
+    def longest_tokenizer(self):
+        tokenizer = self.pipe.tokenizer
+        template = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False,
+                                                 add_generation_prompt=True, enable_thinking=False)
+        return tokenizer, QWEN_TOKENS - len(tokenizer(template).input_ids)
+
+    def encode_prompt(self, prompts, device):
+        return {"prompt_embeds": self.pipe.encode_prompt(prompts, device)[0]}           # [B, 512, 3 E]
+
+    def conditioning(self, embeds, time_ids):
+        return {"encoder_hidden_states": embeds["prompt_embeds"].float().repeat(time_ids.shape[1], 1, 1)}
+
+    def predict(self, network, x_t, t, cond):
+        packed = self.pipe._patchify_latents(x_t)                                       # [N, 4 C, h / 2, w / 2]
+        image_ids = self.pipe._prepare_latent_ids(packed)
+        text_ids = self.pipe._prepare_text_ids(cond["encoder_hidden_states"])
+        prediction = network(
+            self.pipe._pack_latents(packed), timestep=t, **cond, img_ids=image_ids.to(x_t.device),
+            txt_ids=text_ids.to(x_t.device), return_dict=False)[0]                      # [N, h w / 4, 4 C]
+        return self.pipe._unpatchify_latents(prediction.mT.unflatten(2, packed.shape[2:]))
+
+    def sample(self, *inputs, **more):
+        return self.scale_latents(super().sample(*inputs, **more))
+
+
+class QwenImage(StableDiffusion3):
+    """Qwen-Image: Qwen2.5-VL reads a prompt at its own length, and the VAE is one of videos, which gets one frame."""
+
+    vae_class, guidance_name, negative_prompt = "AutoencoderKLQwenImage", "true_cfg_scale", " "
+    parts, text_encoders = ZImage.parts, ZImage.text_encoders
+    blocks = ("QwenImageTransformerBlock",)
+    guidance = 4.0
+
+    @staticmethod
+    def widths(pipe):
+        return {"in_channels": 4 * pipe.vae.config.z_dim,
+                "joint_attention_dim": pipe.text_encoder.config.get_text_config().hidden_size}
+
+    def own_sample_size(self):
+        return self.pipe.default_sample_size
+
+    def latent_shape(self, resolution):
+        side = resolution // self.pipe.vae_scale_factor
+        return self.pipe.vae.config.z_dim, side, side
+
+    def moments(self, vae, images):
+        return [moment.squeeze(2) for moment in super().moments(vae, images.unsqueeze(2))]
+
+    def decoded(self, latents):
+        return self.pipe.vae.decode(latents.unsqueeze(2)).sample.squeeze(2)
+
+    def latent_scale(self, latents):
+        config = self.pipe.vae.config
+        mean, std = (latents.new_tensor(values).view(-1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return mean, 1 / std
+
+    def longest_tokenizer(self):
+        return self.pipe.tokenizer, QWEN_TOKENS - int(self.encode_prompts([""])["prompt_embeds_mask"].sum())
+
+    def encode_prompt(self, prompts, device):
+        embeds, mask = self.pipe.encode_prompt(prompts, device, max_sequence_length=QWEN_TOKENS)
+        mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask              # None: all have one length
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}                    # [B, L, E], [B, L]
+
+    def conditioning(self, embeds, time_ids):
+        """A cache's padding is longer than the batch needs."""
+        mask, images = embeds["prompt_embeds_mask"].bool(), time_ids.shape[1]
+        longest = int(mask.sum(1).max())
+        prompts = embeds["prompt_embeds"][:, :longest].float().repeat(images, 1, 1)
+        return {"encoder_hidden_states": prompts, "encoder_hidden_states_mask": mask[:, :longest].repeat(images, 1)}
+
+    def predict(self, network, x_t, t, cond):
+        count, channels, height, width = x_t.shape
+        prediction = network(
+            self.pipe._pack_latents(x_t, count, channels, height, width), timestep=t, **cond,
+            img_shapes=[[(1, height // 2, width // 2)]] * count, return_dict=False)[0]
+        return self.unpack(prediction, height, width)
+
+    def unpack(self, packed, height, width):
+        """[N, h w / 4, 4 C] -> [N, C, h, w]."""
+        return self.pipe._unpack_latents(packed, height, width, 1).squeeze(2)
+
+    def sample(self, prompts, *inputs, height, width, **more):
+        """Without a negative prompt the pipeline takes no guidance."""
+        if prompts:
+            more |= self.sampling_embeds(prompts)
+        packed = super().sample(None, *inputs, height=height, width=width, **more)
         scale = self.pipe.vae_scale_factor
         return self.unpack(packed, height // scale, width // scale)

@@ -3,6 +3,7 @@
 What the libraries would replace by random values, or would silently leave out, is refused here.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from common import InputError, brief, digest, fingerprint, hub_id
-from flow_models import Flux, StableDiffusion3
+from flow_models import Flux, Flux2Klein, QwenImage, StableDiffusion3, ZImage
 from models import StableDiffusion, StableDiffusionXL, cast_for_autocast
 
 HUB_IDS = {
@@ -23,10 +24,14 @@ HUB_IDS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "qwen-image": "Qwen/Qwen-Image",
 }
 EMBEDDED = {"tiny": "extras.tiny", "tiny-flow": "extras.tiny_flow"}  # the modules that build them
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL,
-            "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
+            "StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux, "ZImagePipeline": ZImage,
+            "Flux2KleinPipeline": Flux2Klein, "QwenImagePipeline": QwenImage}
 LORA_OPTIONS = "LoRA weights are for --init_lora (train.py, encode.py) or --lora (evaluate.py)"
 OTHER_ADAPTERS = {  # by a pattern in their tensors' names
     "dora_scale": "DoRA weights, and diffusers leaves out their magnitudes", "hada_w": "LoHa weights, not LoRA",
@@ -218,19 +223,11 @@ def check_tokenizers(pipe):
 
 def check_widths(pipe, family):
     """ValueError if the VAE is of another kind, or if two parts do not fit each other."""
-    from diffusers import AutoencoderKL
-
-    if not isinstance(pipe.vae, AutoencoderKL):
-        raise ValueError(f"its vae is an {type(pipe.vae).__name__}; an AutoencoderKL is needed")
+    vae_class = type(pipe.vae).__name__
+    if vae_class != family.vae_class:
+        raise ValueError(f"its vae is an {vae_class}; an {family.vae_class} is needed")
     denoiser = getattr(pipe, family.denoiser_name).config
-    texts = [getattr(pipe, name).config for name in family.text_encoders if getattr(pipe, name)]
-    channels = pipe.vae.config.latent_channels * (4 if family is Flux else 1)  # FLUX takes 2 x 2 latents as one
-    widths = {"in_channels": channels}
-    if family.denoiser_name == "unet":
-        widths |= {"out_channels": channels, "cross_attention_dim": sum(text.hidden_size for text in texts)}
-    else:
-        widths |= {"joint_attention_dim": text.d_model for text in texts if hasattr(text, "d_model")}
-    for key, width in widths.items():
+    for key, width in family.widths(pipe).items():
         if isinstance(denoiser.get(key), int) and denoiser[key] != width:
             part = "vae" if "channels" in key else "text encoders"
             raise ValueError(f"its {family.denoiser_name} and its {part} do not fit: {key} is {denoiser[key]}, and {width} "
@@ -243,7 +240,7 @@ def check_widths(pipe, family):
 def add_lora(model, rank, seed):
     """Puts an adapter into the denoiser: then only the adapter trains. Its first values follow from the seed.
 
-    returns  the layers that hold it, for `models.disabled_adapter`
+    returns  the layers that hold it, for `disabled_adapter`
     """
     import peft
 
@@ -256,6 +253,21 @@ def add_lora(model, rank, seed):
     for layer in layers:
         layer.cast_input_dtype_enabled = False  # peft would cast to float32, and autocast would cast it back
     return layers
+
+
+@contextlib.contextmanager
+def disabled_adapter(lora_layers):
+    """Inside, a network runs without its LoRA adapter: it is the reference of the policy that has it.
+
+    It flips peft's own switch without peft's search through the network, which takes 50 ms at SDXL.
+    """
+    for layer in lora_layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in lora_layers:
+            layer._disable_adapters = False
 
 
 def save_model(model, folder):
@@ -365,9 +377,9 @@ def encoder_digests(model):
             digests[name] = digest_with_config(part)
         elif name.startswith("tokenizer"):
             vocabulary = part.get_vocab()
-            digests[name] = digest([sorted(vocabulary, key=vocabulary.get), part.special_tokens_map,
-                                    part.pad_token_id, part.padding_side, part.model_max_length,
-                                    part("a photo").input_ids])
+            content = [sorted(vocabulary, key=vocabulary.get), part.special_tokens_map, part.pad_token_id,
+                       part.padding_side, part.model_max_length, part("a photo").input_ids]
+            digests[name] = digest(content + ([part.chat_template] if part.chat_template else []))
     return digests
 
 
@@ -390,7 +402,7 @@ def weights_digest(model):
     return digest({name: digest(network) for name, network in model.networks().items()})
 
 
-# The frozen encoders
+# On the device
 
 
 def place_encoders(model, device, dtype, only_adapter):
@@ -408,3 +420,14 @@ def release_encoders(model, keeps_vae):
     for name, network in model.networks().items():
         if network is not model.denoiser and not (name == "vae" and keeps_vae):
             network.to("cpu")
+
+
+def compile_blocks(network, names):
+    """Compiles, in place, the modules whose class has one of these names. Their weights keep their names.
+
+    Each size of input gets its own graph, because a graph for all sizes would round differently.
+    """
+    torch._dynamo.config.recompile_limit = 256  # per class: sizes, each with and without gradient and adapter
+    for module in network.modules():
+        if type(module).__name__ in names:
+            module.compile(dynamic=False)

@@ -6,7 +6,6 @@
 This file has the contract of a family, SD 1.x/2.x and SDXL. flow_models.py has SD3/SD3.5 and FLUX.
 """
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -28,13 +27,15 @@ class Family:
         denoiser_name               the network of the pipeline that trains, as "unet"
         parts                       names of the pipeline's parts that it cannot do without
         text_encoders               names of the text encoders among them; a part that is null is skipped
+        widths(pipe)                {name in the denoiser's configuration: the number that its other parts need there}
         lora_targets                names of the layers that an adapter trains
         blocks                      class names of the repeated blocks that --compile compiles
         guidance                    the usual classifier-free guidance of its samples
         make_process()              the DDPM or Flow of the pipeline's schedule; ValueError if it is of another kind
         encode_prompt(prompts, device)
                                     {"prompt_embeds": [B, L, E], ...} of B prompts, by the pipeline's own encode_prompt.
-                                    Names are those of the pipeline's arguments; a cache stores them under these names
+                                    Names are those of the pipeline's arguments; a cache stores them under these names.
+                                    If L is the longest prompt's, "prompt_embeds_mask" [B, L] is 1 at a prompt's tokens
         conditioning(embeds, time_ids)
                                     what `predict` takes as cond: for B prompts with S images each, the rows of all
                                     first images, then of all second ones. embeds: as above; time_ids: [B, S, 6] float32
@@ -44,12 +45,17 @@ class Family:
     It may change
 
         optimizer                   the default of --optimizer
+        vae_class                   the name of the VAE's class
+        guidance_name               the name of the pipeline's argument for the guidance
+        negative_prompt             what the guidance leads away from
         latent_multiple()           what the side of a latent must be a multiple of
         own_sample_size()           the side of the model's own latents, or None
         longest_tokenizer()         (tokenizer, tokens) of the text encoder that reads most of a prompt
         schedule()                  what the process depends on, in plain numbers and words, for digests
         set_times(args)             applies --timestep_* and --train_guidance, and writes the values used into args
         sampling_embeds(prompts)    what the pipeline takes in the place of prompts
+        latent_scale(latents)       (shift, factor) of the VAE's latents, which make their variance about 1
+        moments(), decoded()        the calls of the VAE
         sample(...)                 scaled latents of prompts
         check_scheduler()           InputError if the pipeline's scheduler would sample by another schedule
 
@@ -63,7 +69,7 @@ class Family:
     init_lora  where the LoRA weights came from that were fused in last, or None
     """
 
-    optimizer = "adamw"
+    optimizer, vae_class, guidance_name, negative_prompt = "adamw", "AutoencoderKL", "guidance_scale", ""
 
     def __init__(self, pipe):
         self.pipe, self.init_lora, self.vae_dtype = pipe, None, torch.float32
@@ -140,10 +146,10 @@ class Family:
         return embeds
 
     def sampling_embeds(self, prompts, dtype=torch.float32):
-        """The pipeline's arguments in the place of N prompts: their embeddings, and that of "" for its guidance."""
+        """The pipeline's arguments in the place of N prompts: their embeddings, and the negative one for its guidance."""
         embeds = self.encode_prompts(prompts, dtype)
-        for name, value in self.encode_prompts([""], dtype).items():
-            embeds[f"negative_{name}"] = value.expand_as(embeds[name])
+        for name, value in self.encode_prompts([self.negative_prompt], dtype).items():
+            embeds[f"negative_{name}"] = value.expand(len(prompts), *value.shape[1:])
         return embeds
 
     # Images
@@ -158,8 +164,7 @@ class Family:
         vae, outputs = self.encoding_vae, []
         for part in pixels.split(max(1, 2 ** 21 // pixels[0, 0, 0].numel())):
             images = to_device(part.flatten(0, 1), vae.device).float() / 127.5 - 1          # in [-1, 1]
-            posterior = vae.encode(images.to(vae.dtype)).latent_dist
-            outputs.append((posterior.mean.float(), posterior.std.float()))
+            outputs.append([moment.float() for moment in self.moments(vae, images.to(vae.dtype))])
         mean, std = (torch.cat(output).unflatten(0, pixels.shape[:2]) for output in zip(*outputs))
         return mean, std
 
@@ -170,22 +175,34 @@ class Family:
         On a CPU it is channels-last, which is 1.5 times as fast there. On an H100 that was slower.
         """
         vae = self.pipe.vae
-        if vae.device.type == "cpu":
+        if vae.device.type == "cpu" and all(param.ndim < 5 for param in vae.parameters()):
             vae.to(memory_format=torch.channels_last)
         return vae if self.vae_dtype == torch.float32 else copy.deepcopy(vae).to(self.vae_dtype)
 
+    def moments(self, vae, images):
+        """Mean and std [N, C, h, w] of the VAE's posterior of images [N, 3, H, W] in [-1, 1]."""
+        posterior = vae.encode(images).latent_dist
+        return posterior.mean, posterior.std
+
+    def decoded(self, latents):
+        return self.pipe.vae.decode(latents).sample
+
+    def latent_scale(self, latents):
+        config = self.pipe.vae.config
+        return config.get("shift_factor") or 0, config.scaling_factor
+
     def scale_latents(self, latents):
         """The VAE's latents -> the denoiser's, which have about unit variance."""
-        config = self.pipe.vae.config
-        return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
+        shift, factor = self.latent_scale(latents)
+        return (latents - shift) * factor
 
     @torch.no_grad()
     def decode(self, latents):
         """Scaled latents [N, C, h, w] -> pictures [N, 3, H, W] float32 in [0, 1], on the CPU."""
-        config = self.pipe.vae.config
-        latents = latents.float() / config.scaling_factor + (config.get("shift_factor") or 0)
+        shift, factor = self.latent_scale(latents)
+        latents = latents.float() / factor + shift
         at_once = max(1, 2 ** 14 // latents[0, 0].numel())
-        pictures = [self.pipe.vae.decode(part).sample.cpu() for part in latents.split(at_once)]
+        pictures = [self.decoded(part).cpu() for part in latents.split(at_once)]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -198,8 +215,8 @@ class Family:
         """
         pipe = pipe or self.pipe
         with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-            return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-                        output_type="latent", **more).images.float()
+            return pipe(prompt=prompts, num_inference_steps=steps, generator=generators, output_type="latent",
+                        **{self.guidance_name: guidance}, **more).images.float()
 
 
 class StableDiffusion(Family):
@@ -227,6 +244,12 @@ class StableDiffusion(Family):
         scheduler = DDPMScheduler.from_config(config)
         self.schedule_config = {key: scheduler.config[key] for key in self.schedule_keys}
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    @staticmethod
+    def widths(pipe):
+        channels = pipe.vae.config.latent_channels
+        texts = [part.config.hidden_size for name, part in pipe.components.items() if part and "text_encoder" in name]
+        return {"in_channels": channels, "out_channels": channels, "cross_attention_dim": sum(texts)}
 
     def schedule(self):
         return self.schedule_config  # the numbers that follow from it are rounded in another way on another processor
@@ -294,29 +317,3 @@ def cast_for_autocast(network, dtype, device=None):
 def frozen_reference(network, dtype=torch.float32):
     """A copy of `network` that takes no gradient and computes the same numbers under autocast to `dtype`."""
     return cast_for_autocast(copy.deepcopy(network).eval().requires_grad_(False), dtype)
-
-
-@contextlib.contextmanager
-def disabled_adapter(lora_layers):
-    """Inside, a network runs without its LoRA adapter: it is the reference of the policy that has it.
-
-    It flips peft's own switch without peft's search through the network, which takes 50 ms at SDXL.
-    """
-    for layer in lora_layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in lora_layers:
-            layer._disable_adapters = False
-
-
-def compile_blocks(network, names):
-    """Compiles, in place, the modules whose class has one of these names. Their weights keep their names.
-
-    Each size of input gets its own graph, because a graph for all sizes would round differently.
-    """
-    torch._dynamo.config.recompile_limit = 256  # per class: sizes, each with and without gradient and adapter
-    for module in network.modules():
-        if type(module).__name__ in names:
-            module.compile(dynamic=False)

@@ -16,7 +16,7 @@ import torch
 from common import InputError, Parser, brief, is_cache, read_manifest
 from data import COLUMNS
 from distributed import get_device, torchrun_env
-from loading import HUB_IDS
+from loading import EMBEDDED, HUB_IDS
 from loss import LOSSES, wants
 
 H14 = "ViT-H-14:laion2b_s32b_b79k"
@@ -38,6 +38,9 @@ PRESETS = {  # by model, then by model and loss
     # models unlearn their winners; extras/hold.csv shows that sft_weight prevents it.
     "sd3.5-medium": FLOW,
     "flux-dev": FLOW,
+    "z-image": FLOW,
+    "flux2-klein": FLOW,
+    "qwen-image": FLOW | dict(timestep_sampling="uniform", timestep_shift=1.0),  # its own DPO's, arXiv:2508.02324
 }
 # When a run goes on these may differ. Any other change would make it another run.
 MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pairs", "save_minutes", "save_every",
@@ -100,8 +103,8 @@ class Options:
 def add_model_and_data(options):
     options.group("model and data")
     add = options.add
-    add("model", "tiny", str, "a preset (tiny, tiny-flow, sd15, sdxl, sd3.5-medium, flux-dev), a diffusers folder, a hub "
-        "id, or a .safetensors file of SD or SDXL")
+    models = ", ".join([*EMBEDDED, *HUB_IDS])
+    add("model", "tiny", str, f"a preset ({models}), a diffusers folder, a hub id, or a .safetensors file of SD or SDXL")
     add("config", None, str, "for a --model in one file: a diffusers folder with its configuration [found by the "
         "weights]", "DIR")
     add("random_init", False, bool, "start a preset with random weights; nothing is downloaded")

@@ -32,9 +32,9 @@ from common import DTYPES, one_line_errors, run_folder
 from data import COLUMNS, Clip, ImagePairs, Stream, collate, crop_summary, cross_pair_weights
 from distributed import print0, to_device
 from encode import EncodedPairs
-from loading import add_lora, model_digests, place_encoders, release_encoders
+from loading import add_lora, compile_blocks, disabled_adapter, model_digests, place_encoders, release_encoders
 from loss import LOSSES, denoising_error, wants
-from models import cast_for_autocast, compile_blocks, disabled_adapter, frozen_reference
+from models import cast_for_autocast, frozen_reference
 from options import hyperparameters, needs_groups, train_args
 
 ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no second "

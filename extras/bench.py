@@ -53,9 +53,9 @@ import train
 from common import DTYPES, one_line_errors
 from distributed import get_device
 from extras.random_models import random_model
-from loading import add_lora, load_model
+from loading import add_lora, disabled_adapter, load_model
 from loss import denoising_error, dpo_loss
-from models import StableDiffusionXL, disabled_adapter
+from models import StableDiffusionXL
 from options import train_args
 
 STEPS = 30 if torch.cuda.is_available() else 6  # steps of a row; the first two do not count

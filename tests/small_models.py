@@ -26,12 +26,13 @@ clip_loaded = functools.cache(data.Clip)
 
 @functools.cache
 def small_folder(kind):
-    """The folder of "sd", "sdxl", "sd-v" (v-prediction), "sd3" or "flux". All processes of a session share it."""
+    """The folder of "sd", "sdxl", "sd-v" (v-prediction), "sd3", "flux", "z-image", "flux2-klein" or "qwen-image". All processes of a session share it."""
     folder = Path(os.environ["XDG_CACHE_HOME"]) / kind
     with filelock.FileLock(f"{folder}.lock"):
         if not folder.exists():
             torch.manual_seed(0)
-            make = {"sd3": make_sd3, "flux": make_flux}.get(kind, make_unet_pipeline)
+            make = {"sd3": make_sd3, "flux": make_flux, "z-image": make_z_image, "flux2-klein": make_flux2_klein,
+                    "qwen-image": make_qwen_image}.get(kind, make_unet_pipeline)
             make(kind).save_pretrained(f"{folder}.part")
             shutil.move(f"{folder}.part", folder)
     return str(folder)
@@ -89,3 +90,35 @@ def make_flux(kind):
 
 def flow_vae():
     return VAE | dict(layers_per_block=1, scaling_factor=1.5305, shift_factor=0.0609)
+
+
+QWEN = dict(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8)
+
+
+def make_z_image(kind):
+    transformer = dict(in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+                       axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64])
+    return random_models.random_model("z-image", transformer=transformer, vae=flow_vae(), text_encoder=QWEN).pipe
+
+
+def make_flux2_klein(kind):
+    """Its pipeline takes the layers 9, 18 and 27 of the text encoder."""
+    transformer = dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+                       joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4))
+    vae = VAE | dict(layers_per_block=1)
+    pipe = random_models.random_model("flux2-klein", transformer=transformer, vae=vae,
+                                      text_encoder=QWEN | dict(num_hidden_layers=28)).pipe
+    pipe.vae.bn.running_mean.normal_()
+    pipe.vae.bn.running_var.uniform_(0.5, 2)
+    return pipe
+
+
+def make_qwen_image(kind):
+    transformer = dict(in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+                       joint_attention_dim=16, axes_dims_rope=(4, 6, 6))
+    vae = dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+               latents_mean=[0.1, -0.2, 0.3, -0.4], latents_std=[0.5, 1.5, 2.0, 1.0])
+    text = dict(text_config=QWEN | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2])),
+                vision_config=dict(depth=1, hidden_size=16, out_hidden_size=16, intermediate_size=16, num_heads=2))
+    return random_models.random_model("qwen-image", transformer=transformer, vae=vae, text_encoder=text).pipe

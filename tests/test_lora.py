@@ -31,8 +31,9 @@ import run as run_room
 import train
 from common import InputError
 from extras import kohya, random_models, tiny
+from loading import disabled_adapter
 from loss import denoising_error
-from models import cast_for_autocast, disabled_adapter
+from models import cast_for_autocast
 from small_runs import fresh, launch, loaded, log_of
 from test_resume import left
 from test_train import pair_inputs

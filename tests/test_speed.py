@@ -24,7 +24,7 @@ import train
 from common import InputError
 from data import ImagePairs, Stream
 from extras import random_models
-from loading import add_lora
+from loading import add_lora, disabled_adapter
 from options import recorded_run, train_args
 from small_runs import fresh, launch, log_of
 
@@ -271,7 +271,7 @@ def test_an_adapter_is_switched_without_a_search(small_model):
     adapter = [param for param in model.denoiser.parameters() if param.requires_grad]
     layers = [module for module in model.denoiser.modules() if getattr(module, "lora_A", None)]
     assert len(layers) > 4 and lora_layers == layers
-    with models.disabled_adapter(lora_layers):
+    with disabled_adapter(lora_layers):
         assert all(layer.disable_adapters for layer in layers)
     assert not any(layer.disable_adapters for layer in layers) and all(param.requires_grad for param in adapter)
 
