@@ -156,31 +156,45 @@ class Flux(StableDiffusion3):
         return self.unpack(packed, height // scale, width // scale)
 
 
-class ZImage(StableDiffusion3):
-    """Z-Image: Qwen3 reads a prompt at its own length, and the network takes prompt and image as one sequence.
-
-    The network counts its time from noise to image, and its output is x - eps.
-    """
+class QwenText(StableDiffusion3):
+    """What the next three families share: a Qwen model reads the prompt in a chat template, and packs are of 2 x 2."""
 
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     text_encoders = ("text_encoder",)
-    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    blocks = ("ZImageTransformerBlock",)
     guidance = 4.0
+    enable_thinking = True  # an argument of the chat template
 
-    @staticmethod
-    def widths(pipe):
-        return {"in_channels": pipe.vae.config.latent_channels, "cap_feat_dim": pipe.text_encoder.config.hidden_size}
+    def make_process(self):
+        if not self.pipe.tokenizer.chat_template and not hasattr(self.pipe, "prompt_template_encode"):
+            raise ValueError("its tokenizer has no chat template")
+        return super().make_process()
 
     def latent_multiple(self):
         return 2
 
     def own_sample_size(self):
-        return 1024 // self.pipe.vae_scale_factor  # the pipeline's default in pixels
+        return getattr(self.pipe, "default_sample_size", 1024 // self.pipe.vae_scale_factor)  # Z-Image: 1024 pixels
 
     def longest_tokenizer(self):
-        """The chat template takes some of the tokens."""
-        return self.pipe.tokenizer, QWEN_TOKENS - int(self.encode_prompts([""])["prompt_embeds_mask"].sum())
+        """The template takes some of the tokens."""
+        tokenizer = self.pipe.tokenizer
+        template = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False,
+                                                 add_generation_prompt=True, enable_thinking=self.enable_thinking)
+        return tokenizer, QWEN_TOKENS - len(tokenizer(template).input_ids)
+
+
+class ZImage(QwenText):
+    """Z-Image: Qwen3 reads a prompt at its own length, and the network takes prompt and image as one sequence.
+
+    The network counts its time from noise to image, and its output is x - eps.
+    """
+
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    blocks = ("ZImageTransformerBlock",)
+
+    @staticmethod
+    def widths(pipe):
+        return {"in_channels": pipe.vae.config.latent_channels, "cap_feat_dim": pipe.text_encoder.config.hidden_size}
 
     def encode_prompt(self, prompts, device):
         embeds, _ = self.pipe.encode_prompt([*prompts], device, do_classifier_free_guidance=False)  # it changes its list
@@ -208,17 +222,17 @@ def without_padding(embeds, mask):
     return [prompt[:length] for prompt, length in zip(embeds, mask.sum(1).int().tolist())]
 
 
-class Flux2Klein(StableDiffusion3):
+class Flux2Klein(QwenText):
     """FLUX.2 [klein]: three layers of Qwen3 beside each other, always padded to one length without a mask.
 
     The VAE's latents are normalised by a batch norm over packs of 2 x 2. Ours stay unpacked, [C, h, w].
     """
 
     vae_class = "AutoencoderKLFlux2"
-    parts, text_encoders = ZImage.parts, ZImage.text_encoders
-    lora_targets = [*StableDiffusion3.lora_targets, "to_qkv_mlp_proj"]
+    enable_thinking = False
+    lora_targets = (rf".*\.({'|'.join(StableDiffusion3.lora_targets)}|to_qkv_mlp_proj)|"
+                    r"single_transformer_blocks\.\d+\.attn\.to_out")
     blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
-    guidance = 4.0
 
     @staticmethod
     def widths(pipe):
@@ -231,24 +245,13 @@ class Flux2Klein(StableDiffusion3):
         side = (resolution or self.resolution()) // self.pipe.vae_scale_factor // 2
         return math.exp(compute_empirical_mu(side * side, num_steps=50))
 
-    def latent_multiple(self):
-        return 2
-
-    def own_sample_size(self):
-        return self.pipe.default_sample_size
-
     def latent_scale(self, latents):
         norm, (channels, height, width) = self.pipe.vae.bn, latents.shape[-3:]
+
         def tiled(values):  # [4 C] of a pack's places -> [C, h, w]
             return values.to(latents.device).view(channels, 2, 2).repeat(1, height // 2, width // 2)
 
         return tiled(norm.running_mean), tiled((norm.running_var + norm.eps).rsqrt())
-
-    def longest_tokenizer(self):
-        tokenizer = self.pipe.tokenizer
-        template = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False,
-                                                 add_generation_prompt=True, enable_thinking=False)
-        return tokenizer, QWEN_TOKENS - len(tokenizer(template).input_ids)
 
     def encode_prompt(self, prompts, device):
         return {"prompt_embeds": self.pipe.encode_prompt(prompts, device)[0]}           # [B, 512, 3 E]
@@ -269,21 +272,16 @@ class Flux2Klein(StableDiffusion3):
         return self.scale_latents(super().sample(*inputs, **more))
 
 
-class QwenImage(StableDiffusion3):
+class QwenImage(QwenText):
     """Qwen-Image: Qwen2.5-VL reads a prompt at its own length, and the VAE is one of videos, which gets one frame."""
 
     vae_class, guidance_name, negative_prompt = "AutoencoderKLQwenImage", "true_cfg_scale", " "
-    parts, text_encoders = ZImage.parts, ZImage.text_encoders
     blocks = ("QwenImageTransformerBlock",)
-    guidance = 4.0
 
     @staticmethod
     def widths(pipe):
         return {"in_channels": 4 * pipe.vae.config.z_dim,
                 "joint_attention_dim": pipe.text_encoder.config.get_text_config().hidden_size}
-
-    def own_sample_size(self):
-        return self.pipe.default_sample_size
 
     def latent_shape(self, resolution):
         side = resolution // self.pipe.vae_scale_factor
@@ -301,7 +299,9 @@ class QwenImage(StableDiffusion3):
         return mean, 1 / std
 
     def longest_tokenizer(self):
-        return self.pipe.tokenizer, QWEN_TOKENS - int(self.encode_prompts([""])["prompt_embeds_mask"].sum())
+        """The pipeline drops the first tokens of its template."""
+        template = self.pipe.tokenizer(self.pipe.prompt_template_encode.format("")).input_ids
+        return self.pipe.tokenizer, QWEN_TOKENS - len(template[self.pipe.prompt_template_encode_start_idx:])
 
     def encode_prompt(self, prompts, device):
         embeds, mask = self.pipe.encode_prompt(prompts, device, max_sequence_length=QWEN_TOKENS)
@@ -326,10 +326,10 @@ class QwenImage(StableDiffusion3):
         """[N, h w / 4, 4 C] -> [N, C, h, w]."""
         return self.pipe._unpack_latents(packed, height, width, 1).squeeze(2)
 
-    def sample(self, prompts, *inputs, height, width, **more):
+    def sample(self, prompts, generators, steps, guidance, dtype=torch.float32, *, height, width, **more):
         """Without a negative prompt the pipeline takes no guidance."""
         if prompts:
-            more |= self.sampling_embeds(prompts)
-        packed = super().sample(None, *inputs, height=height, width=width, **more)
+            more |= self.sampling_embeds(prompts, dtype)
+        packed = super().sample(None, generators, steps, guidance, dtype, height=height, width=width, **more)
         scale = self.pipe.vae_scale_factor
         return self.unpack(packed, height // scale, width // scale)

@@ -217,6 +217,8 @@ def check_tokenizers(pipe):
             if part.vocab_size <= len(set(part.all_special_ids)):
                 raise ValueError(f"its {name} has no vocabulary")
             encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+            if encoder and len(part) > encoder.config.get_text_config().vocab_size:
+                raise ValueError(f"its {name} has more words than its {name.replace('tokenizer', 'text_encoder')} knows")
             if encoder and part.model_max_length > 1e6:
                 part.model_max_length = getattr(encoder.config, "max_position_embeddings", part.model_max_length)
 

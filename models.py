@@ -27,8 +27,7 @@ class Family:
         denoiser_name               the network of the pipeline that trains, as "unet"
         parts                       names of the pipeline's parts that it cannot do without
         text_encoders               names of the text encoders among them; a part that is null is skipped
-        widths(pipe)                {name in the denoiser's configuration: the number that its other parts need there}
-        lora_targets                names of the layers that an adapter trains
+        lora_targets                names of the layers that an adapter trains, or a regular expression for them
         blocks                      class names of the repeated blocks that --compile compiles
         guidance                    the usual classifier-free guidance of its samples
         make_process()              the DDPM or Flow of the pipeline's schedule; ValueError if it is of another kind
@@ -45,22 +44,23 @@ class Family:
     It may change
 
         optimizer                   the default of --optimizer
+        widths(pipe)                {name in the denoiser's configuration: the number that its other parts need there}
         vae_class                   the name of the VAE's class
-        guidance_name               the name of the pipeline's argument for the guidance
-        negative_prompt             what the guidance leads away from
+        guidance_name, negative_prompt   the pipeline's argument for the guidance; the prompt that it leads away from
+        latent_shape(resolution)    (C, h, w)
         latent_multiple()           what the side of a latent must be a multiple of
         own_sample_size()           the side of the model's own latents, or None
         longest_tokenizer()         (tokenizer, tokens) of the text encoder that reads most of a prompt
         schedule()                  what the process depends on, in plain numbers and words, for digests
         set_times(args)             applies --timestep_* and --train_guidance, and writes the values used into args
         sampling_embeds(prompts)    what the pipeline takes in the place of prompts
-        latent_scale(latents)       (shift, factor) of the VAE's latents, which make their variance about 1
+        latent_scale(latents)       (shift, factor): the denoiser's latents are (latents - shift) * factor
         moments(), decoded()        the calls of the VAE
         sample(...)                 scaled latents of prompts
         check_scheduler()           InputError if the pipeline's scheduler would sample by another schedule
 
-    and it inherits resolution(), latent_shape(), encode_prompts(), encode_images(), encoding_vae, scale_latents(),
-    decode(), networks(), num_parameters and is_toy.
+    and it inherits resolution(), encode_prompts(), encode_images(), encoding_vae, scale_latents(), decode(),
+    networks(), {name: network}, num_parameters and is_toy.
 
     pipe       the diffusers pipeline, float32
     denoiser   the network in it that trains
@@ -70,6 +70,7 @@ class Family:
     """
 
     optimizer, vae_class, guidance_name, negative_prompt = "adamw", "AutoencoderKL", "guidance_scale", ""
+    widths = staticmethod(lambda pipe: {})
 
     def __init__(self, pipe):
         self.pipe, self.init_lora, self.vae_dtype = pipe, None, torch.float32
@@ -83,7 +84,6 @@ class Family:
             network.eval().requires_grad_(False)  # with dropout the policy would differ from its reference
 
     def networks(self):
-        """{name: network} of the pipeline."""
         return {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
 
     # Sizes and timesteps
@@ -104,7 +104,6 @@ class Family:
         return self.denoiser.config.get("sample_size")
 
     def latent_shape(self, resolution):
-        """(C, h, w)"""
         side = resolution // self.pipe.vae_scale_factor
         return self.pipe.vae.config.latent_channels, side, side
 
@@ -192,7 +191,6 @@ class Family:
         return config.get("shift_factor") or 0, config.scaling_factor
 
     def scale_latents(self, latents):
-        """The VAE's latents -> the denoiser's, which have about unit variance."""
         shift, factor = self.latent_scale(latents)
         return (latents - shift) * factor
 
@@ -247,9 +245,9 @@ class StableDiffusion(Family):
 
     @staticmethod
     def widths(pipe):
-        channels = pipe.vae.config.latent_channels
         texts = [part.config.hidden_size for name, part in pipe.components.items() if part and "text_encoder" in name]
-        return {"in_channels": channels, "out_channels": channels, "cross_attention_dim": sum(texts)}
+        channels = dict.fromkeys(("in_channels", "out_channels"), pipe.vae.config.latent_channels)
+        return channels | {"cross_attention_dim": sum(texts)}
 
     def schedule(self):
         return self.schedule_config  # the numbers that follow from it are rounded in another way on another processor

@@ -45,7 +45,8 @@ def read_adapter(source):
     except Exception as error:
         raise InputError(f"LoRA weights {source} cannot be read: {common.brief(error)}")
     if any(key.startswith("transformer.") for key in tensors):
-        raise InputError(f"{source} is an adapter of SD3 or FLUX. ComfyUI reads {folder / name} as it is")
+        raise InputError(f"{source} is an adapter of a transformer; kohya's names are for UNets. ComfyUI reads {folder / name} "
+                         "as it is if it is of SD3 or FLUX")
     if any(config.get(f"unet.{key}") for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")):
         raise InputError(f"{source}: its layers have other scales than alpha / rank. Fuse it with diffusers instead")
 

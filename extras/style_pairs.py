@@ -43,7 +43,7 @@ import evaluate
 import report
 from common import InputError, keyed_generator
 from extras.prompts import read_prompts
-from flow_models import Flux
+from flow_models import Flux, Flux2Klein, QwenImage, ZImage
 from loading import load_model, load_pipeline, model_index, weights_digest
 from models import StableDiffusion, StableDiffusionXL, cast_for_autocast
 from sources import read_image
@@ -62,6 +62,7 @@ EDITORS = {  # pipelines that see the image beside the noise; the family that lo
     "StableDiffusionInstructPix2PixPipeline": StableDiffusion,
     "StableDiffusionXLInstructPix2PixPipeline": StableDiffusionXL,
 }
+UNTRIED = (Flux, Flux2Klein, QwenImage, ZImage)  # by image-to-image
 SHARD = 100  # pairs in a parquet file: Arrow takes 2 GB at once, and a picture may have 5 MB
 ADVICE = "The same command goes on with a smaller --batch_size or with --device cpu"
 
@@ -245,8 +246,8 @@ def main(argv=None):
         models = {}
         if not args.images:
             models["model"] = load_model(args.model)
-            if isinstance(models["model"], Flux) and not args.editor:
-                raise InputError(f"--model {args.model}: image-to-image by FLUX is not supported; give --editor")
+            if isinstance(models["model"], UNTRIED) and not args.editor:
+                raise InputError(f"--model {args.model}: image-to-image by its family is not supported; give --editor")
         if args.editor:
             models["editor"] = load_editor(args.editor)
         for model in models.values():

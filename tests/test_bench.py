@@ -17,6 +17,7 @@ from extras import bench
 from loading import add_lora
 from small_runs import forks, fresh
 
+@pytest.mark.slow
 def test_arithmetic_is_counted_without_computing(small_model, few_pairs, monkeypatch):
     """The FLOPs of a pair are those of a real forward and backward, without what fused attention computes twice."""
     argv = ["--model", small_model("sdxl"), "--data", few_pairs, "--device", "cpu"]
@@ -42,6 +43,7 @@ def test_a_matmul_of_n_by_n_is_two_n_cubed_flops(monkeypatch):
     assert bench.measure_matmul(torch.device("cpu"), torch.float32) == 2 * 1024**3
 
 
+@pytest.mark.slow
 def test_the_peers_step_has_the_loss_of_two_equal_networks_at_first(small_model, few_pairs, monkeypatch):
     """It is log 2, for an adapter and for the whole network, because policy and reference get the same inputs."""
     losses, peers_loss = [], bench.peers_loss
@@ -106,7 +108,7 @@ def test_the_guides_table_of_sizes_is_what_is_counted(capsys):
     bench.main(["--count"])
     rows = [line for line in capsys.readouterr().out.splitlines() if " px, " in line]
     guide = (Path(bench.__file__).parent.parent / "GUIDE.md").read_text()
-    assert len(rows) == 6 and all(row in guide for row in rows)
+    assert len(rows) == 9 and all(row in guide for row in rows)
 
 
 def test_encode_takes_what_the_run_takes(small_model, few_pairs):

@@ -267,9 +267,9 @@ def numbers_of(out, names=("loss", "grad_norm", "mse/policy_w", "mse/policy_l"))
 
 
 @pytest.mark.parametrize("kind, precision, loss", [
-    ("sd3", "bf16", "rpo"), ("flux", "fp32", "rpo"),
+    ("sd3", "bf16", "rpo"),
     *(pytest.param(*run, marks=pytest.mark.slow) for run in [
-        ("sd3", "fp32", "rpo"), ("flux", "bf16", "rpo"), ("sd3", "fp32", "dpo"), ("sd3", "bf16", "dpo"),
+        ("flux", "fp32", "rpo"), ("sd3", "fp32", "rpo"), ("flux", "bf16", "rpo"), ("sd3", "fp32", "dpo"), ("sd3", "bf16", "dpo"),
         ("flux", "fp32", "dpo"), ("flux", "bf16", "dpo")])])
 def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, precision, loss):
     """This holds for an adapter, and in fp32 for the whole network, too."""
@@ -476,7 +476,7 @@ def test_random_weights_have_the_published_architecture(name, size):
     assert sum(param.numel() for param in t5.parameters()) == 4_762_310_656
 
 
-def test_t5_may_be_left_out(tmp_path, small_model, command):
+def test_t5_may_be_left_out(tmp_path, small_model):
     """Zeros then stand in its place, as in the pipeline."""
     pipe = DiffusionPipeline.from_pretrained(small_model("sd3"), text_encoder_3=None, tokenizer_3=None)
     pipe.save_pretrained(tmp_path / "model")
@@ -484,7 +484,6 @@ def test_t5_may_be_left_out(tmp_path, small_model, command):
     embeds = model.encode_prompts(["a cat"])["prompt_embeds"]
     theirs, *_ = model.pipe.encode_prompt("a cat", None, None, do_classifier_free_guidance=False, max_sequence_length=256)
     assert torch.equal(embeds, theirs) and embeds[0, :77].any() and not embeds[0, 77:].any()
-    train.main([*command("sd3", "--lora_rank 2 --steps 1", tmp_path / "out"), "--model", str(tmp_path / "model")])
 
 
 def test_a_scheduler_of_another_kind_is_refused(tmp_path, small_model):

@@ -111,6 +111,7 @@ def test_the_score_is_the_heads_mean_at_the_reward_token(published, score):
     torch.testing.assert_close(score([image], [prompt]), x[:, 0], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_names_of_newer_transformers_are_taken_too(published, score, tmp_path):
     state = load_file(published / "HPSv3.safetensors")
     renamed = {}
@@ -130,6 +131,7 @@ def test_the_names_of_newer_transformers_are_taken_too(published, score, tmp_pat
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_published_precision_stays(published):
     """bfloat16, with the head in float32; the identity says so, and a table says that the score has no bounds."""
     score, identity = scorers.SCORERS["hpsv3"](str(published))

@@ -106,6 +106,7 @@ def busy_first(argv):
     train.main(argv)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_busy_is_waited_for(tmp_path, options):
     argv = [*options, "--sample_every", "4", "--sample_steps", "1", "--steps", "1", "--out", str(tmp_path / "out")]
     for status, text in launch(tmp_path, 2, busy_first, argv):
@@ -182,6 +183,7 @@ def with_other_files(argv, option, first, second):
     train.main([*argv, option, second if rank else first])
 
 
+@pytest.mark.slow
 def test_other_pairs_or_reference_errors_on_another_machine_are_refused(tmp_path, options, few_pairs):
     out = ["--out", str(tmp_path / "out")]
     other = tmp_path / "other"

@@ -16,6 +16,7 @@ import evaluate
 import loading
 import run as run_room
 import train
+from common import InputError
 from extras import random_models
 from loss import denoising_error
 from small_runs import fresh, launch, log_of
@@ -174,11 +175,20 @@ def test_prompts_of_different_lengths_make_a_batch():
         data.collate([item | {"mean": torch.ones(number)} for number, item in enumerate(items, 1)])
 
 
+def test_an_adapter_trains_the_attention_of_images_and_of_text(model, kind):
+    """In klein's single blocks one layer makes queries, keys, values and the inner layer, and another one takes all."""
+    linear = [name for name, layer in model.denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
+    loading.add_lora(model, 2, 0)
+    trained = {name.split(".lora_")[0] for name, param in model.denoiser.named_parameters() if param.requires_grad}
+    assert trained == {name for name in linear if ".attn" in name or ".attention." in name} and len(trained) > 8
+
+
 # Runs
 
 
-@pytest.mark.parametrize("options", ["--lora_rank 4 --precision bf16", "--lora_rank 4 --loss dpo",
-                                     pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [
+    "--lora_rank 4 --precision bf16", pytest.param("--lora_rank 4 --loss dpo", marks=pytest.mark.slow),
+    pytest.param("", marks=pytest.mark.slow)])
 def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, options):
     train.main(command(kind, options, tmp_path / "out"))
     first, second = log_of(tmp_path / "out")
@@ -334,6 +344,29 @@ def test_parts_of_another_model_are_refused(small_model, kind, part, key, value,
     finally:
         if config:
             config.hidden_size = kept
+
+
+def test_a_tokenizer_of_another_family_is_refused(tmp_path, small_model, kind):
+    """It has more words than the text encoder has vectors, or no chat template. Both show before a prompt is read."""
+    folder = shutil.copytree(small_model(kind), tmp_path / "model")
+    tokenizer = fresh(small_model(kind)).pipe.tokenizer
+    shutil.rmtree(folder / "tokenizer")
+    clip_tokenizer = fresh(small_model("sd")).pipe.tokenizer
+    clip_tokenizer.save_pretrained(folder / "tokenizer")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"][1] = type(clip_tokenizer).__name__
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="its tokenizer has more words than its text_encoder knows"):
+        loading.load_model(str(folder))
+    kept, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        if kind == "qwen-image":  # its template is the pipeline's own
+            type(fresh(small_model(kind)))(fresh(small_model(kind)).pipe)
+        else:
+            with pytest.raises(ValueError, match="its tokenizer has no chat template"):
+                type(fresh(small_model(kind)))(fresh(small_model(kind)).pipe)
+    finally:
+        tokenizer.chat_template = kept  # tests share it
 
 
 # Full size

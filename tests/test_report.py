@@ -222,7 +222,7 @@ onload = () => {
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("width, dark", [
-    (390, False), pytest.param(1100, False, marks=pytest.mark.slow), (1100, True)])
+    (390, True), pytest.param(1100, False, marks=pytest.mark.slow), pytest.param(1100, True, marks=pytest.mark.slow)])
 def test_a_browser_finds_enlarges_and_votes(tmp_path, width, dark):
     """By keys: filters, the flip between models, a blind vote whose sides are drawn and whose names are hidden.
 

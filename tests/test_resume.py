@@ -311,7 +311,8 @@ def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
 # Signals
 
 
-@pytest.mark.parametrize("workers, fault", [pytest.param("0", "SIGINT", marks=pytest.mark.slow), ("2", "group")])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, fault", [("0", "SIGINT"), ("2", "group")])
 def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options, workers, fault):
     """So does a signal that torchrun or Slurm sends to the loader's processes, too, and more than once."""
     argv = [*options, "--workers", workers, "--save_every", "0", "--out", str(tmp_path / "out")]
@@ -389,6 +390,7 @@ def test_four_steps_are_two_and_two(tmp_path, options, optimizer, loss):
     same_bits(tmp_path / "two", tmp_path / "four")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_device_takes_the_layout_of_this_one(tmp_path, options):
     """On MPS weights are not channels-last, and the CPU's fused AdamW walks through memory as it lies."""
     for steps, name in (("4", "four"), ("2", "two")):
@@ -622,6 +624,7 @@ def test_a_schedule_that_depends_on_steps_goes_on_with_the_same_steps_alone(tmp_
     same_bits(out, tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_the_schedule_goes_on_with_more_steps(tmp_path, options):
     """Its warm-up does not depend on --steps."""
     options = [*options, "--warmup", "3"]
@@ -657,6 +660,7 @@ def test_a_full_disk_under_the_log(tmp_path, options):
     assert left(tmp_path / "out")[0]["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_model(tmp_path, unbroken, options):
     """The error is safetensors' own. All steps are in the checkpoint."""
     out = tmp_path / "out"
@@ -776,7 +780,8 @@ def test_fp16s_skipped_steps_are_counted_and_shown(tmp_path, options, monkeypatc
 # Data that stop coming
 
 
-@pytest.mark.parametrize("fault", [pytest.param("reader", marks=pytest.mark.slow), "reader-with-lock"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reader", "reader-with-lock"])
 def test_a_reader_that_dies_ends_the_run_in_one_line(tmp_path, unbroken, options, fault):
     argv = [*options, "--workers", "2", "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path, 1, faulty, fault, 3, argv)

@@ -85,7 +85,8 @@ def test_all_param_groups_get_the_learning_rate_of_the_step(tmp_path, command, m
 # Two passes
 
 
-@pytest.mark.parametrize("micro_batch, forwards", [(8, 1), (4, 3), (2, 7), (1, 15)])
+@pytest.mark.parametrize("micro_batch, forwards", [
+    (8, 1), (2, 7), pytest.param(4, 3, marks=pytest.mark.slow), pytest.param(1, 15, marks=pytest.mark.slow)])
 def test_the_last_graph_of_a_group_is_kept(tmp_path, command, monkeypatch, micro_batch, forwards):
     """k micro-batches take 2k - 1 forwards of the policy, hold at most one graph, and give the gradient of one pass."""
     graphs, seen = 0, []

@@ -127,6 +127,7 @@ def test_cmmd_is_zero_on_average_where_the_distributions_are_equal():
     assert min(values) < 0
 
 
+@pytest.mark.slow
 def test_cmmds_interval_covers_the_truth_between_different_distributions():
     """The truth is that of two very large samples."""
     rng, covered = np.random.default_rng(0), 0

@@ -160,6 +160,7 @@ def test_a_part_is_written_once_and_again_only_when_damaged():
     assert {f.name for f in weights.parent.parent.iterdir()} == {"anything", "anything.lock"}  # nothing half-written
 
 
+@pytest.mark.slow
 def test_other_shipped_networks_are_another_folder(tmp_path, monkeypatch):
     before = tiny.part("pairs")
     shutil.copytree(tiny.FILES, tmp_path / "files")

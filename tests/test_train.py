@@ -114,9 +114,10 @@ def test_sft_needs_no_loser_and_no_reference(run, monkeypatch):
 
 
 @pytest.mark.parametrize("model, loss, precision", [
-    ("sd", "rpo", "fp32"), ("sd", "dpo", "bf16"), ("sdxl", "rpo", "bf16"), ("sdxl", "dpo", "fp32"),
+    ("sd", "dpo", "fp32"), ("sdxl", "rpo", "bf16"),
     *(pytest.param(*run, marks=pytest.mark.slow) for run in [
-        ("sd", "rpo", "bf16"), ("sd", "dpo", "fp32"), ("sdxl", "rpo", "fp32"), ("sdxl", "dpo", "bf16")])])
+        ("sd", "rpo", "fp32"), ("sd", "dpo", "bf16"), ("sdxl", "dpo", "fp32"), ("sd", "rpo", "bf16"),
+        ("sdxl", "rpo", "fp32"), ("sdxl", "dpo", "bf16")])])
 def test_step_0_has_no_margin_and_loss_log_2(run, model, loss, precision):
     """Policy and reference are one network there, so any margin is an error of the arithmetic."""
     first, second = log_of(run(model, "--loss", loss, "--precision", precision, "--lr", "1e-3"))
@@ -126,6 +127,7 @@ def test_step_0_has_no_margin_and_loss_log_2(run, model, loss, precision):
     assert second["reward/margin"] != 0  # and at step 1 they are two networks
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_weights(run):
     weights = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
@@ -150,9 +152,8 @@ def test_a_step_is_as_long_as_its_options_say(run, small_model):
         model = loading.load_model(str(out / "model"))
         return torch.cat([param.flatten() for param in model.denoiser.parameters()]) - start
 
-    for limit in ("1e-3", "2e-3"):
-        step = moved(*f"--optimizer sgd --lr 10 --weight_decay 0 --max_grad_norm {limit}".split())
-        assert step.double().norm() == pytest.approx(10 * float(limit), rel=1e-3)
+    step = moved(*"--optimizer sgd --lr 10 --weight_decay 0 --max_grad_norm 2e-3".split())
+    assert step.double().norm() == pytest.approx(10 * 2e-3, rel=1e-3)
     without, with_decay = (moved(*f"--optimizer adamw --lr 1e-2 --weight_decay {decay}".split()) for decay in ("0", "0.5"))
     torch.testing.assert_close(with_decay - without, -1e-2 * 0.5 * start, rtol=1e-3, atol=1e-6)
 
@@ -293,6 +294,7 @@ def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind
         assert sorted(value.flatten().tolist() for value in written.values()) == of_ema
 
 
+@pytest.mark.slow
 def test_four_steps_of_an_average_are_two_and_two(run):
     for name, steps in (("four", "4"), ("two", "2"), ("two", "4")):
         out = run("sd", "--ema", "0.2", "--lr", "1e-3", "--steps", steps, name=name)

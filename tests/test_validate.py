@@ -74,7 +74,7 @@ def weights(out):
 
 @pytest.mark.parametrize("options", [
     pytest.param((), marks=pytest.mark.slow), pytest.param(("--loss", "sft"), marks=pytest.mark.slow),
-    ("--lora_rank", "4"), ("--ema", "0.5")])
+    ("--lora_rank", "4"), pytest.param(("--ema", "0.5"), marks=pytest.mark.slow)])
 def test_to_measure_changes_no_bit_of_a_run(run, held_out, options):
     with_it = run(*options, "--validate", held_out, "--validate_every", "2", name="with")
     without = run(*options, name="without")
@@ -241,6 +241,7 @@ def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_
     assert all(torch.allclose(state_1[name], state_2[name], atol=1e-4) for name in state_1)
 
 
+@pytest.mark.slow
 def test_from_a_cache_as_from_the_pairs(tmp_path, run, small_model, held_out, few_pairs):
     """What is trained on and what is held out may each be pairs or a cache."""
     write_cache(small_model("sd"), held_out, tmp_path / "held-out")
