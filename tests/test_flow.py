@@ -476,6 +476,7 @@ def test_random_weights_have_the_published_architecture(name, size):
     assert sum(param.numel() for param in t5.parameters()) == 4_762_310_656
 
 
+@pytest.mark.slow
 def test_t5_may_be_left_out(tmp_path, small_model):
     """Zeros then stand in its place, as in the pipeline."""
     pipe = DiffusionPipeline.from_pretrained(small_model("sd3"), text_encoder_3=None, tokenizer_3=None)

@@ -187,7 +187,7 @@ def test_two_processes_and_small_micro_batches_change_nothing(run, giant, small_
 
 def test_every_group_of_a_chunk_weighs_the_same(run, giant):
     """Two groups of eight are in one forward."""
-    assert apart(run(1, 16, "rpo", 8, "adamw", "sd")["gradient"], giant("rpo", 8, "sd")) < 1e-5
+    assert apart(run(1, 16, "rpo", 8, "sgd", "sd")["gradient"], giant("rpo", 8, "sd")) < 1e-5
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_no_layout_changes_sdxl(run, giant, small_model):
     check(run, giant, 2, 4, "rpo", 16, small_model, "sdxl")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_the_group_is_seen(run, small_model, optimizer):
     """Another group is another run. The tests above would pass, too, if the cross pairs did nothing."""
     start = flat(start_of(small_model("sd")).values())

@@ -40,6 +40,7 @@ def test_a_run_that_holds_its_winners_gives_its_row(tmp_path, monkeypatch):
     assert held["sft_weight"] == 50 and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_swapped_labels_are_the_same_pairs(tmp_path):
     swapped = datasets.load_dataset("parquet", data_dir=learning.swap_labels(tmp_path), split="train")
     plain = datasets.load_dataset("parquet", data_files=str(tiny.part("pairs") / "train.parquet"), split="train")

@@ -190,7 +190,7 @@ def test_an_adapter_trains_the_attention_of_images_and_of_text(model, kind):
     "--lora_rank 4 --precision bf16", pytest.param("--lora_rank 4 --loss dpo", marks=pytest.mark.slow),
     pytest.param("", marks=pytest.mark.slow)])
 def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, options):
-    train.main(command(kind, options, tmp_path / "out"))
+    train.main(command(kind, f"{options} --batch_size 2 --group_size 2", tmp_path / "out"))
     first, second = log_of(tmp_path / "out")
     assert first["reward/margin"] == first["reward/chosen"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and second["reward/chosen"] != 0
@@ -216,6 +216,8 @@ def test_passes_processes_and_caches_do_not_change_a_run(tmp_path, command, smal
 
 def test_a_cache_trains_as_the_pairs_do(tmp_path, command, small_model, few_pairs, kind):
     """Prompts of several lengths are stored with their mask, as half floats, too, and "" stands in for a dropped one."""
+    if kind == "flux2-klein":
+        pytest.skip("its prompts have one length")
     cache = tmp_path / "cache"
     encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
                  "--resolution", "32", "--vae_sample", "mean", "--store", "fp16", "--out", str(cache)])
@@ -301,7 +303,7 @@ def test_another_familys_adapter_is_refused(tmp_path, command, small_model):
 
 
 def test_another_familys_cache_is_refused(tmp_path, command, small_model, few_pairs, kind):
-    other = KINDS[KINDS.index(kind) - 1]
+    other = "z-image" if kind == "qwen-image" else "qwen-image"
     encode.main(["--model", small_model(other), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
                  "--resolution", "32", "--out", str(tmp_path / "cache")])
     with pytest.raises(SystemExit, match="was encoded with the .* of .*, which has another one"):

@@ -280,6 +280,7 @@ def test_an_adapter_is_switched_without_a_search(small_model):
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_minute_and_by_the_step(tmp_path, command, monkeypatch):
     """The clock of the first process counts beside --save_every. By default a run this short saves only its last step."""
     saved, save = [], common.save_checkpoint

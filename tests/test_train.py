@@ -738,6 +738,7 @@ def test_a_sum_over_a_column_is_found_in_any_data(monkeypatch, score):
     check_coupling(monkeypatch, score_weighted_loss, score=score)
 
 
+@pytest.mark.slow
 def test_losses_that_couple_nothing_pass_at_every_beta(monkeypatch):
     """A saturated sigmoid and a loss near zero must not look like coupled pairs."""
     hinge_loss = readme_names()["hinge_loss"]

