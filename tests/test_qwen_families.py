@@ -79,6 +79,10 @@ def test_the_denoising_error_is_that_of_the_pipelines_own_call(model, kind, monk
     err = denoising_error(model.predict, model.denoiser, model.process, x, eps, t, cond)
     torch.testing.assert_close(err, expected, rtol=1e-6, atol=1e-6)
     assert err.unique().numel() == 3
+    pairs = model.conditioning(model.encode_prompts(PROMPTS), torch.zeros(3, 2, 6))  # both images have the pair's prompt
+    twice = [value.repeat(2, *(1,) * (value.ndim - 1)) for value in (x, eps, t)]
+    both = denoising_error(model.predict, model.denoiser, model.process, *twice, pairs)
+    torch.testing.assert_close(both, err.repeat(2), rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -95,11 +99,20 @@ def test_prompts_are_encoded_as_the_pipeline_does_it(model, kind):
     if kind != "flux2-klein":
         lengths = ours["prompt_embeds_mask"].sum(1)
         assert lengths[1] < lengths[0] < lengths[2] < lengths[3] == 512
+
+
+@torch.no_grad()
+def test_a_prompt_is_as_long_as_its_template_allows(model, kind, monkeypatch):
+    """The longest one that is not cut, in the pipeline's own template, has just 512 tokens."""
     tokenizer, most = model.longest_tokenizer()
-    almost, over = ("d" * count for count in (most, most + 1))
-    assert len(tokenizer(almost).input_ids) == most
-    whole = [model.encode_prompts([prompt + end])["prompt_embeds"] for prompt in (almost[1:], almost) for end in ("x", "y")]
-    assert not torch.equal(whole[0], whole[1]) and most < 512
+    assert len(tokenizer("d" * most).input_ids) == most < 512
+    read, call = [], type(tokenizer).__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "__call__", lambda self, text, **more: read.append(text) or call(self, text, **more))
+        model.encode_prompts(["d" * most])
+    (text,) = read[0] if isinstance(read[0], list) else read
+    dropped = model.pipe.prompt_template_encode_start_idx if kind == "qwen-image" else 0
+    assert len(tokenizer(text).input_ids) - dropped == 512
 
 
 @torch.no_grad()
