@@ -326,14 +326,15 @@ def count(name, lora_rank, optimizer):
     return "|" + "|".join(cells + [f"{n / 1e9:.2f}" for n in of_pair]) + "|"
 
 
+COUNTED = [("sd15", 0, "adamw"), ("sd15", 16, "adamw"), ("sdxl", 0, "adafactor"), ("sdxl", 16, "adamw"),
+           *((name, 32, "adamw") for name in ("sd3.5-medium", "flux-dev", "z-image", "flux2-klein", "qwen-image"))]
+
+
 def print_counted():
     print("| |TFLOP of a pair's step|the reference's share of them|more for the VAE, from pairs|GB held"
           "|GB per pair of a forward|the same with checkpointing|\n|---|---|---|---|---|---|---|")
-    for name, optimizer in (("sd15", "adamw"), ("sdxl", "adafactor")):
-        print(count(name, 0, optimizer))
-        print(count(name, 16, "adamw"))
-    for name in ("sd3.5-medium", "flux-dev", "z-image", "flux2-klein", "qwen-image"):
-        print(count(name, 32, "adamw"))
+    for row in COUNTED:
+        print(count(*row))
 
 
 def measure_matmul(device, dtype):
