@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 
+import open_clip
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from extras import curves
 from loading import EMBEDDED
 from small_models import clip_loaded, loaded, small_folder
 
+open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)  # to build one takes a fifth of a second
 gc.freeze()  # the libraries' objects are no garbage; to look through them again and again takes a tenth of the time
 atexit.register(gc.unfreeze)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -76,8 +78,8 @@ def pickled_model(*model):
 
 def be_quick(setattr):
     """Small runs take what was read before: a copy of the model, and the Clip. They draw no figure."""
-    for module in [*sys.modules.values()]:
-        if module is not loading and getattr(module, "load_model", None) is loaded.__wrapped__:
+    for module in [*sys.modules.values()]:  # what getattr finds in a lazy module takes long
+        if module is not loading and vars(module).get("load_model") is loaded.__wrapped__:
             setattr(module, "load_model", fresh)
     setattr(train, "Clip", clip_loaded)
     setattr(encode, "Clip", clip_loaded)

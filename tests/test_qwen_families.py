@@ -309,8 +309,8 @@ def test_another_familys_adapter_is_refused(tmp_path, command, small_model):
         loading.add_lora(adapted, 2, 0)
         loading.save_model(adapted, tmp_path / kind)
         adapters[kind] = str(tmp_path / kind)
-    for kind in KINDS:
-        for other in adapters.keys() - {kind}:
+    for number, kind in enumerate(KINDS):
+        for other in ("sd3", KINDS[number - 1]):
             with pytest.raises(SystemExit, match="cannot be loaded into this model"):
                 train.main(command(kind, f"--init_lora {adapters[other]}", tmp_path / "out"))
 

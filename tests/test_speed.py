@@ -183,8 +183,8 @@ def auto_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [
-    "--optimizer adafactor --ema 0.9",
-    *(pytest.param(more, marks=pytest.mark.slow) for more in ("", "--lora_rank 4", "--loss sft"))])
+    "--loss sft",
+    *(pytest.param(more, marks=pytest.mark.slow) for more in ("", "--lora_rank 4", "--optimizer adafactor --ema 0.9"))])
 def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, command, monkeypatch, options):
     """Nothing of the trial is left: the run is, bit for bit, the one with that number typed, and it goes on with it."""
     auto_on_a_gpu(monkeypatch)

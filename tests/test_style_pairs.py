@@ -81,6 +81,7 @@ def test_the_plain_image_is_the_models_own_and_the_styled_one_comes_from_it(tmp_
     assert np.array_equal(np.array(Image.open(generated / "00001.png")), images[0])
 
 
+@pytest.mark.slow
 def test_a_builder_that_was_stopped_goes_on(tmp_path, arguments, monkeypatch):
     """It makes the images of an unbroken run, also on two processes. Images of other settings are refused."""
     style_pairs.main([*arguments, "--out", str(tmp_path / "unbroken")])
