@@ -56,3 +56,15 @@ def few_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     datasets.Dataset.from_list(rows).to_parquet(folder / "train-00000.parquet")
     return str(folder)
+
+
+@pytest.fixture
+def command(small_model, few_pairs):
+    """command(kind, options, out): the arguments of train.py for two steps of a small model."""
+
+    def command(kind, options, out):
+        argv = ["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu", "--out", str(out)]
+        argv += "--resolution 32 --batch_size 8 --steps 2 --sample_every 0 --lr 1e-3".split()
+        return [*argv, *options.split()]
+
+    return command

@@ -252,16 +252,6 @@ def test_samples_need_no_text_encoder_once_their_prompts_are_encoded(small_model
 # Runs
 
 
-@pytest.fixture
-def command(small_model, few_pairs):
-    def command(kind, options, out):
-        argv = ["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu", "--out", str(out)]
-        argv += "--resolution 32 --batch_size 8 --steps 2 --sample_every 0 --lr 1e-3".split()
-        return [*argv, *options.split()]
-
-    return command
-
-
 def numbers_of(out, names=("loss", "grad_norm", "mse/policy_w", "mse/policy_l")):
     return [line[name] for line in log_of(out) for name in names]
 

@@ -20,7 +20,7 @@ from common import InputError
 from extras import random_models
 from loss import denoising_error
 from small_runs import fresh, launch, log_of
-from test_flow import command, forbid, numbers_of  # noqa: F401: command is a fixture
+from test_flow import forbid, numbers_of
 from test_resume import faulty, killed
 
 KINDS = ["z-image", "flux2-klein", "qwen-image"]
