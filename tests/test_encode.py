@@ -625,6 +625,7 @@ def test_a_vae_in_bf16_is_the_same_to_its_precision(small_model, few_pairs):
     assert torch.equal(exact.decode(latents), half.decode(latents))
 
 
+@pytest.mark.slow
 def test_a_cache_decides_in_what_the_vae_encoded(tmp_path, run, encoded, few_pairs):
     """A cache in bf16 gives the errors of the pairs in bf16. Another precision, or a file of its errors, is refused."""
     cache, file = encoded("sd", "--vae_precision", "bf16"), str(tmp_path / "errors")

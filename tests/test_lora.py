@@ -252,6 +252,7 @@ def test_an_adapter_in_bf16_draws_its_samples(run):
 # Two stages
 
 
+@pytest.mark.slow
 def test_the_first_stages_model_is_policy_and_reference_of_the_second(run, command, tmp_path):
     """After SFT, RPO from out/sft/model is pulled to the SFT model, no longer to the base."""
     first = run("sd", "--loss sft --lr 1e-3")
@@ -349,7 +350,7 @@ COMFYUI = {  # the layers of comfy/lora.py and comfy/utils.py that an adapter of
 COMFYUI["sdxl"] = COMFYUI["sd"]
 
 
-@pytest.mark.parametrize("model", COMFYUI)
+@pytest.mark.parametrize("model", ["sd", "flux", pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.slow)])
 def test_comfyui_knows_every_name(small_model, tmp_path, model):
     """SD and SDXL by kohya's names, SD3 and FLUX by diffusers' own, which extras.kohya says."""
     parts = fresh(small_model(model))
@@ -661,7 +662,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_architectures_have_their_published_sizes(name):
     with torch.device("meta"):  # which has no memory
         networks = random_models.random_model(name).networks()

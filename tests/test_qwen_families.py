@@ -399,8 +399,10 @@ def test_random_weights_have_the_published_architecture(name, size, text_size, s
         assert model.latent_shape(1024) == (16, 128, 128)
 
 
-def test_flops_are_counted_without_computing(model):
+@pytest.mark.parametrize("kind", ["z-image", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+def test_flops_are_counted_without_computing(small_model, kind):
     """Twice the work is counted for two prompts, whatever their lengths."""
+    model = fresh(small_model(kind))
     embeds = model.encode_prompts(["a cat", "a cat"])
     x_t, t = torch.randn(2, *model.latent_shape(32)), torch.rand(2)
     counted = []

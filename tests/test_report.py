@@ -155,6 +155,7 @@ def browse(folder, text, steps, *options, script=READ):
     return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_sorts_the_rows_without_errors(tmp_path):
     """Only a browser runs the script: orders by the chosen difference, ties by index, back to the prompts."""

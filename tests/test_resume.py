@@ -324,6 +324,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options
     same_bits(tmp_path / "out", unbroken(1))
 
 
+@pytest.mark.slow
 def test_processes_agree_on_the_step_that_a_signal_ends(tmp_path, unbroken, options):
     """Only the second one gets the signal. The run goes on with another number of processes."""
     argv = [*options, "--out", str(tmp_path / "out")]
@@ -650,6 +651,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, unbroken, options):
     same_bits(out, unbroken(1))
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_log(tmp_path, options):
     """The log becomes a device on which there is no space."""
     argv = [*options, "--out", str(tmp_path / "out")]

@@ -255,6 +255,7 @@ def auto_of_unlike_processes(argv):
         train.main(argv)
 
 
+@pytest.mark.slow
 def test_auto_is_the_least_of_all_processes(tmp_path, command):
     out = tmp_path / "out"
     for status, text in launch(tmp_path, 2, auto_of_unlike_processes, command("--micro_batch auto --workers 0", out)):

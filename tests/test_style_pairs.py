@@ -196,7 +196,7 @@ def test_an_editor_styles_the_models_own_images(tmp_path, arguments, small_model
             style_pairs.main([*edit, "--out", str(tmp_path / "edited"), option, value])
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_an_editor_styles_a_folder_of_images(tmp_path, arguments, small_model, kind):
     """The images have any size and shape. The rejected image is the folder's own, in the order of the names.
 

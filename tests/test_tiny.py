@@ -88,7 +88,7 @@ def test_the_shipped_files_make_the_same_models_everywhere():
     assert sum(file.stat().st_size for file in files) < 12e6
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.slow), "tiny-flow"])
 def test_latents_have_the_scale_that_the_denoisers_were_trained_on(name):
     """Unit variance; for flow matching a mean of zero, too."""
     model, (pixels, *_) = load_model(name), tiny.drawings(256, seed=1, sketches=1 / 6)

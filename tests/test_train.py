@@ -253,7 +253,7 @@ def fresh_process():
     return DDPM(torch.linspace(0.999, 0.005, 1000))
 
 
-@pytest.mark.parametrize("kind", ["whole", "adapter"])
+@pytest.mark.parametrize("kind", ["whole", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_model_and_samples_are_the_average_of_the_weights(run, monkeypatch, kind):
     """The decay of diffusers' EMAModel warms up: it is 0, 2/11, 3/12, ..., at most --ema."""
     draw, save_checkpoint = run_room.Output.draw, common.save_checkpoint

@@ -206,6 +206,7 @@ def test_fewer_pairs_than_quarters(run, held_out):
     assert values["accuracy_t0"] is not None and values["accuracy_t3"] is None
 
 
+@pytest.mark.slow
 def test_an_average_is_measured_where_there_is_one(run, held_out):
     """A run that starts from the average of --ema and does not move measures the same."""
     out = run("--ema", "0.5", "--validate", held_out)
