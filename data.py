@@ -278,12 +278,12 @@ def collate(items):
     """A list of items -> the batch at the head of this file."""
     batch = {key: [item[key] for item in items] for key in items[0]}
     batch["unreadable"] = [entry for entries in batch["unreadable"] for entry in entries]
-    return {key: join(key, value) if value and torch.is_tensor(value[0]) else value for key, value in batch.items()}
-
-
-def join(name, rows):
-    """Tensors [...] -> [n, ...]. Prompts may differ in their length [L, ...]; zeros make them equal."""
-    return pad_sequence(rows, batch_first=True) if name.startswith("prompt_embeds") else torch.stack(rows)
+    for key, value in batch.items():
+        if key.startswith("prompt_embeds"):
+            batch[key] = pad_sequence(value, batch_first=True)  # prompts may differ in length; zeros make them equal
+        elif value and torch.is_tensor(value[0]):
+            batch[key] = torch.stack(value)
+    return batch
 
 
 class Stream(torch.utils.data.Dataset):

@@ -8,7 +8,8 @@ VAE, text encoders and CLIP never change in training, and they take a quarter of
     manifest.json               what it was made from and how, the counts of data.json, the bytes of every file
     prompts.json                the distinct prompts; the first one is ""
     prompts-00000.safetensors   SHARD prompts per file: what the family's encode_prompts gives, as prompt_embeds
-                                [n, L, E], and clip_embeds [n, E']; a mask beside prompts of several lengths
+                                [n, L, E], and clip_embeds [n, E']. Prompts of several lengths lie one behind the
+                                other, [tokens, E], with prompt_length [n]
     pairs-00000.safetensors     SHARD pairs per file, without the unreadable ones, which its header lists. Winner
                                 first: mean, std [n, 2, C, h, w] of the VAE's posterior, time_ids [n, 2, 6], image_ids
                                 [n, 2], clip_embeds [n, 2, E'], and row [n] and prompt [n], numbers of the pair in the
@@ -45,7 +46,7 @@ from sources import Unreadable, find_source, open_parquet, read_columns, read_ro
 SHARD, BATCH = 256, 8  # pairs or prompts per file; per forward of the encoders, because results depend on it
 SETTINGS = ("model", "data", "resolution", "random_crop", "random_flip", "clip", "vae_sample", "vae_precision", "store",
             "precision", "seed")  # options that the manifest keeps
-NEVER_HALVED = ("row", "prompt", "image_ids", "time_ids", "clip_embeds")  # by --store fp16
+NEVER_HALVED = ("row", "prompt", "prompt_length", "image_ids", "time_ids", "clip_embeds")  # by --store fp16
 ADVICE = ("What is encoded is kept. Pass fewer --workers, use fewer processes, or pass --device cpu to go on; in "
           "another --out, a smaller --resolution helps")
 
@@ -100,7 +101,14 @@ class EncodedPairs(Pairs):
     def read(self, kind, number, index):
         """{name: tensor} of one pair or one prompt."""
         shard = self.shard(f"{kind}-{number:05d}.safetensors")
-        return {name: shard.get_slice(name)[int(index)] for name in shard.keys()}
+        names, embeds = {*shard.keys()}, {}
+        if "prompt_length" in names:
+            lengths = shard.get_tensor("prompt_length")
+            begin, length = int(lengths[:index].sum()), int(lengths[index])
+            embeds["prompt_embeds"] = shard.get_slice("prompt_embeds")[begin:begin + length]     # [L, E]
+            embeds["prompt_embeds_mask"] = torch.ones(length)
+            names -= {"prompt_embeds", "prompt_length"}
+        return embeds | {name: shard.get_slice(name)[int(index)] for name in names}
 
     def digest(self):
         """16 hex digits of what the cache holds, not of the paths that it was made from."""
@@ -255,18 +263,23 @@ class Encoder:
         for i in range(0, len(prompts), BATCH):
             batch = prompts[i:i + BATCH]
             embeds = self.clip.embed_texts(batch)                                       # [B, E']
-            parts.append(self.model.encode_prompts(batch, self.dtype) | {"clip_embeds": embeds})
+            parts.append(self.prompt_embeds(batch) | {"clip_embeds": embeds})
             progress.update(len(batch))
         return self.stack(parts), {}
+
+    def prompt_embeds(self, prompts):
+        """What the family's encode_prompts gives; prompts of several lengths without their padding."""
+        embeds = self.model.encode_prompts(prompts, self.dtype)
+        if "prompt_embeds_mask" in embeds:
+            mask = embeds.pop("prompt_embeds_mask").bool()                              # [B, L]
+            embeds |= {"prompt_embeds": embeds["prompt_embeds"][mask], "prompt_length": mask.sum(1)}
+        return embeds
 
     def stack(self, parts):
         """Joins dicts of tensors, on the CPU, in the precision in which they are stored."""
         tensors = {}
         for name in parts[0]:
-            if name.startswith("prompt_embeds"):
-                tensor = data.join(name, [row.cpu() for part in parts for row in part[name]])
-            else:
-                tensor = torch.cat([part[name].cpu() for part in parts])
+            tensor = torch.cat([part[name].cpu() for part in parts])
             is_halved = self.args.store == "fp16" and name not in NEVER_HALVED and name not in self.pairs.columns
             tensors[name] = tensor.half() if is_halved else tensor
         return tensors
@@ -275,9 +288,8 @@ class Encoder:
         """The size of what is not written yet."""
         latent = np.prod(self.model.latent_shape(self.args.resolution))
         numbers = len(self.pairs) * 2 * latent * (2 if self.args.vae_sample == "sample" else 1)
-        few = self.prompts[:BATCH]  # they may differ in length, so this is about the size
-        embeds = self.model.encode_prompts(few, self.dtype)
-        numbers += len(self.prompts) * sum(value.numel() for value in embeds.values()) // len(few)
+        few = self.prompts[::-(-len(self.prompts) // BATCH)]  # they may differ in length, so this is about the size
+        numbers += len(self.prompts) * sum(value.numel() for value in self.prompt_embeds(few).values()) // len(few)
         written = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))  # these are whole and stay
         return numbers * (2 if self.args.store == "fp16" else 4) - written
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from common import InputError
@@ -157,7 +158,7 @@ class Flux(StableDiffusion3):
 
 
 class QwenText(StableDiffusion3):
-    """What the next three families share: a Qwen model reads the prompt in a chat template, and packs are of 2 x 2."""
+    """What the next three share: Qwen reads the prompt in a chat template. The network takes 2 x 2 latents as one token."""
 
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     text_encoders = ("text_encoder",)
@@ -165,7 +166,10 @@ class QwenText(StableDiffusion3):
     enable_thinking = True  # an argument of the chat template
 
     def make_process(self):
-        if not self.pipe.tokenizer.chat_template and not hasattr(self.pipe, "prompt_template_encode"):
+        tokenizer = self.pipe.tokenizer
+        if "<|im_start|>" not in tokenizer.get_vocab():
+            raise ValueError("its tokenizer is not Qwen's")
+        if not tokenizer.chat_template and not hasattr(self.pipe, "prompt_template_encode"):
             raise ValueError("its tokenizer has no chat template")
         return super().make_process()
 
@@ -261,11 +265,12 @@ class Flux2Klein(QwenText):
 
     def predict(self, network, x_t, t, cond):
         packed = self.pipe._patchify_latents(x_t)                                       # [N, 4 C, h / 2, w / 2]
-        image_ids = self.pipe._prepare_latent_ids(packed)
-        text_ids = self.pipe._prepare_text_ids(cond["encoder_hidden_states"])
+        with x_t.device:  # so that the CPU need not wait for the GPU
+            image_ids = self.pipe._prepare_latent_ids(packed)
+            text_ids = self.pipe._prepare_text_ids(cond["encoder_hidden_states"])
         prediction = network(
-            self.pipe._pack_latents(packed), timestep=t, **cond, img_ids=image_ids.to(x_t.device),
-            txt_ids=text_ids.to(x_t.device), return_dict=False)[0]                      # [N, h w / 4, 4 C]
+            self.pipe._pack_latents(packed), timestep=t, **cond, img_ids=image_ids, txt_ids=text_ids,
+            return_dict=False)[0]                                                       # [N, h w / 4, 4 C]
         return self.pipe._unpatchify_latents(prediction.mT.unflatten(2, packed.shape[2:]))
 
     def sample(self, *inputs, **more):
@@ -304,16 +309,18 @@ class QwenImage(QwenText):
         return self.pipe.tokenizer, QWEN_TOKENS - len(template[self.pipe.prompt_template_encode_start_idx:])
 
     def encode_prompt(self, prompts, device):
+        prompts = [prompt or self.negative_prompt for prompt in prompts]
         embeds, mask = self.pipe.encode_prompt(prompts, device, max_sequence_length=QWEN_TOKENS)
         mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask              # None: all have one length
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}                    # [B, L, E], [B, L]
 
     def conditioning(self, embeds, time_ids):
-        """A cache's padding is longer than the batch needs."""
-        mask, images = embeds["prompt_embeds_mask"].bool(), time_ids.shape[1]
-        longest = int(mask.sum(1).max())
-        prompts = embeds["prompt_embeds"][:, :longest].float().repeat(images, 1, 1)
-        return {"encoder_hidden_states": prompts, "encoder_hidden_states_mask": mask[:, :longest].repeat(images, 1)}
+        """Lengths become multiples of 32, because --compile makes a graph for each."""
+        prompts, images = embeds["prompt_embeds"].float(), time_ids.shape[1]
+        more = -prompts.shape[1] % 32
+        mask = F.pad(embeds["prompt_embeds_mask"], (0, more)).bool().to(prompts.device)
+        return {"encoder_hidden_states": F.pad(prompts, (0, 0, 0, more)).repeat(images, 1, 1),
+                "encoder_hidden_states_mask": mask.repeat(images, 1)}
 
     def predict(self, network, x_t, t, cond):
         count, channels, height, width = x_t.shape

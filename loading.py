@@ -373,6 +373,8 @@ def tensor_digest(tensor):
 def encoder_digests(model):
     """{name: digest} of all that encoded pairs depend on: VAE, text encoders, tokenizers."""
     digests = {"force_zeros_for_empty_prompt": bool(model.pipe.config.get("force_zeros_for_empty_prompt"))}
+    if hasattr(model.pipe, "prompt_template_encode"):
+        digests["prompt template"] = digest(model.pipe.prompt_template_encode)
     parts = {name: part for name, part in model.pipe.components.items() if part}
     for name, part in sorted(parts.items()):
         if name == "vae" or name in model.text_encoders:

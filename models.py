@@ -3,7 +3,7 @@
     model = load_model("sdxl")                      in loading.py: a preset's name, a diffusers folder or a hub id
     model.predict(model.denoiser, x_t, t, cond)     [N, C, h, w]
 
-This file has the contract of a family, SD 1.x/2.x and SDXL. flow_models.py has SD3/SD3.5 and FLUX.
+This file has the contract of a family, SD 1.x/2.x and SDXL. flow_models.py has the others.
 """
 
 import copy
@@ -60,7 +60,7 @@ class Family:
         check_scheduler()           InputError if the pipeline's scheduler would sample by another schedule
 
     and it inherits resolution(), encode_prompts(), encode_images(), encoding_vae, scale_latents(), decode(),
-    networks(), {name: network}, num_parameters and is_toy.
+    networks() -> {name: network}, num_parameters and is_toy.
 
     pipe       the diffusers pipeline, float32
     denoiser   the network in it that trains
@@ -169,13 +169,10 @@ class Family:
 
     @functools.cached_property
     def encoding_vae(self):
-        """The VAE in `vae_dtype`: a copy if that is not float32, because samples are decoded in float32.
-
-        On a CPU it is channels-last, which is 1.5 times as fast there. On an H100 that was slower.
-        """
+        """The VAE in `vae_dtype`: a copy if that is not float32, because samples are decoded in float32."""
         vae = self.pipe.vae
         if vae.device.type == "cpu" and all(param.ndim < 5 for param in vae.parameters()):
-            vae.to(memory_format=torch.channels_last)
+            vae.to(memory_format=torch.channels_last)  # 1.5 times as fast there; on an H100 it was slower
         return vae if self.vae_dtype == torch.float32 else copy.deepcopy(vae).to(self.vae_dtype)
 
     def moments(self, vae, images):
@@ -306,8 +303,10 @@ def cast_for_autocast(network, dtype, device=None):
     learning rate of 1e-5 would not move them. Layers move to the device one by one, so neither the host nor
     the device holds a second copy of the network in float32.
     """
+    embedded = {module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)}
     for module in network.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
+        is_cast = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and module.weight not in embedded
+        if is_cast and not module.weight.requires_grad:
             module.to(device, dtype)
     return network.to(device)
 

@@ -152,7 +152,7 @@ def train_options():
                                  help="hyperparameters of the loss that have no option [their defaults]")
     add("prompt_dropout", 0.2, number(float, 0, 1), "share of the pairs that are trained without their prompt")
     add("timestep_sampling", None, ["uniform", "logit_normal"], "flow matching: distribution of times before the shift "
-        "[logit_normal]")
+        "[logit_normal; qwen-image: uniform]")
     add("timestep_mean", None, number(float, -math.inf), "flow matching: mean of the logit [0]")
     add("timestep_scale", None, POSITIVE, "flow matching: standard deviation of the logit [1]")
     add("timestep_shift", None, POSITIVE, "flow matching: above 1 favours noisy times [the scheduler's]")
@@ -179,8 +179,8 @@ def train_options():
     add("validate_every", 100, COUNT, "steps between two measurements")
     add("validate_pairs", 512, COUNT, "measure this many held-out pairs at most")
     add_hardware(options)
-    add("gradient_checkpointing", False, bool, "less memory for a third more time [sdxl: on, but off for an adapter on "
-        "a GPU of 80 GB]")
+    add("gradient_checkpointing", False, bool, "less memory for a third more time [flow presets: on; sdxl: on, but off for "
+        "an adapter on a GPU of 80 GB]")
     add("compile", False, bool, "torch.compile the network: takes minutes first, then steps are faster")
     add("reference_errors", None, str, "compute the reference's errors before the first step and keep them in FILE, for "
         "all runs that differ in loss, beta, tau or lr only [none]", "FILE")

@@ -306,7 +306,7 @@ class Trainer:
         on_cpu = {name: batch.pop(name) for name in ("row", "position", "draw_id")}
         batch.pop("clip_pixels", None)
         for name, value in batch.items():
-            if torch.is_tensor(value):
+            if torch.is_tensor(value) and name != "prompt_embeds_mask":  # its sums are lengths, for which we need not wait
                 batch[name] = to_device(value, self.device)
 
         latents = batch["mean"].float()                                                 # [B, S, C, h, w]

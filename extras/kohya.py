@@ -6,7 +6,7 @@
 An adapter that was trained with --init_lora needs the first one, too. The file then holds both as one adapter, whose rank
 is the sum of their ranks: B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2].
 
-ComfyUI reads the adapters of SD3 and FLUX as train.py writes them. Its `model_lora_keys_unet` (comfy/lora.py) knows their
+ComfyUI reads the adapters of SD3 and FLUX.1 as train.py writes them. Its `model_lora_keys_unet` (comfy/lora.py) knows their
 layers as "transformer." plus diffusers' name, which it gets from `mmdit_to_diffusers` and `flux_to_diffusers`.
 """
 
@@ -46,7 +46,7 @@ def read_adapter(source):
         raise InputError(f"LoRA weights {source} cannot be read: {common.brief(error)}")
     if any(key.startswith("transformer.") for key in tensors):
         raise InputError(f"{source} is an adapter of a transformer; kohya's names are for UNets. ComfyUI reads {folder / name} "
-                         "as it is if it is of SD3 or FLUX")
+                         "as it is if it is of SD3 or FLUX.1")
     if any(config.get(f"unet.{key}") for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")):
         raise InputError(f"{source}: its layers have other scales than alpha / rank. Fuse it with diffusers instead")
 

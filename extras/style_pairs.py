@@ -72,7 +72,7 @@ def parse_args(argv=None):
     parser = common.Parser(prog="style_pairs.py", allow_abbrev=False)
 
     add = parser.add_argument
-    add("--model", default="tiny", help="a preset's name, a diffusers folder or a hub id; FLUX needs --editor [tiny]")
+    add("--model", default="tiny", help="a preset's name, a diffusers folder or a hub id; only SD, SDXL and SD3 work without --editor [tiny]")
     add("--images", metavar="DIR", help="plain images in the place of --model's, sorted by name, one per prompt")
     add("--editor", metavar="MODEL", help="an InstructPix2Pix model, folder or hub id, that makes the styled images")
     add("--prompts", required=True, metavar="PROMPTS", help="as for evaluate.py generate; a repeated one counts once")

@@ -119,7 +119,6 @@ def test_an_adapter_starts_from_the_base_model_and_is_held_against_it(run, model
     assert adapter[1]["reward/margin"] != 0
 
 
-@pytest.mark.slow
 def test_four_steps_of_an_adapter_are_two_and_two(tmp_path, command):
     """Both runs take two passes. The one that goes on draws the adapter's first values again, and drops them."""
     options = f"{LORA} --micro_batch 2 --steps"

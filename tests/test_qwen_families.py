@@ -19,6 +19,7 @@ import train
 from common import InputError
 from extras import random_models
 from loss import denoising_error
+from models import cast_for_autocast
 from small_runs import fresh, launch, log_of
 from test_flow import forbid, numbers_of
 from test_resume import faulty, killed
@@ -59,7 +60,8 @@ def test_the_denoising_error_is_that_of_the_pipelines_own_call(model, kind, monk
     guidance = {"true_cfg_scale": 1.0} if kind == "qwen-image" else {"guidance_scale": 0.0}
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.transformer), "forward", noted)
-        pipe(prompt=[*PROMPTS], num_inference_steps=2, generator=generators(3), output_type="latent", **SIZE, **guidance)
+        prompts = [prompt or model.negative_prompt for prompt in PROMPTS]
+        pipe(prompt=prompts, num_inference_steps=2, generator=generators(3), output_type="latent", **SIZE, **guidance)
     inputs, more = seen[1]
 
     x, eps = torch.randn(2, 3, *model.latent_shape(32), generator=common.keyed_generator(0))
@@ -90,7 +92,8 @@ def test_prompts_are_encoded_as_the_pipeline_does_it(model, kind):
     """They are equal to the bit, the longest one is cut, and the mask says which rows are tokens."""
     prompts = [*PROMPTS, "dog, " * 600]
     ours = model.encode_prompts(prompts)
-    theirs = model.pipe.encode_prompt([*prompts], device="cpu", **(
+    asked = [prompt or model.negative_prompt for prompt in prompts]  # Qwen-Image's authors take " " for no prompt
+    theirs = model.pipe.encode_prompt(asked, device="cpu", **(
         {"do_classifier_free_guidance": False} if kind == "z-image" else {"max_sequence_length": 512}))[0]
     for k, expected in enumerate(theirs):
         assert torch.equal(ours["prompt_embeds"][k, :len(expected)], expected)
@@ -163,7 +166,7 @@ def test_times_are_shifted_as_the_pipeline_samples(model, kind):
 
 
 def test_padding_changes_no_prediction(model, kind):
-    """A cache pads a prompt as far as the longest of its file."""
+    """Beside a longer prompt a shorter one is padded."""
     if kind == "flux2-klein":
         pytest.skip("its prompts have one length")
     embeds = model.encode_prompts(PROMPTS)
@@ -171,7 +174,7 @@ def test_padding_changes_no_prediction(model, kind):
     x_t, t = torch.randn(6, *model.latent_shape(32)), torch.linspace(0.1, 0.9, 6)
     conds = [model.conditioning(some, torch.zeros(3, 2, 6)) for some in (embeds, padded)]
     ours, with_padding = (model.predict(model.denoiser, x_t, t, cond) for cond in conds)
-    assert torch.equal(ours, with_padding)
+    torch.testing.assert_close(with_padding, ours, rtol=0, atol=1e-5)
     one = model.conditioning({name: value[1:2] for name, value in padded.items()}, torch.zeros(1, 1, 6))
     alone = model.predict(model.denoiser, x_t[1:2], t[1:2], one)  # the shortest prompt without the longer ones
     torch.testing.assert_close(alone, ours[1:2], rtol=0, atol=1e-5)
@@ -194,6 +197,15 @@ def test_an_adapter_trains_the_attention_of_images_and_of_text(model, kind):
     loading.add_lora(model, 2, 0)
     trained = {name.split(".lora_")[0] for name, param in model.denoiser.named_parameters() if param.requires_grad}
     assert trained == {name for name in linear if ".attn" in name or ".attention." in name} and len(trained) > 8
+
+
+@torch.no_grad()
+def test_text_encoders_cast_for_autocast_compute_the_same(small_model, kind):
+    """klein's has a head that shares the weights of its word vectors, which autocast leaves in float32."""
+    plain, cast = fresh(small_model(kind)), fresh(small_model(kind))
+    cast_for_autocast(cast.pipe.text_encoder, torch.bfloat16)
+    for name, value in plain.encode_prompts(PROMPTS, torch.bfloat16).items():
+        assert torch.equal(value, cast.encode_prompts(PROMPTS, torch.bfloat16)[name])
 
 
 # Runs
@@ -334,6 +346,9 @@ def test_another_chat_template_is_another_tokenizer(tmp_path, small_model, kind)
     finally:
         tokenizer.chat_template = kept  # tests share it
     assert {name for name in before if before[name] != after[name]} == {"tokenizer"}
+    if kind == "qwen-image":  # it reads a template of its pipeline
+        model.pipe.prompt_template_encode = "a picture: {}"
+        assert loading.encoder_digests(model)["prompt template"] != before["prompt template"]
 
 
 @pytest.mark.parametrize("part, key, value, why", [
@@ -362,7 +377,7 @@ def test_parts_of_another_model_are_refused(small_model, kind, part, key, value,
 
 
 def test_a_tokenizer_of_another_family_is_refused(tmp_path, small_model, kind):
-    """It has more words than the text encoder has vectors, or no chat template. Both show before a prompt is read."""
+    """It has more words than the text encoder has vectors, or no words of a chat. Both show before a prompt is read."""
     folder = shutil.copytree(small_model(kind), tmp_path / "model")
     tokenizer = fresh(small_model(kind)).pipe.tokenizer
     shutil.rmtree(folder / "tokenizer")
@@ -373,6 +388,10 @@ def test_a_tokenizer_of_another_family_is_refused(tmp_path, small_model, kind):
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="its tokenizer has more words than its text_encoder knows"):
         loading.load_model(str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "check_tokenizers", lambda pipe: None)
+        with pytest.raises(InputError, match="its tokenizer is not Qwen's"):
+            loading.load_model(str(folder))
     kept, tokenizer.chat_template = tokenizer.chat_template, None
     try:
         if kind == "qwen-image":  # its template is the pipeline's own

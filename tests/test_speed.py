@@ -24,7 +24,7 @@ import train
 from common import InputError
 from data import ImagePairs, Stream
 from extras import random_models
-from loading import add_lora, disabled_adapter
+from loading import FAMILIES, add_lora, disabled_adapter
 from options import recorded_run, train_args
 from small_runs import fresh, launch, log_of
 
@@ -146,9 +146,10 @@ def test_compiled_blocks_make_no_new_graph_after_the_first_step(tmp_path, comman
 
 def test_blocks_hold_nearly_all_weights():
     """If diffusers renamed a class, --compile would have no effect, and nobody would notice."""
-    for name, family in (("sd15", models.StableDiffusion), ("sdxl", models.StableDiffusionXL)):
+    for name, pipeline in random_models.PIPELINES.items():
+        family, parts = FAMILIES[pipeline], random_models.CONFIGS[name]
         with torch.device("meta"):
-            network = random_models.random_model(name).denoiser
+            network = random_models.build(*parts[family.denoiser_name])
         in_blocks = set()
         for module in network.modules():
             if type(module).__name__ in family.blocks:

@@ -221,7 +221,7 @@ def test_an_average_is_measured_where_there_is_one(run, held_out):
 def test_processes_measure_what_one_does(tmp_path, small_model, few_pairs, held_out, options):
     """With ten pairs on two processes and micro-batches of four, the last forward is filled up.
 
-    To measure in the middle of a run changes no bit of it on any process.
+    Without the average we also see that to measure in the middle of a run changes no bit of it on any process.
     """
     argv = ["--model", small_model("sd"), "--data", few_pairs, *FIXED, *options]
     argv += "--batch_size 8 --group_size 8 --micro_batch 4 --validate_every 2".split()
