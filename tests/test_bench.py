@@ -104,7 +104,7 @@ def test_what_a_forward_keeps_is_what_it_keeps(small_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", bench.COUNTED)
+@pytest.mark.parametrize("row", [row for row in bench.COUNTED if row[0] in ("sd15", "sd3.5-medium", "flux2-klein")])
 def test_the_guides_table_of_sizes_is_what_is_counted(row):
     assert bench.count(*row) in (Path(bench.__file__).parent.parent / "GUIDE.md").read_text()
 

@@ -150,6 +150,7 @@ def test_a_run_of_drawings_is_one_of_train_py(tmp_path, monkeypatch):
     monkeypatch.setattr(drawings, "STEPS", 2)
     monkeypatch.setattr(drawings, "PAIRS", 32)
     monkeypatch.setattr(drawings, "SAMPLES", 18)
+    monkeypatch.setattr(drawings, "TRAINING", {"vae": 40, "unet": 60, "judge": 40})
     drawings.prepare(tmp_path)
     for name in ("SFT", "DPO + SFT .2", "RPO tau .5"):
         rows = [drawings.run(ARMS[name], "30% swapped", [(1e-3, 100.0, 0)], "report", tmp_path) for _ in range(2)]

@@ -19,7 +19,7 @@ from loss import denoising_error, rpo_loss
 from small_runs import launch, log_of
 
 BATCH, STEPS, BETA, TAU, SFT_WEIGHT = 16, 6, 100, 0.02, 0.2
-LAYOUTS = [(world_size, micro) for world_size in (1, 2, 4) for micro in (1, 2, 4)] + [(1, 8), (2, 8)]
+LAYOUTS = [(1, 1), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 1), (4, 4)]  # (processes, micro-batch)
 METHODS = [("rpo", 8), ("rpo", 16), ("dpo", 8), ("sft", 8)]
 
 

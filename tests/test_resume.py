@@ -305,7 +305,7 @@ def test_torchrun_killed_at_random_moments(tmp_path, unbroken, options, victim):
         ended = by_torchrun(tmp_path, f"{fault} {victim}", number, options)
         return ended.returncode, ended.stderr
 
-    killed(attempt, tmp_path / "out", unbroken(2), 4)
+    killed(attempt, tmp_path / "out", unbroken(2), 2)
 
 
 # Signals

@@ -65,7 +65,7 @@ def test_intervals_cover_the_truth_on_a_grid():
     """Never under 92%; at most 98.1% without ties, which Wilson's interval counts as whole trials."""
     rng, table = np.random.default_rng(1), {}
     for n in (30, 200):
-        for rate in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97):
+        for rate in (0.5, 0.8, 0.97):
             for ties, images in ((0, 1), (0.3, 1), (0, 4), (0.3, 4)):
                 table[n, rate, ties, images] = coverage(rate, n, ties, images, 2000, rng)
     for key, hits in table.items():

@@ -318,8 +318,7 @@ def test_the_flow_model_trains_and_is_evaluated_like_any_other(tmp_path, few_pai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["rpo", "dpo", "sft"])
-@pytest.mark.parametrize("model", ["tiny", "tiny-flow"])
+@pytest.mark.parametrize("model, loss", [("tiny", "rpo"), ("tiny", "dpo"), ("tiny-flow", "rpo")])
 def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, model, loss):
     """The README's first command. The first of these runs starts from an empty cache."""
     cache = tmp_path_factory.getbasetemp() / "whole-run"
@@ -338,8 +337,6 @@ def test_the_default_run_learns_the_preference(tmp_path_factory, monkeypatch, mo
     final = tiny.measure(tiny.load(out / "model"))
     print(model, loss, judge, base, final, f"{seconds:.0f} s")
     assert judge["style"] >= 0.98 and judge["shape"] >= 0.98
-    if loss == "sft":  # the README reports it without a promise
-        return
     assert final["style"] >= 0.8
     assert final["shape"] >= base["shape"] - 0.1
 
