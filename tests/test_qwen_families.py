@@ -1,4 +1,4 @@
-"""Z-Image, FLUX.2 [klein] and Qwen-Image: each is its stock pipeline, and keeps the promises of every family's run."""
+"""Z-Image, FLUX.2 [klein] and Qwen-Image: each is its stock pipeline. test_flow.py has the promises of every flow family's run."""
 
 import json
 import math
@@ -12,7 +12,6 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 import common
 import data
 import encode
-import evaluate
 import loading
 import run as run_room
 import train
@@ -20,9 +19,8 @@ from common import InputError
 from extras import random_models
 from loss import denoising_error
 from models import cast_for_autocast
-from small_runs import fresh, launch, log_of
+from small_runs import fresh, log_of
 from test_flow import forbid, numbers_of
-from test_resume import faulty, killed
 
 KINDS = ["z-image", "flux2-klein", "qwen-image"]
 pytestmark = pytest.mark.usefixtures("quick_models")
@@ -221,26 +219,8 @@ def test_margins_are_exactly_zero_at_first(tmp_path, command, kind, options):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and second["reward/chosen"] != 0
 
 
-@pytest.mark.slow
-def test_passes_processes_and_caches_do_not_change_a_run(tmp_path, command, small_model, few_pairs, kind):
-    """One pass or two, one or two processes, and a cache with the VAE's mean agree to rounding."""
-    options = "--lora_rank 4 --prompt_dropout 0 --vae_sample mean --lr 1e-5 --beta 100 --workers 0"
-    train.main(command(kind, f"{options} --micro_batch 8", tmp_path / "one"))
-    expected = numbers_of(tmp_path / "one")
-    train.main(command(kind, f"{options} --micro_batch 2", tmp_path / "two"))
-    assert numbers_of(tmp_path / "two") == pytest.approx(expected, rel=1e-5)
-    for status, text in launch(tmp_path, 2, train.main, command(kind, f"{options} --micro_batch 4", tmp_path / "both")):
-        assert status == 0, text
-    assert numbers_of(tmp_path / "both") == pytest.approx(expected, rel=1e-5)
-    cache = str(tmp_path / "cache")
-    encode.main(["--model", small_model(kind), "--data", few_pairs, "--clip", "tiny", "--device", "cpu",
-                 "--resolution", "32", "--vae_sample", "mean", "--out", cache])
-    train.main([*command(kind, f"{options} --micro_batch 8", tmp_path / "cached"), "--data", cache])
-    assert numbers_of(tmp_path / "cached") == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_cache_trains_as_the_pairs_do(tmp_path, command, small_model, few_pairs, kind):
-    """Prompts of several lengths are stored with their mask, as half floats, too, and "" stands in for a dropped one."""
+    """Prompts of several lengths are stored without padding, as half floats, too, and "" stands in for a dropped one."""
     if kind == "flux2-klein":
         pytest.skip("its prompts have one length")
     cache = tmp_path / "cache"
@@ -250,64 +230,6 @@ def test_a_cache_trains_as_the_pairs_do(tmp_path, command, small_model, few_pair
     train.main(command(kind, options, tmp_path / "pairs"))
     train.main([*command(kind, options, tmp_path / "cached"), "--data", str(cache)])
     assert numbers_of(tmp_path / "cached") == pytest.approx(numbers_of(tmp_path / "pairs"), rel=2e-3)
-
-
-@pytest.mark.slow
-def test_two_and_two_steps_are_four_and_the_adapter_loads_anywhere(tmp_path, command, small_model, kind):
-    """They agree bit for bit. The stock pipeline loads the adapter, and its picture changes."""
-    options = f"--lora_rank 4 --micro_batch 4 --lr 1e-2 --reference_errors {tmp_path / 'errors'}"
-    for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
-        train.main(command(kind, f"{options} --steps {steps}", tmp_path / name))
-    state, expected = (run_room.load_checkpoint(tmp_path / name, 4) for name in ("two", "four"))
-    for part in ("weights", "optimizer"):
-        a, b = (torch.utils._pytree.tree_leaves(kept[part]) for kept in (state, expected))
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y) if torch.is_tensor(x) else x == y, part
-    changed_by(tmp_path / "two" / "model", small_model(kind))
-    fused = fresh(small_model(kind))
-    loading.fuse_lora(fused, str(tmp_path / "two" / "model"))  # every tensor finds its place
-
-
-def changed_by(adapter, folder):
-    """Asserts that an adapter changes the picture of a stock pipeline."""
-    stock = DiffusionPipeline.from_pretrained(folder)
-    stock.set_progress_bar_config(disable=True)
-    draw = dict(num_inference_steps=2, output_type="pt", **SIZE)
-    before = stock(prompt="a cat", generator=generators(), **draw).images
-    stock.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors")
-    after = stock(prompt="a cat", generator=generators(), **draw).images
-    assert (after - before).abs().max() > 1e-3
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, command, few_pairs, kind):
-    """Kill -9 strikes at lines and in the midst of a save. The bits are those of a run that nobody killed."""
-    options = "--steps 8 --micro_batch 2 --save_every 2 --lora_rank 4 --ema 0.9 --validate_every 3 --validate"
-    argv = [*command(kind, options, tmp_path / "out"), few_pairs]
-
-    def run(fault, number):
-        (ended,) = launch(tmp_path, 1, faulty, f"{fault} self", number, argv)
-        return ended
-
-    expected = tmp_path / "expected" / "out"
-    ((status, text),) = launch(expected.parent, 1, faulty, None, 0, [*argv, "--out", str(expected)])
-    assert status == 0, text
-    killed(run, tmp_path / "out", expected, kills=3)
-
-
-@pytest.mark.slow
-def test_samples_validation_and_evaluation(tmp_path, command, few_pairs, kind):
-    """A whole run leaves a pipeline, grids and the held-out curve, and evaluate.py draws with the pipeline."""
-    options = "--sample_every 2 --sample_steps 2 --ema 0.5"
-    argv = [*command(kind, options, tmp_path / "out"), "--validate", few_pairs, "--validate_every", "1", "--validate_pairs", "4"]
-    train.main(argv)
-    assert "validate/accuracy" in log_of(tmp_path / "out")[1] and (tmp_path / "out/samples/000002.png").exists()
-    DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\na dog\n")
-    evaluate.main(["generate", "--model", str(tmp_path / "out" / "model"), "--prompts", str(prompts), "--resolution",
-                   "32", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "images")])
-    assert len(json.loads((tmp_path / "images" / "manifest.json").read_text())["images"]) == 2
 
 
 # What does not fit
