@@ -37,7 +37,7 @@ class ReaderDied(BaseException):
 RENAMED = {  # options of diffusers' scripts and those of its peers
     "learning_rate": "--lr", "max_train_steps": "--steps", "output_dir": "--out", "mixed_precision": "--precision",
     "train_batch_size": "--micro_batch; --batch_size counts the pairs of a step on all GPUs",
-    "resume_from_checkpoint": "left out: the same command goes on", "checkpointing_steps": "--save_every",
+    "resume_from_checkpoint": "left out: the same command resumes", "checkpointing_steps": "--save_every",
     "pretrained_model_name_or_path": "--model", "dataset_name": "--data",
     "lr_warmup_steps": "--warmup", "rank": "--lora_rank"}
 
@@ -128,7 +128,7 @@ def one_line(error, advice):
     if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", text):
         return f"out of memory ({line}). {advice}"
     if re.search("No space left|os error 28|File too large|uota exceeded", text):
-        return f"there is no room to write ({line}). Free some space, then the same command goes on"
+        return f"there is no room to write ({line}). Free some space, then the same command resumes"
     if isinstance(error, OSError) and error.errno in BAD_PATHS:
         return f"{line}. Is the path right, and may it be read and written?"
 

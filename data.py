@@ -9,12 +9,12 @@ A batch has B pairs. Index 0 of every axis of length 2 is the winner, index 1 th
                       unreadable        [(row, why), ...]: pairs that could not be used and were replaced
                       names in COLUMNS  [B] float32 each
     from a `Stream`   position          [B] int64
-                      t, noise          [B], [B, C, h, w] float32
+                      t, noise          [B] as in loss.py, [B, C, h, w] float32
                       vae_noise         [B, 2, C, h, w] float32, unless the mean of the VAE's posterior is taken
                       draw_id           [B, 3] float64, (row, t, a sum over the noise): identifies what was drawn
     pairs of images   pixels            [B, 2, 3, H, W] uint8, one crop and one flip for both images of a pair
                       clip_pixels       [B, 2, 3, h, w] float32, preprocessed for CLIP; only if CLIP embeds images
-    a cache           mean, std         [B, 2, C, h, w], the VAE's posterior
+    a cache           mean, std         [B, 2, C, h, w], the VAE's posterior; std only if it is sampled
                       clip_embeds       [B, 3, E'] of caption, winner, loser
                       what the family's encode_prompts returns: prompt_embeds [B, L, E], ...; where L is the longest
                       prompt's, prompt_embeds_mask [B, L] float32 is 1 at a prompt's tokens and 0 behind them
@@ -48,7 +48,7 @@ class Pairs(torch.utils.data.Dataset):
 
     A subclass sets rows [n] (row numbers of its pairs), num_rows, ties, unlabelled, left_out, and columns, {name:
     [num_rows] float32} with nan where a row has no value. It defines load(row), which returns the pair or raises
-    Unreadable; caption(row); and content(row, pair, epoch, prompt), which returns the tensors.
+    Unreadable; caption(row); content(row, pair, epoch, prompt), which returns the tensors; and digest().
     """
 
     def __init__(self, seed, prompt_dropout):
@@ -182,7 +182,7 @@ class ImagePairs(Pairs):
             raise InputError(f"--data {self.source} holds no usable pair: {self.summary()}. The first error is: {first}")
 
     def digest(self):
-        """16 hex digits of rows, winners, captions, COLUMNS, and of the files' names, sizes and contents.
+        """16 hex digits of rows, winners, captions, COLUMNS, and the files' names, sizes and samples of bytes.
 
         It does not depend on where the files lie. It does not see a picture that was replaced by another one of the
         same size, nor a picture that a parquet file names by its path.
@@ -307,7 +307,7 @@ class Stream(torch.utils.data.Dataset):
         self.vae_sample = args.vae_sample
 
     def draw(self, position):
-        """{"t": [], "noise": [C, h, w]} of a position, and "vae_noise": [2, C, h, w] if it is used."""
+        """{"t": one timestep, "noise": [C, h, w]} of a position, and "vae_noise": [2, C, h, w] if it is used."""
         step, index = divmod(position, self.batch_size)
         first = index - index % self.group_size  # what a group shares is drawn as for its first pair
         t_index = index if self.group_noise == "own" else first

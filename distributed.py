@@ -89,7 +89,7 @@ def collective():
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise InputError(f"another process or the network is lost ({brief(error)[:200]}). The same command goes on "
+        raise InputError(f"another process or the network is lost ({brief(error)[:200]}). The same command resumes "
                          "from the last checkpoint")
 
 
@@ -329,7 +329,7 @@ class Heartbeat:
                 break
             if self.lost:
                 print(f"\ntrain.py: process {self.rank}: {self.lost}: a machine or the network is gone. The same "
-                      "command goes on from the last checkpoint", file=sys.stderr, flush=True)  # below the bar
+                      "command resumes from the last checkpoint", file=sys.stderr, flush=True)  # below the bar
                 os._exit(1)
 
 
@@ -391,7 +391,7 @@ def name_dead_readers():
 
 
 def broke_off(error):
-    return InputError(f"reading the data broke off: {brief(error)[:200]}. The same command goes on from the last "
+    return InputError(f"reading the data broke off: {brief(error)[:200]}. The same command resumes from the last "
                       "checkpoint. Fewer --workers take less memory, a larger --data_timeout waits longer")
 
 

@@ -17,7 +17,7 @@ VAE, text encoders and CLIP never change in training, and they take a quarter of
 
 Parquet is read one row group at a time, also from the hub, so no copy of the data is made. Every file is encoded in
 fixed batches, so it is a function of the arguments alone. Any number of processes writes the same files, and a killed
-command goes on with the files that are missing.
+command resumes with the files that are missing.
 """
 
 import distributed  # first: it notes the launcher, before the imports that take seconds
@@ -174,7 +174,7 @@ class StreamedImages:
                 self.table = group.to_table(columns=["jpg_0", "jpg_1"])
             except Exception as error:
                 raise InputError(f"row {row} is in {group.path}, which cannot be read: {brief(error)}. What is encoded "
-                                 "is kept. Once the file can be read, the same command goes on")
+                                 "is kept. Once the file can be read, the same command resumes")
             self.number = number
         first = self.ends[number] - len(self.table)
         return self.table.slice(row - first, 1).to_pylist()[0]
@@ -316,7 +316,7 @@ def write_shard(file, tensors, unreadable, columns):
         atomic_write(file, save(tensors, {"about": json.dumps(note)}))  # one entry, because their order is not kept
     except OSError as error:
         raise InputError(f"{file} cannot be written ({brief(error)}). What is written is kept. Free some space, then "
-                         "the same command goes on")
+                         "the same command resumes")
 
 
 def shard_note(file):
@@ -398,7 +398,7 @@ def main(argv=None):
             try:
                 encode(args)
             except KeyboardInterrupt:
-                raise InputError("stopped; the same command goes on")
+                raise InputError("stopped; the same command resumes")
 
 
 if __name__ == "__main__":

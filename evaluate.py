@@ -12,7 +12,7 @@
 A folder of images holds DIR/00000.png, ... and manifest.json, which records everything that made them. For several
 sets of prompts the folders are DIR/NAME; `score` and `compare` find them from DIR. The noise of an image depends only
 on --seed and the prompt's place in the list, so every model starts from the same noise. If `generate` was killed, the
-same command goes on. `score` keeps earlier scores.
+same command resumes. `score` keeps earlier scores.
 """
 
 import distributed  # first: it notes the launcher, before the imports that take seconds
@@ -337,7 +337,7 @@ def main(argv=None):
         try:
             args.function(args)
         except KeyboardInterrupt:
-            raise InputError("stopped; what is done is kept, and the same command goes on")
+            raise InputError("stopped; what is done is kept, and the same command resumes")
 
 
 if __name__ == "__main__":

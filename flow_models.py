@@ -61,7 +61,7 @@ class StableDiffusion3(Family):
             setattr(self.process, name, value if typed is None else typed)
             setattr(args, f"timestep_{name}", getattr(self.process, name))
         if args.timestep_sampling == "uniform":
-            args.timestep_mean = args.timestep_scale = None  # they are not used, and would be refused when it goes on
+            args.timestep_mean = args.timestep_scale = None  # they are not used, and would be refused when it resumes
 
     def latent_multiple(self):
         return self.denoiser.config.patch_size
@@ -90,7 +90,7 @@ class StableDiffusion3(Family):
                 "pooled_projections": embeds["pooled_prompt_embeds"].float().repeat(images, 1)}
 
     def predict(self, network, x_t, t, cond):
-        """The network takes thousandths of t in (0, 1)."""
+        """The network expects t in (0, 1000)."""
         return network(x_t, timestep=1000 * t, **cond, return_dict=False)[0]
 
 

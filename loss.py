@@ -192,5 +192,5 @@ LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "rpo": rpo_loss}
 
 
 def wants(loss_fn):
-    """The parameters of a loss by name: what it must be given."""
+    """The parameters of a loss by name, those with a default too."""
     return inspect.signature(loss_fn).parameters

@@ -21,10 +21,10 @@ from loss import DDPM
 class Family:
     """The contract of a family: all members that train.py and the other files use.
 
-    A new family is one subclass and one row of FAMILIES in loading.py. For adapters its pipeline needs
-    save_lora_weights and load_lora_weights. It must give
+    A new family is one subclass (of StableDiffusion3 for flow matching) and one row of FAMILIES in loading.py. For
+    adapters its pipeline needs save_lora_weights and load_lora_weights. It must give
 
-        denoiser_name               the network of the pipeline that trains, as "unet"
+        denoiser_name               the part of the pipeline that trains: "unet" or "transformer"
         parts                       names of the pipeline's parts that it cannot do without
         text_encoders               names of the text encoders among them; a part that is null is skipped
         lora_targets                names of the layers that an adapter trains, or a regular expression for them

@@ -1,7 +1,7 @@
 """The command lines of train.py and encode.py: options, presets, and the run that they resolve to.
 
-A value comes from the first of these that has it: the command line; the folder's config.json, when a run goes on; the
-cache of --data; the preset of --model and --loss; the preset of --model; the default below.
+A value comes from the first of these that has it: the command line; the cache of --data; the folder's config.json, when
+a run resumes; the preset of --model and --loss; the preset of --model; the default below.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PRESETS = {  # by model, then by model and loss
     "flux2-klein": FLOW,
     "qwen-image": FLOW | dict(timestep_sampling="uniform", timestep_shift=1.0),  # its own DPO's, arXiv:2508.02324
 }
-# When a run goes on these may differ. Any other change would make it another run.
+# When a run resumes these may differ. Any other change would make it another run.
 MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pairs", "save_minutes", "save_every",
               "sample_every", "gradient_checkpointing", "compile", "reference_errors", "workers", "data_timeout",
               "device", "out", "dry_run"}
@@ -105,8 +105,8 @@ def add_model_and_data(options):
     add = options.add
     models = ", ".join([*EMBEDDED, *HUB_IDS])
     add("model", "tiny", str, f"a preset ({models}), a diffusers folder, a hub id, or a .safetensors file of SD or SDXL")
-    add("config", None, str, "for a --model in one file: a diffusers folder with its configuration [found by the "
-        "weights]", "DIR")
+    add("config", None, str, "for a --model in one file: a diffusers folder with its configuration [found "
+        "from the weights]", "DIR")
     add("random_init", False, bool, "start a preset with random weights; nothing is downloaded")
     add("init_lora", None, str, "LoRA weights that policy and reference start with: a folder, a file or a hub id [none]",
         "LORA")
@@ -137,7 +137,7 @@ def train_options():
     add_model_and_data(options)
     options.group("method")
     add("loss", "rpo", LOSSES, "the objective, a name in LOSSES of loss.py")
-    add("beta", 5000.0, POSITIVE, "strength of the pull to the reference")
+    add("beta", 5000.0, POSITIVE, "strength of the pull to the reference (the KL term)")
     add("sft_weight", 0.0, number(float, 0), "dpo, rpo: weight of an SFT term, sft_weight * beta/2 * mean D^w, which "
         "keeps the winners' error from growing; 0 is the papers' form")
     add("group_size", 8, COUNT, "rpo: how many pairs are contrasted with each other")
@@ -181,13 +181,13 @@ def train_options():
     add_hardware(options)
     add("gradient_checkpointing", False, bool, "less memory for a third more time [flow presets: on; sdxl: on, but off for "
         "an adapter on a GPU of 80 GB]")
-    add("compile", False, bool, "torch.compile the network: takes minutes first, then steps are faster")
+    add("compile", False, bool, "torch.compile the network's blocks; the first step takes minutes")
     add("reference_errors", None, str, "compute the reference's errors before the first step and keep them in FILE, for "
         "all runs that differ in loss, beta, tau or lr only [none]", "FILE")
     add("data_timeout", 600, COUNT, "seconds that --workers may take for a batch")
 
     options.group("what it leaves")
-    add("out", None, str, "the run's folder; the same command goes on from there [out/MODEL-LOSS]", "DIR")
+    add("out", None, str, "the run's folder; the same command resumes from there [out/MODEL-LOSS]", "DIR")
     add("save_minutes", 15.0, number(float, 0), "minutes between two checkpoints; 0 means only --save_every counts")
     add("save_every", 0, NATURAL, "steps between two checkpoints, too; 0 means only --save_minutes counts")
     add("sample_every", 100, NATURAL, "steps between two grids of samples; 0 draws none")
@@ -231,7 +231,7 @@ def encode_args(argv=None):
     add_model_and_data(options)
     add_hardware(options)
     options.group("cache")
-    options.add("out", None, str, "the cache's folder; the same command goes on from there [required]", "CACHE")
+    options.add("out", None, str, "the cache's folder; the same command resumes from there [required]", "CACHE")
     options.add("store", "fp32", ["fp32", "fp16"], "precision of stored latents and prompt embeddings; fp16 is half "
                 "as large")
     options.add("seed", 0, NATURAL, "seed of crops and flips")
@@ -246,7 +246,7 @@ def encode_args(argv=None):
 
 
 def resolve(options, typed, recorded={}):
-    """The values of all options. `typed` counts before `recorded`, the arguments of a run that goes on."""
+    """The values of all options. `typed` counts before `recorded`, the arguments of a run that resumes."""
     chosen = options.defaults | recorded | typed
     model = chosen["model"]
     preset = PRESETS.get(model, {}) | PRESETS.get(f"{model} {chosen.get('loss')}", {})

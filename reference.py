@@ -136,7 +136,7 @@ class ReferenceErrors:
         if rank == 0 and missing:
             self.save()
         if self.errors[steps.start:steps.stop].isnan().any():
-            distributed.end_early("saved the reference's errors so far; the same command goes on")
+            distributed.end_early("saved the reference's errors so far; the same command resumes")
 
     def put(self, step, errors, draw_ids):
         """Takes the errors [batch_size, 2] and the draw_ids [batch_size, 3] of a step."""
@@ -239,7 +239,7 @@ class HeldOut:
     """What the policy prefers on held-out pairs. Each pair keeps one timestep and one noise (see HeldOutStream).
 
     The reference is the starting model, whatever the loss. When `begin` is called the policy must be that model. Its
-    errors are kept in validation.safetensors, so no second network is needed, and a run that goes on has the same ones.
+    errors are kept in validation.safetensors, so no second network is needed, and a run that resumes has the same ones.
     The encoded pairs stay in the host's memory, a share in each process, so a measurement is one forward of each pair.
     The file's errors agree with another micro-batch size to float rounding.
 

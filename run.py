@@ -1,4 +1,4 @@
-"""A run around its loop: the checks before the first step, what it leaves in its folder, and how it goes on."""
+"""A run around its loop: the checks before the first step, what it leaves in its folder, and how it resumes."""
 
 import contextlib
 import importlib
@@ -328,7 +328,7 @@ class Output:
             self.save_checkpoint(done, identity(done))
         if flags["stop"] and not is_last:
             self.checkpoints.wait()
-            distributed.end_early(f"saved after {done} steps; the same command goes on")
+            distributed.end_early(f"saved after {done} steps; the same command resumes")
 
     def save_samples(self, done):
         with self.averaged_weights():

@@ -4,15 +4,15 @@
     python train.py --model tiny-flow                           the same on a small SD3, a flow-matching model
     python train.py --model sd15                                Stable Diffusion 1.5 on Pick-a-Pic v2
     torchrun --nproc_per_node=8 train.py --model sdxl           SDXL on eight GPUs
-    python train.py --model sdxl --data my_pairs --batch_size 64 --lr 6.4e-7 --warmup 50        your own pairs
+    python train.py --model sdxl --data my_pairs --steps 500 --batch_size 64 --lr 6.4e-7 --warmup 50     your own pairs
     python train.py --model sdxl --data CACHE --lora_rank 16    an adapter, on pairs that encode.py has encoded
-    python train.py --model sd15 --data my_pairs --validate 0.02        with held-out pairs: is it learning?
+    python train.py ... --validate 0.02 --out out/second        with held-out pairs: is it learning?
 
-Options and presets are in options.py. A run writes into --out: config.json, data.json, log.jsonl (a line per step),
-samples/*.png, checkpoint-STEP.pt, model/ (a diffusers pipeline or LoRA weights), and validation.png for held-out pairs.
+Options and presets are in options.py. Each run has its own --out [out/MODEL-LOSS] with config.json, data.json, log.jsonl
+(a line per step), samples/*.png, checkpoint-STEP.pt, model/ (a pipeline or LoRA weights), validation.png (held-out pairs).
 
 A run is a function of its arguments: the number of processes and --micro_batch change float rounding, nothing else. If
-it is killed or stopped, the same command goes on from the last checkpoint and ends in the same weights (the same bits
+it is killed or stopped, the same command resumes from the last checkpoint and ends in the same weights (the same bits
 in fp32 on a CPU).
 """
 
@@ -37,7 +37,7 @@ from loss import LOSSES, denoising_error, wants
 from models import cast_for_autocast, frozen_reference
 from options import hyperparameters, needs_groups, train_args
 
-ADVICE = ("The same command goes on with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no second "
+ADVICE = ("The same command resumes with --micro_batch 1, --gradient_checkpointing, --reference_errors FILE (no second "
           "network) or fewer --workers. In another --out, --lora_rank 16, --optimizer adafactor or a smaller "
           "--resolution help")
 
@@ -133,7 +133,7 @@ class MicroBatch(NamedTuple):
     """B pairs on the device, with S images each: all winners, then all losers if the loss takes them."""
 
     inputs: dict            # denoising_error's x, eps [S*B, C, h, w], t [S*B] and cond
-    values: dict            # {name: [B, ...]}: what a loss may name; clip_embeds [B, 3, E], image_ids [B, 2]
+    values: dict            # {name: [B, ...]}: what a loss may name; for weights clip_embeds [B, 3, E], image_ids [B, 2]
     row: torch.Tensor       # [B] int64 on the CPU
     position: torch.Tensor  # [B] int64 on the CPU, in the stream
     draw_id: torch.Tensor   # [B, 3] float64 on the CPU, see data.Stream
@@ -144,8 +144,8 @@ class Trainer:
 
     policy     the network that trains, the denoiser of the family object `model`
     params     {name: parameter} of what trains, always float32: the policy's, or its adapter's
-    reference  the frozen network, None if the loss takes no reference errors. With LoRA it is the policy with its
-               adapter off
+    reference  the frozen network. With LoRA it is the policy with its adapter off. None if the loss takes no
+               reference errors, or if they are known
     chunk      how many pairs `loss_gradient` gets at once: the fewest that are whole groups and whole micro-batches
                of all ranks. With groups of 8 and 4 pairs per forward on one rank: 8 pairs, two forwards, two passes
     """

@@ -331,8 +331,8 @@ COUNTED = [("sd15", 0, "adamw"), ("sd15", 16, "adamw"), ("sdxl", 0, "adafactor")
 
 
 def print_counted():
-    print("| |TFLOP of a pair's step|the reference's share of them|more for the VAE, from pairs|GB held"
-          "|GB per pair of a forward|the same with checkpointing|\n|---|---|---|---|---|---|---|")
+    print("| |TFLOP per pair|of it the reference|VAE, without a cache|GB held|GB per pair of a forward"
+          "|with checkpointing|\n|---|---|---|---|---|---|---|")
     for row in COUNTED:
         print(count(*row))
 

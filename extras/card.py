@@ -5,7 +5,7 @@
     python -m extras.bench --report card.jsonl --profile            which operators take the time of the first row
 
 Each row runs in a process of its own, with random weights at full size, and is written to the file as soon as it is
-known. card.md is the same as tables. The same command goes on with the rows that the file lacks for this card and this
+known. card.md is the same as tables. The same command resumes with the rows that the file lacks for this card and this
 torch. A row that fails says why, and the next one runs. If the memory is short, the row tries half the micro-batch. No
 row begins when --minutes have passed. On a CPU the models are small.
 

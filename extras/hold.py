@@ -5,7 +5,7 @@
 
 The preset tiny-flow has beta 20. These runs of RPO have beta 10, and train all weights or an adapter, with four weights
 of the term and three seeds. The command writes hold.csv, a row per run, to --out and prints the table. If it is killed,
-the same command goes on with the missing runs.
+the same command resumes with the missing runs.
 """
 
 import concurrent.futures
@@ -102,7 +102,7 @@ def main(argv=None):
                 common.write_csv(file, (*KEYS, *COLUMNS), [rows[setting] for setting in settings() if setting in rows])
         lacking = [setting for setting in settings() if setting not in rows]
         if lacking:
-            raise common.InputError(f"{file} lacks {len(lacking)} runs; the command without --rows goes on with them")
+            raise common.InputError(f"{file} lacks {len(lacking)} runs; the command without --rows resumes with them")
         print(table(rows))
 
 

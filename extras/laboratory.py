@@ -1,6 +1,6 @@
 """The laboratory: where is RPO better than Diffusion-DPO, and is it the weights? Findings are in laboratory.md.
 
-    python -m extras.laboratory                 all runs, the tables and the figure; killed, the same command goes on
+    python -m extras.laboratory                 all runs, the tables and the figure; killed, the same command resumes
     python -m extras.laboratory --rows extras   tables and figure of the committed rows
     python -m extras.laboratory --again 3       repeat three random lots of each study: are the rows the same?
 
@@ -102,7 +102,7 @@ HELD += [(held, held.replace(name, "DPO")) for held, name in HELD if name != "DP
 FRAME = ("base", "ideal")  # they have no settings to choose
 STUDIES = {"vectors": vectors, "drawings": drawings}
 TRIED = {"vectors": [*ARMS],
-         "drawings": ["base", "ideal", "SFT", "DPO", "RPO tau .5", "RPO uniform", "DPO + SFT .2"]}
+         "drawings": [*FRAME, "SFT", "DPO", "RPO uniform", "RPO tau .5", *dict(HELD)]}
 QUESTIONS = {  # the table shows the first arm minus the second
     "do the weights help?": ("RPO tau .5", "RPO uniform"),
     "does a smaller tau help?": ("RPO tau .1", "RPO tau .5"),

@@ -5,7 +5,7 @@
 
 Every run trains the embedded task by RPO, with the preset's values except those that its name says. Held-out pairs are
 measured every ten steps. The command writes learning.csv (a row per measurement) and learning.png to --out and prints
-the table. If it is killed, the same command goes on with the missing runs.
+the table. If it is killed, the same command resumes with the missing runs.
 """
 
 import csv

@@ -23,7 +23,7 @@ The command writes to --out:
     reference/*.png  the styled images of these prompts
     images/          the plain and the styled image of every prompt
 
-If it is killed, the same command goes on.
+If it is killed, the same command resumes.
 """
 
 import distributed  # first: it notes the launcher, before the imports that take seconds
@@ -64,7 +64,7 @@ EDITORS = {  # pipelines that see the image beside the noise; the family that lo
 }
 UNTRIED = (Flux, Flux2Klein, QwenImage, ZImage)  # by image-to-image
 SHARD = 100  # pairs in a parquet file: Arrow takes 2 GB at once, and a picture may have 5 MB
-ADVICE = "The same command goes on with a smaller --batch_size or with --device cpu"
+ADVICE = "The same command resumes with a smaller --batch_size or with --device cpu"
 
 
 def parse_args(argv=None):
@@ -73,7 +73,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument
     add("--model", default="tiny", help="a preset's name, a diffusers folder or a hub id; only SD, SDXL and SD3 work without --editor [tiny]")
-    add("--images", metavar="DIR", help="plain images in the place of --model's, sorted by name, one per prompt")
+    add("--images", metavar="DIR", help="with --editor: plain images in the place of --model's, sorted by name, one per prompt")
     add("--editor", metavar="MODEL", help="an InstructPix2Pix model, folder or hub id, that makes the styled images")
     add("--prompts", required=True, metavar="PROMPTS", help="as for evaluate.py generate; a repeated one counts once")
     add("--style", required=True, help=f"{', '.join(STYLES)}, or your words: text with a {{}} for the prompt; with "

@@ -33,7 +33,7 @@ def write_board(board, step, scalars):
 
 
 def begin_wandb(folder):
-    """A run of Weights & Biases, None if it is not installed. A run that goes on continues its own."""
+    """A run of Weights & Biases, None if it is not installed. A run that resumes continues its own."""
     try:
         import wandb
     except ImportError:

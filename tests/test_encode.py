@@ -325,7 +325,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, small_model, f
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, "disk", 3, *arguments)
     assert status == 1 and "Traceback" not in text
     assert "encode.py: " in text and "cannot be written" in text
-    assert "Free some space, then the same command goes on" in text
+    assert "Free some space, then the same command resumes" in text
     assert not [*cache.glob("*.part")] and len([*cache.glob("*.safetensors")]) == 2
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, None, 0, *arguments)
     assert status == 0 and contents(cache) == contents(encoded("sd")), text
@@ -445,7 +445,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, small_model, monkeyp
     streamed = encode.stream_rows(str(source))
     streamed.images.images.groups[1] = Damaged()
     monkeypatch.setattr(encode, "stream_rows", lambda source, extra: streamed)
-    complaint = "row 6 is in train.parquet, which cannot be read: no bytes.*the same command goes on"
+    complaint = "row 6 is in train.parquet, which cannot be read: no bytes.*the same command resumes"
     with pytest.raises(SystemExit, match=complaint):
         write_cache(small_model("sd"), source, tmp_path / "c")
     assert [*(tmp_path / "c").glob("pairs-*.safetensors")] == [tmp_path / "c" / "pairs-00000.safetensors"]
@@ -881,7 +881,7 @@ def test_a_signal_keeps_the_reference_errors_so_far(run, encoded, tmp_path, monk
 
     puts = Puts(monkeypatch, after=signal_once)
     file = ["--reference_errors", str(tmp_path / "run" / "errors")]
-    with pytest.raises(SystemExit, match="saved the reference's errors so far; the same command goes on"):
+    with pytest.raises(SystemExit, match="saved the reference's errors so far; the same command resumes"):
         run("sd", encoded("sd"), *file)
     _, _, weights = run("sd", encoded("sd"), *file)
     assert puts.steps == [0, 1, 2] and torch.equal(weights, run("sd", encoded("sd"), name="plain")[2])

@@ -922,7 +922,7 @@ def test_samples_are_there_only_if_they_are_wanted(tmp_path, small_run, capsys):
 
 @pytest.mark.parametrize("theirs, ours", [
     ("--learning_rate 1e-5", "--lr"), ("--max_train_steps=100", "--steps"), ("--output_dir x", "--out"),
-    ("--train_batch_size 4", "--micro_batch"), ("--resume_from_checkpoint latest", "the same command goes on")])
+    ("--train_batch_size 4", "--micro_batch"), ("--resume_from_checkpoint latest", "the same command resumes")])
 def test_an_option_of_diffusers_is_answered_with_ours(theirs, ours):
     with pytest.raises(SystemExit, match=f"^train.py: unrecognized arguments: {theirs}. Here .* is .*{ours}") as refused:
         train.main(["--steps", "1", *theirs.split()])

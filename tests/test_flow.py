@@ -385,7 +385,7 @@ def test_text_encoders_leave_the_device_before_the_first_step(tmp_path, command,
 
 @pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_how_times_are_drawn_is_part_of_the_run(tmp_path, command, small_model, kind):
-    """The options are kept. Others are refused when the run goes on, and by a file of reference errors."""
+    """The options are kept. Others are refused when the run resumes, and by a file of reference errors."""
     errors = f"--reference_errors {tmp_path / 'errors'}"
     times = "--timestep_sampling uniform --timestep_shift 2"
     train.main(command(kind, f"{times} {errors} --lora_rank 2", tmp_path / "out"))
@@ -400,7 +400,7 @@ def test_how_times_are_drawn_is_part_of_the_run(tmp_path, command, small_model, 
 
 @pytest.mark.slow
 def test_uniform_times_go_on_after_a_kill(tmp_path, command):
-    """The same command goes on, and so does one that leaves the option out, because the folder knows it."""
+    """The same command resumes, and so does one that leaves the option out, because the folder knows it."""
     options = "--lora_rank 2 --steps 3 --save_every 1"
     uniform = command("sd3", f"{options} --timestep_sampling uniform", tmp_path / "same")
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, "half self", 2, uniform)

@@ -224,7 +224,7 @@ def test_of_equal_settings_the_nearest_is_chosen_then_the_first():
 
 
 def test_what_is_measured_is_not_measured_again(monkeypatch, tmp_path):
-    """A killed command goes on with its rows, but not with the rows of other code."""
+    """A killed command resumes with its rows, but not with the rows of other code."""
     study, made = stand_in(best_rate=1e-4, best_beta=2.0)
     monkeypatch.setitem(STUDIES, "vectors", study)
     rows = laboratory.run_cell("vectors", "DPO", "one", tmp_path)

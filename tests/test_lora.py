@@ -120,7 +120,7 @@ def test_an_adapter_starts_from_the_base_model_and_is_held_against_it(run, model
 
 
 def test_four_steps_of_an_adapter_are_two_and_two(tmp_path, command):
-    """Both runs take two passes. The one that goes on draws the adapter's first values again, and drops them."""
+    """Both runs take two passes. The one that resumes draws the adapter's first values again, and drops them."""
     options = f"{LORA} --micro_batch 2 --steps"
     for steps, name in (("4", "four"), ("2", "two"), ("4", "two")):
         observed(command("sd", f"{options} {steps}", tmp_path / name))
@@ -461,7 +461,7 @@ def test_compile_leaves_no_trace(tmp_path, run, command, small_model, monkeypatc
 
     out = tmp_path / "out"
     observed(command("sd", f"{options} --steps 1", out))
-    observed(command("sd", f"{options} --compile", out))  # a run goes on with it
+    observed(command("sd", f"{options} --compile", out))  # a run resumes with it
     assert names_of(out) == names_of(plain.out) and len(log_of(out)) == STEPS
     assert log_of(out)[1]["loss"] == pytest.approx(plain.log[1]["loss"], rel=1e-4)
 
@@ -489,13 +489,13 @@ def test_memory_that_is_short_ends_the_run_in_one_line(tmp_path, command):
     assert status == 1 and text.count("train.py: ") == 1 and "Traceback" not in text, text
     (line,) = (line for line in text.splitlines() if "train.py: " in line)
     assert line.startswith("train.py: out of memory (") and "allocate memory" in line
-    assert line.endswith(f"). {train.ADVICE}") and "The same command goes on with --micro_batch 1" in train.ADVICE
+    assert line.endswith(f"). {train.ADVICE}") and "The same command resumes with --micro_batch 1" in train.ADVICE
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
 def test_any_error_of_memory_is_explained(allocate):
     """Python's own error comes without a message."""
-    with pytest.raises(SystemExit, match=r"^train.py: out of memory \(.+\)\. The same command goes on"):
+    with pytest.raises(SystemExit, match=r"^train.py: out of memory \(.+\)\. The same command resumes"):
         with common.one_line_errors("train.py", train.ADVICE):
             allocate()
 

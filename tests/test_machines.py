@@ -1,4 +1,4 @@
-"""Several machines: if one of them is lost, the run ends on all, soon and in one line, and the same command goes on."""
+"""Several machines: if one of them is lost, the run ends on all, soon and in one line, and the same command resumes."""
 
 import distributed  # first: it notes the launcher
 
@@ -89,7 +89,7 @@ def test_a_silent_process_ends_all_in_one_line(tmp_path, options):
         lost, seconds = (0, 5) if rank == 2 else (2, 2)
         assert status == 1 and line == (
             f"train.py: process {rank}: process {lost} was silent for {seconds} s: a machine or the "
-            "network is gone. The same command goes on from the last checkpoint")
+            "network is gone. The same command resumes from the last checkpoint")
 
 
 def busy_first(argv):
@@ -264,7 +264,7 @@ def ends(nodes, folder, seconds):
 
 @pytest.mark.slow
 def test_two_machines_agree_with_one_and_a_cut_between_them_ends_both(tmp_path, options, two_machines):
-    """Twelve steps agree. Then the link goes down in a longer run, which goes on once it is up again."""
+    """Twelve steps agree. Then the link goes down in a longer run, which resumes once it is up again."""
     options += "--tau inf --beta 100".split()  # uniform weights need no CLIP
     more = ["--steps", "12", "--out"]
     statuses, texts = ends(on_two_machines(two_machines, tmp_path, [*options, *more, str(tmp_path / "two")]),
@@ -286,7 +286,7 @@ def test_two_machines_agree_with_one_and_a_cut_between_them_ends_both(tmp_path, 
     for rank, text in enumerate(texts):
         lines = [line for line in text.splitlines() if line.startswith("train.py: process")]
         assert lines == [f"train.py: process {rank}: process {1 - rank} was silent for 40 s: a machine or the "
-                         "network is gone. The same command goes on from the last checkpoint"]
+                         "network is gone. The same command resumes from the last checkpoint"]
     subprocess.run(["ip", "-n", two_machines[1], "link", "set", "link1", "up"], check=True)
     kept = int(common.newest_checkpoint(out).stem.split("-")[1])
     nodes = on_two_machines(two_machines, tmp_path, [*argv, str(kept + 4)])

@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on to the same bits, and nothing that was saved is lost.
+"""Whatever ends a run, the same command resumes to the same bits, and nothing that was saved is lost.
 
 Run as a script, this file is train.py with a fault: `python tests/test_resume.py FAULT NUMBER [options of train.py]`.
 """
@@ -317,7 +317,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options
     """So does a signal that torchrun or Slurm sends to the loader's processes, too, and more than once."""
     argv = [*options, "--workers", workers, "--save_every", "0", "--out", str(tmp_path / "out")]
     ((status, text),) = launch(tmp_path, 1, faulty, fault, 2, argv)
-    assert status == 1 and one_line_of(text) == "train.py: saved after 3 steps; the same command goes on"
+    assert status == 1 and one_line_of(text) == "train.py: saved after 3 steps; the same command resumes"
     assert left(tmp_path / "out")[0]["step"] == 3
     ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
     assert status == 0 and "going on after 3 steps" in text
@@ -326,7 +326,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, unbroken, options
 
 @pytest.mark.slow
 def test_processes_agree_on_the_step_that_a_signal_ends(tmp_path, unbroken, options):
-    """Only the second one gets the signal. The run goes on with another number of processes."""
+    """Only the second one gets the signal. The run resumes with another number of processes."""
     argv = [*options, "--out", str(tmp_path / "out")]
     first, second = launch(tmp_path, 2, signalled_second, argv)
     assert first[0] == second[0] == 1 and "saved after 4 steps" in first[1], first[1]
@@ -485,7 +485,7 @@ def test_a_checkpoint_without_what_identifies_a_run_is_refused_and_kept(tmp_path
     assert torch.load(file, weights_only=True) == foreign
 
 
-# Every option of a run that goes on
+# Every option of a run that resumes
 
 
 OTHERS = {  # two values of each option; neither is its default or the preset's
@@ -644,7 +644,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, unbroken, options):
     ((status, text),) = launch(tmp_path, 1, faulty, "disk", 3, argv)
     line = one_line_of(text)
     assert status == 1 and "checkpoint-000004.pt cannot be written" in line
-    assert "Kept: " in line and "checkpoint-000002.pt. Free some space, then the same command goes on" in line
+    assert "Kept: " in line and "checkpoint-000002.pt. Free some space, then the same command resumes" in line
     assert left(out)[0]["step"] == 2 and not list(out.glob("*.part"))
     ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
     assert status == 0, text
@@ -789,7 +789,7 @@ def test_a_reader_that_dies_ends_the_run_in_one_line(tmp_path, unbroken, options
     ((status, text),) = launch(tmp_path, 1, faulty, fault, 3, argv)
     line = one_line_of(text)
     assert status == 1 and line.startswith("train.py: reading the data broke off: DataLoader worker (pid")
-    assert "The same command goes on from the last checkpoint" in line
+    assert "The same command resumes from the last checkpoint" in line
     ((status, text),) = launch(tmp_path, 1, faulty, None, 0, argv)
     assert status == 0, text
     same_bits(tmp_path / "out", unbroken(1))
@@ -897,7 +897,7 @@ def test_storage_that_hangs_ends_the_run_in_one_line(tmp_path, options):
     ((status, text),) = launch(tmp_path / "logs", 1, faulty, "unscanned", 0, argv)
     line = one_line_of(text)
     assert status == 1 and "reading the data broke off: DataLoader timed out after 1 seconds" in line
-    assert "The same command goes on from the last checkpoint" in line and "--data_timeout" in line
+    assert "The same command resumes from the last checkpoint" in line and "--data_timeout" in line
 
 
 @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])

@@ -187,7 +187,7 @@ def auto_on_a_gpu(monkeypatch):
     "--loss sft",
     *(pytest.param(more, marks=pytest.mark.slow) for more in ("", "--lora_rank 4", "--optimizer adafactor --ema 0.9"))])
 def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, command, monkeypatch, options):
-    """Nothing of the trial is left: the run is, bit for bit, the one with that number typed, and it goes on with it."""
+    """Nothing of the trial is left: the run is, bit for bit, the one with that number typed, and it resumes with it."""
     auto_on_a_gpu(monkeypatch)
     limited_to(4, monkeypatch)
     train.main(command(f"--micro_batch auto {options}", tmp_path / "auto"))

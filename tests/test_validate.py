@@ -404,7 +404,7 @@ def test_prompts_that_are_trained_on_too_are_said(run, few_pairs, capsys):
 
 
 def test_weights_and_biases_gets_every_step(run, held_out, tmp_path, monkeypatch):
-    """A run that goes on is the same run for Weights & Biases."""
+    """A run that resumes is the same run for Weights & Biases."""
     begun, logged = [], []
 
     class Run:
