@@ -33,7 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import InputError, brief, digest, fingerprint, image_id, keyed_generator
 from distributed import to_device
-from sources import Unreadable, file_identities, find_source, read_image, read_rows, reason_of, stored_bytes
+from pictures import Unreadable, read_image, reason_of, stored_bytes
+from sources import file_identities, find_source, read_rows
 
 # Names of further columns of the data, a number per pair, that a loss may take as an argument: ("confidence",). Do not
 # use a name that stands above or in loss.py, nor the name of an option. Encode a cache again after a change.

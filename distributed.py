@@ -175,12 +175,15 @@ def mean_scalars(metrics, grad_norm, flags):
 
 
 def wait_for_all():
-    """Under torchrun, wait here for all processes, for a day at most."""
+    """Under torchrun, wait here for all processes, for a day at most: one may copy its data while the others have it."""
     _, _, world_size = torchrun_env()
     if world_size > 1:
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(days=1))
-        dist.barrier()
+        with collective():
+            group = dist.new_group(timeout=timedelta(days=1), backend="gloo")
+            dist.barrier(group)
+            dist.destroy_process_group(group)
 
 
 def pending_batches(n, size, files, title):

@@ -41,14 +41,15 @@ from common import (DTYPES, InputError, atomic_write, brief, cannot_read, digest
 from data import Clip, ImagePairs, Pairs, by_reason, crop_summary
 from loading import encoder_digests, fuse_lora, load_model
 from options import H14, encode_args
-from sources import Unreadable, find_source, open_parquet, read_columns, read_rows
+from pictures import Unreadable
+from sources import find_source, open_parquet, read_columns, read_rows
 
 SHARD, BATCH = 256, 8  # pairs or prompts per file; per forward of the encoders, because results depend on it
 SETTINGS = ("model", "data", "resolution", "random_crop", "random_flip", "clip", "vae_sample", "vae_precision", "store",
             "precision", "seed")  # options that the manifest keeps
 NEVER_HALVED = ("row", "prompt", "prompt_length", "image_ids", "time_ids", "clip_embeds")  # by --store fp16
-ADVICE = ("What is encoded is kept. Pass fewer --workers, use fewer processes, or pass --device cpu to go on; in "
-          "another --out, a smaller --resolution helps")
+ADVICE = ("What is encoded is kept. The same command resumes with fewer --workers or fewer processes; in another --out, "
+          "--device cpu or a smaller --resolution helps")
 
 
 # Reading
@@ -237,6 +238,9 @@ class Encoder:
         with concurrent.futures.ThreadPoolExecutor(self.args.workers) as pool:
             decoded = dict(zip(rows, pool.map(self.decode, rows, (self.pairs.images[row] for row in rows))))
         unreadable = {row: item for row, item in decoded.items() if isinstance(item, str)}
+        if len(unreadable) == SHARD:
+            raise InputError(f"none of the {SHARD} pairs from row {rows[0]} on can be used ({unreadable[rows[0]]}). Is the "
+                             "storage gone? The same command resumes. Or take these rows out of the data")
         readable = [row for row in rows if row not in unreadable]
         parts = []
         for i in range(0, len(readable), BATCH):

@@ -337,7 +337,7 @@ def main(argv=None):
         try:
             args.function(args)
         except KeyboardInterrupt:
-            raise InputError("stopped; what is done is kept, and the same command resumes")
+            raise InputError("stopped; the same command resumes, and images and scores are kept")
 
 
 if __name__ == "__main__":

@@ -298,13 +298,14 @@ def save_model(model, folder):
 def fuse_lora(model, source):
     """Adds LoRA weights (a folder, a file or a hub id) to the weights of a model's networks.
 
-    An adapter that was trained with --init_lora needs the first one fused below it, so that one is fused first.
+    An adapter that was trained with --init_lora needs the first one fused below it, so that one is fused first, if the
+    model does not have it yet.
 
     raises  InputError if the weights cannot be read, or if one of their tensors fits nowhere: diffusers would leave
             it out
     """
     pipe, lower = model.pipe, lower_lora(source)
-    if lower:
+    if lower and os.path.realpath(lower) not in model.fused:
         fuse_lora(model, lower)
     try:
         file = lora_file(source)
@@ -325,6 +326,7 @@ def fuse_lora(model, source):
         pipe.fuse_lora(components=pipe._lora_loadable_modules)
         pipe.unload_lora_weights()
         model.init_lora = source
+        model.fused.add(os.path.realpath(source))
     except Exception as error:
         raise InputError(f"LoRA weights {source} cannot be loaded into this model: {brief(error)}")
 

@@ -47,6 +47,7 @@ MAY_CHANGE = {"steps", "micro_batch", "validate", "validate_every", "validate_pa
               "sample_every", "gradient_checkpointing", "compile", "reference_errors", "workers", "data_timeout",
               "device", "out", "dry_run"}
 MAY_MOVE = {"model", "config", "init_lora", "data", "clip"}  # a checkpoint knows their content, so names may change
+BELONG_TO = {"sft_weight": "sft_weight", "weight_position": "weight_position", "tau": "weights", "similarity": "weights"}
 # What the trainer gives a loss by name. Any other parameter is a hyperparameter. See the head of loss.py.
 VECTORS = {"err_w", "err_l", "ref_err_w", "ref_err_l", "t", "snr", "weights", *COLUMNS}
 
@@ -214,13 +215,16 @@ def train_args(argv=None):
     held_out_share(args.validate)
     if args.reference_errors and not {"ref_err_w", "ref_err_l"} & wants(loss_fn).keys():
         raise InputError(f"--reference_errors: {args.loss} has no reference")
-    if typed.get("sft_weight") and "sft_weight" not in wants(loss_fn):
-        raise InputError(f"--sft_weight: {args.loss} takes no such term")
+    for name, needed in BELONG_TO.items():
+        if typed.get(name) and not {name, needed} & wants(loss_fn).keys():
+            raise InputError(f"--{name}: {args.loss} takes no {needed}")
     if "micro_batch" not in typed and not fits(args.micro_batch, args):
         args.micro_batch = None  # it was recorded for another number of processes
     if args.micro_batch == "auto" and fits(recorded.get("micro_batch"), args):
         args.micro_batch = recorded["micro_batch"]  # what was found at the start
-    args.micro_batch = fit_micro_batch(args, args.group_size if needs_groups(loss_fn) else 1)
+    micro_batch = fit_micro_batch(args)
+    if args.resolution or args.micro_batch:
+        args.micro_batch = micro_batch  # otherwise run.open_parts fits it to the model's own resolution
     check_same_options(args, typed, recorded)
     return args
 
@@ -381,9 +385,10 @@ def needs_groups(loss_fn):
     return bool({"weights", "group_size"} & wants(loss_fn).keys())
 
 
-def fit_micro_batch(args, group_size):
+def fit_micro_batch(args):
     """--micro_batch; by default the largest that divides the batch, and if possible holds whole groups."""
     _, _, world_size = torchrun_env()
+    group_size = args.group_size if needs_groups(LOSSES[args.loss]) else 1
     if args.batch_size % group_size:
         raise InputError(f"--batch_size {args.batch_size} is not a multiple of --group_size {group_size}")
     if args.micro_batch == "auto" and get_device(args.device).type != "cuda":
@@ -393,8 +398,9 @@ def fit_micro_batch(args, group_size):
         raise InputError(f"--batch_size {args.batch_size} is not a multiple of {world_size} processes * "
                          f"--micro_batch {least}")
     pairs_per_process = args.batch_size // world_size
-    most = 16 if (args.resolution or 1024) <= 512 else 8
-    if (args.resolution or 0) > 768 and not args.gradient_checkpointing:
+    resolution = args.resolution or 1024
+    most = 16 if resolution <= 512 else 8
+    if resolution > 768 and not args.gradient_checkpointing:
         most = 4  # each pair takes 15 GB
     sizes = [n for n in range(1, most + 1) if pairs_per_process % n == 0]
     whole_groups = [n for n in sizes if n * world_size % group_size == 0]

@@ -102,8 +102,10 @@ class ReferenceErrors:
         before = self.draw_ids[step]
         if not before.isnan().any():
             now = stream.draw_ids(step)
-            now[:, 0] = before[:len(now), 0]  # an unreadable pair was replaced, so the row may differ
-            check_draws(f"{self.name} was computed", before[:len(now)], now, step)
+            before = before[:len(now)]
+            if (now[:, 0] != before[:, 0]).double().mean() < 0.5:
+                now[:, 0] = before[:, 0]  # unreadable pairs were replaced
+            check_draws(f"{self.name} was computed", before, now, step)
 
     def complete(self, stream, steps, load, prepare, error, stop):
         """Computes what is missing of a range of steps, and ends the process if a signal came meanwhile.
@@ -149,11 +151,23 @@ class ReferenceErrors:
         self.saved_at = time.time()
 
     def read(self, batch, images, device):
-        """The errors [images*B] of a MicroBatch, winners first. InputError if it was drawn differently."""
+        """The errors [images*B] of a MicroBatch, winners first. InputError if it was drawn differently.
+
+        A pair that could be read at one time and not at the other was replaced. Then the step's errors are removed.
+        """
         batch_size = self.errors.shape[1]
         step, index = batch.position // batch_size, batch.position % batch_size         # [B]
-        check_draws(f"{self.name} was computed", self.draw_ids[step, index], batch.draw_id, int(step[0]),
+        before, first = self.draw_ids[step, index], int(step[0])                        # [B, 3]
+        rows = batch.draw_id[:, 0]
+        check_draws(f"{self.name} was computed", torch.cat([rows[:, None], before[:, 1:]], 1), batch.draw_id, first,
                     int(index[0]))
+        replaced = (before[:, 0] != rows).nonzero().flatten().tolist()
+        if replaced:
+            self.errors[first] = torch.nan
+            self.save()
+            raise InputError(f"{self.name}: at step {first} it has row {before[replaced[0], 0]:.0f} where the data now give "
+                             f"row {rows[replaced[0]]:.0f}, because a pair could be read only once. The same command "
+                             "computes this step's errors again and resumes")
         errors = self.errors[step, index][:, :images]                                   # [B, images]
         return distributed.to_device(errors.T.flatten(), device)
 

@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common import InputError, as_text, atomic_write, brief, digest, is_hidden, write_csv
-from sources import read_image
+from pictures import read_image
 from stats import FEW, categories_of, compare_scores
 
 NOTE = "diffusion-rpo"  # the PNG text field in which an image carries its index, prompt and seed

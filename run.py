@@ -25,7 +25,7 @@ from encode import EncodedPairs, check_cache
 from extras.prompts import read_prompts
 from loading import EMBEDDED, find_model, fuse_lora, load_model, save_model
 from loss import LOSSES, wants
-from options import H14, recorded_run
+from options import H14, fit_micro_batch, recorded_run
 
 SHOWN = {"loss": "loss", "reward/margin": "margin", "reward/accuracy": "accuracy", "validate/accuracy": "held out",
          "skipped": "skipped"}  # scalars in the progress bar
@@ -65,12 +65,14 @@ def open_parts(args, out, state, device):
     if held_out:
         held_out.resolution = args.resolution
         reference.check_held_out(args)
+    args.micro_batch = args.micro_batch or fit_micro_batch(args)
     model.vae_dtype = DTYPES[args.vae_precision]
     model.set_times(args)
     args.optimizer = args.optimizer or model.optimizer
     args.guidance = model.guidance if args.guidance is None else args.guidance
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
     importlib.import_module("extras.check_loss").check_coupling(args, pairs, model.process)
+    distributed.wait_for_all()  # a machine may have copied or downloaded for hours
     return pairs, held_out, model
 
 
@@ -253,6 +255,7 @@ class Output:
 
     def restore(self, state):
         """Loads weights, optimizer, scaler and average of a checkpoint, and lets go of its mapped file."""
+        self.logged_at = time.time()
         for name, param in self.params.items():
             if state:
                 param.data.copy_(state["weights"][name])
@@ -274,7 +277,7 @@ class Output:
 
     def begin(self, start, pairs, held_out, seconds_at_peak):
         """Makes the folder ready for step `start`: removes what is half-written or belongs to later steps."""
-        self.logged_at, self.pairs, self.held_out = time.time(), pairs, held_out
+        self.pairs, self.held_out = pairs, held_out
         self.seconds_at_peak = seconds_at_peak
         if not self.is_writer:
             return

@@ -1,4 +1,4 @@
-"""The files of a source of pairs: which ones belong to it, their rows, and pictures out of their bytes.
+"""The files of a source of pairs: which ones belong to it, and their rows.
 
 A source is a parquet file, a folder of parquet files, a hub id in Pick-a-Pic's schema (caption, jpg_0, jpg_1,
 label_0), or a .jsonl file of {"prompt": ..., "chosen": FILE, "rejected": FILE}, alone or in a folder. A cache, which
@@ -7,20 +7,19 @@ encode.py writes, is recognised by its manifest.
 
 import collections
 import concurrent.futures
-import contextlib
+import errno
 import glob
 import importlib
-import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from common import LFS, InputError, as_text, brief, cannot_read, digest, hub_id, is_hidden, read_text
+from common import InputError, as_text, brief, cannot_read, digest, hub_id, is_hidden, read_text
 
 HUB_IDS = {"pickapic": "liuhuohuo2/pick-a-pic-v2"}  # a mirror: the original left the hub in 2025-04
 SPLITS = {  # the words of datasets.data_files and "...set", held-out splits first: "test_of_training" is a test split
@@ -30,6 +29,7 @@ SPLITS = {  # the words of datasets.data_files and "...set", held-out splits fir
 }
 OTHER_LISTS = (".json", ".csv", ".tsv", ".arrow", ".gz", ".tar", ".zip")  # may be meant as pairs, but are not read
 STRINGS = "null|(large_)?string(_view)?|dictionary<values=(large_)?string.*"  # as pyarrow prints their types
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 TO_TRAIN = ("train", None)  # preferred splits in order; None means files that name no split
 TO_VALIDATE = ("validation", "test", None, "train")
 
@@ -134,8 +134,14 @@ def file_identities(rows):
         identities.append([name, file.stat().st_size, digest(content)])
     if rows.files and is_list(rows.files):
         paths = [image[side] for image in rows.images for side in ("jpg_0", "jpg_1")]
-        identities.append([os.path.exists(path) and os.path.getsize(path) for path in paths])
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # on shared storage each answer takes a while
+            identities.append([*pool.map(bytes_of, paths)])
     return identities
+
+
+def bytes_of(path):
+    """The size of a file, False if it is not there."""
+    return os.path.exists(path) and os.path.getsize(path)
 
 
 def parquet_content(file):
@@ -277,17 +283,30 @@ def copy_images(fragments):
     paths = [fragment.path for fragment in fragments if fragment.count_rows()]
     if not paths:
         return []
-    contents = digest(b"".join(map(parquet_content, paths)))
+    folder = Path(datasets.config.HF_DATASETS_CACHE, f"pairs-{digest(b''.join(map(parquet_content, paths)))}")
+    if not folder.exists():
+        check_room(folder, sum(map(os.path.getsize, paths)))
     try:
         table = datasets.load_dataset(
             "parquet", data_files=[*map(glob.escape, paths)], split="train", columns=["jpg_0", "jpg_1"],
-            features=datasets.Features({"jpg_0": image, "jpg_1": image}),
-            cache_dir=f"{datasets.config.HF_DATASETS_CACHE}/pairs-{contents}")
+            features=datasets.Features({"jpg_0": image, "jpg_1": image}), cache_dir=str(folder))
     except Exception as error:
-        raise first_unreadable(paths, error.__cause__ or error)
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) in NO_ROOM:
+            raise cause
+        raise first_unreadable(paths, cause)
     if len(table) != sum(fragment.count_rows() for fragment in fragments):
         raise InputError(f"--data {Path(paths[0]).parent} was read in part. If it has changed, run the command again")
     return table
+
+
+def check_room(folder, need):
+    """InputError if the disk of a folder that is still to be made has less than `need` bytes."""
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise InputError(f"a copy of the images takes {need / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free. Set "
+                         "HF_HOME to a folder on a larger disk, or encode the pairs first (encode.py makes no copy)")
 
 
 class ImagesBeside:
@@ -367,81 +386,3 @@ def read_jsonl(files, extra):
                 column.append(cells.get(name))
     arrays = {name: pyarrow.array(column, column_types(extra)[name]) for name, column in values.items()}
     return pyarrow.table(arrays), images
-
-
-# Pictures
-
-# PIL refuses a picture beside a text (a workflow, say) of more than 1 MB. We allow 64 MB.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-
-
-class Unreadable(Exception):
-    """Why a pair cannot be used, in a few words that are the same for the same fault."""
-
-
-def stored_bytes(cell):
-    """The encoded bytes in a cell: bytes, a path, or the {"bytes", "path"} of a `datasets.Image`."""
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, str):
-        cell = Path(cell).read_bytes()
-    if not cell:
-        raise Unreadable("no image")
-    if cell.startswith(LFS):
-        raise Unreadable("a pointer of git-lfs")
-    return cell
-
-
-def read_image(content):
-    """An upright RGB picture out of encoded bytes. Transparency becomes white. A colour profile is not applied.
-
-    raises  whatever PIL raises on bytes that it cannot decode; ValueError above PIL's limit of pixels (a decompression
-            bomb) and where the scale of the numbers is unknown
-    """
-    image = Image.open(io.BytesIO(content))
-    kind = image.format
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError("a decompression bomb?")
-    image.load()
-    with contextlib.suppress(Exception):  # with damaged EXIF the picture is whole, and probably upright
-        image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # PIL would clip values above 255, and show values in [0, 1] as black
-        grey = Image.fromarray(to_8_bits(np.asarray(image), image.mode, kind))
-        if "transparency" in image.info:
-            is_seen = np.asarray(image) != image.info["transparency"]
-            grey.putalpha(Image.fromarray(np.where(is_seen, 255, 0).astype(np.uint8)))
-        image = grey
-    if image.mode in ("La", "RGBa"):  # colours premultiplied by their transparency
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def to_8_bits(values, mode, kind):
-    """Grey values [H, W] with 16 or 32 bits or floating point -> uint8. ValueError if their scale is unknown.
-
-    mode, kind  PIL's mode and format. Images of 16 bits, and PGM files, always have the range 65535. Otherwise the
-                largest value tells the range: 1 (floating point), 255 or 65535, with 5% for resampling's overshoot
-    """
-    top = 65535
-    if not (mode.startswith("I;16") or kind == "PPM"):
-        tops = [1, 255, 65535] if mode == "F" else [255, 65535]
-        top = next((top for top in tops if values.max() <= 1.05 * top), None)
-        if top is None or values.min() < -0.05 * top or mode == "F" and 1.05 < values.max() < 16:
-            raise ValueError("pixel values of unknown scale")
-    return (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
-
-
-def reason_of(error):
-    """Why an image cannot be read, without the numbers and addresses that differ from one image to the next."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, Image.DecompressionBombError):
-        return "a decompression bomb?"
-    text = getattr(error, "strerror", None) or brief(error)
-    text = re.sub(r"\([^)]*\)|<[^>]*>", "", text)
-    text = re.sub(r"\W*\d+", "", text)
-    return " ".join(text.split()) or type(error).__name__

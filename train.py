@@ -59,20 +59,20 @@ def train(args, out, state):
     if trainer.draws_samples:
         output.draw_base_grid(trainer.pairs)
     steps = range(start, args.steps)
-    if trainer.reference_errors:
-        trainer.reference_errors.complete(
-            trainer.stream, steps, trainer.load, trainer.prepare, trainer.compute_reference_error, stop)
-        trainer.reference = None
     held_out = None
     if trainer.held_out:
         held_out = reference.HeldOut(
             args, out, trainer.held_out, trainer.model.process, trainer.latent_shape, trainer.model_digests)
         held_out.begin(trainer.load, trainer.encode, trainer.policy_error)
         print0(held_out.summary(trainer.pairs))
+    output.begin(start, trainer.pairs, trainer.held_out, trainer.seconds_at_peak)
+    if trainer.reference_errors:  # last, because it can take hours
+        trainer.reference_errors.complete(
+            trainer.stream, steps, trainer.load, trainer.prepare, trainer.compute_reference_error, stop)
+        trainer.reference = None
     if trainer.is_encoded:
         release_encoders(trainer.model, keeps_vae=trainer.draws_samples)
     output.restore(state)
-    output.begin(start, trainer.pairs, trainer.held_out, trainer.seconds_at_peak)
     batches = trainer.load(trainer.stream, steps)
     progress = tqdm(steps, args.loss, args.steps, initial=start, disable=trainer.rank > 0)
 

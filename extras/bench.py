@@ -406,10 +406,10 @@ def main(argv=None):
             return print_counted()
         if "--report" in argv:
             return importlib.import_module("extras.card").main(argv)
-        argv = DEFAULTS + argv
-        args = train_args(argv)
-        counted = alone(arithmetic, argv)
         with tempfile.TemporaryDirectory() as folder:
+            argv = [*DEFAULTS, *argv, "--out", f"{folder}/new"]  # the options of a run in the default --out would count
+            args = train_args(argv)
+            counted = alone(arithmetic, argv)
             table, encoded_per_second = measure(argv, args, Path(folder))
         is_cuda = args.device.startswith("cuda")
         device = torch.cuda.get_device_name(args.device) if is_cuda else args.device

@@ -17,7 +17,7 @@ from pathlib import Path
 import scorers
 from common import InputError, Parser, brief, one_line_errors
 from distributed import get_device
-from sources import read_image
+from pictures import read_image
 
 VALUES = Path(__file__).with_name("golden.json")
 

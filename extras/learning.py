@@ -80,7 +80,10 @@ def read_rows(folder):
 
 def rows_of(rows, setting):
     """The rows of one run, in the order of its steps."""
-    return [row for row in rows if (row["beta"], row["lr"], row["swapped"]) == setting]
+    of_run = [row for row in rows if (row["beta"], row["lr"], row["swapped"]) == setting]
+    if not of_run:
+        raise InputError("learning.csv lacks runs; the command without --rows resumes with them")
+    return of_run
 
 
 def table(rows):

@@ -59,7 +59,7 @@ def new_pairs_file(out):
     """The path of the parquet file to write. InputError if it exists, or the folder --out holds anything."""
     is_file = str(out).endswith(".parquet")
     file = writable_file(out if is_file else Path(out) / "train.parquet")
-    found = [file] if is_file else sorted(file.parent.glob("[!.]*"))
+    found = [file] if is_file else sorted({*file.parent.glob("[!.]*")} - {file.with_suffix(".part")})
     if any(path.exists() for path in found):
         raise InputError(f"pairs: --out {out} holds {found[0].name} already; remove it, or give another --out")
     return file

@@ -46,7 +46,7 @@ from extras.prompts import read_prompts
 from flow_models import Flux, Flux2Klein, QwenImage, ZImage
 from loading import load_model, load_pipeline, model_index, weights_digest
 from models import StableDiffusion, StableDiffusionXL, cast_for_autocast
-from sources import read_image
+from pictures import read_image
 
 STYLES = {  # the paper's styles, in our words; --style takes any other text with a {} for the prompt
     "van-gogh": "{}, an oil painting in the style of Vincent van Gogh, swirling thick brush strokes",
@@ -64,7 +64,7 @@ EDITORS = {  # pipelines that see the image beside the noise; the family that lo
 }
 UNTRIED = (Flux, Flux2Klein, QwenImage, ZImage)  # by image-to-image
 SHARD = 100  # pairs in a parquet file: Arrow takes 2 GB at once, and a picture may have 5 MB
-ADVICE = "The same command resumes with a smaller --batch_size or with --device cpu"
+ADVICE = "The same command resumes with a smaller --batch_size; in another --out, --device cpu helps"
 
 
 def parse_args(argv=None):

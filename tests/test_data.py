@@ -1,7 +1,9 @@
 """What the pair data promise. The data are made here, with the mess of real sets in them."""
 
+import errno
 import io
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -12,10 +14,11 @@ import torch
 from PIL import Image
 
 import data
+import pictures
 from common import InputError, keyed_generator
 from data import ImagePairs, collate, cross_pair_weights, crop_and_resize
 from loss import dpo_loss, rpo_loss
-from sources import read_image, stored_bytes
+from pictures import read_image, stored_bytes
 
 WINNER, LOSER = (0, 200, 0), (200, 0, 0)  # green wins over red
 
@@ -317,6 +320,36 @@ def messy(folder):
         8: {"jpg_0": b"<html><body>404 Not Found</body></html>"},
     }
     return parquet(folder, rows_of(*[1.0] * 10, changes=changes))
+
+
+@pytest.mark.parametrize("number", ["EIO", "ESTALE", "ENOTCONN"])
+def test_storage_that_is_away_stops_the_run(tmp_path, monkeypatch, number):
+    """Its pairs are not unreadable: replacing them would train on others, and encoding would lose them for ever."""
+    def read_bytes(path):
+        raise OSError(getattr(errno, number), "away", str(path))
+
+    (tmp_path / "a.png").write_bytes(encoded())
+    line = json.dumps({"prompt": "one", "chosen": "a.png", "rejected": "a.png"})
+    (tmp_path / "train.jsonl").write_text(line)
+    pairs = ImagePairs(str(tmp_path), 32)
+    monkeypatch.setattr(pictures.Path, "read_bytes", read_bytes)
+    for use in (pairs.scan, lambda: pairs[0]):
+        with pytest.raises(InputError, match="away.*Once its storage is back, the same command resumes"):
+            use()
+
+
+def test_a_copy_of_the_images_needs_room_before_it_is_made(tmp_path, monkeypatch):
+    """Once it is there, it needs none."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "pairs").mkdir()
+    parquet(tmp_path / "pairs", rows_of(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 100, 0))
+        with pytest.raises(InputError, match="a copy of the images takes .* free. Set HF_HOME"):
+            ImagePairs(str(tmp_path / "pairs"), 32)
+    ImagePairs(str(tmp_path / "pairs"), 32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 100, 0))
+    assert len(ImagePairs(str(tmp_path / "pairs"), 32)) == 1
 
 
 def test_unreadable_pairs_are_replaced_by_the_next_readable_and_listed(tmp_path):

@@ -1,5 +1,6 @@
 """Encoded pairs train as the pairs themselves; a cache, and the reference's errors, are what they say."""
 
+import errno
 import functools
 import json
 import math
@@ -8,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -32,6 +34,7 @@ from data import ImagePairs
 from encode import EncodedPairs
 from extras import tiny
 from options import encode_args, train_args
+from pictures import Unreadable
 from reference import ReferenceErrors
 from small_runs import fresh, launch, log_of
 
@@ -555,6 +558,34 @@ def test_the_same_weights_in_another_configuration_are_another_model(
         run("sd", few_pairs, *file, "--model", str(tmp_path / "vae"), name="other")
 
 
+def test_storage_that_goes_away_leaves_no_file_without_pairs(tmp_path, small_model, monkeypatch):
+    """Such files would count as done. Once the storage is back, the same command makes the cache that it would have made."""
+    rows = tiny.pair_rows(12)
+    (tmp_path / "pairs").mkdir()
+    with open(tmp_path / "pairs" / "train.jsonl", "w", encoding="utf-8") as lines_of_pairs:
+        for k, row in enumerate(rows):
+            line = {"prompt": row["caption"], "chosen": f"{k}/0.png", "rejected": f"{k}/1.png"}
+            (tmp_path / "pairs" / str(k)).mkdir()
+            for side in (0, 1):
+                (tmp_path / "pairs" / str(k) / f"{side}.png").write_bytes(row[f"jpg_{side}"])
+            lines_of_pairs.write(json.dumps(line) + "\n")
+    write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / "whole")
+    read_bytes = Path.read_bytes
+
+    def read_what_is_there(path):
+        if path.suffix == ".png" and 5 <= int(path.parent.name) < 10:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_what_is_there)
+        with pytest.raises(SystemExit, match="none of the 5 pairs from row 5 on can be used .no such file.. Is the storage"):
+            write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / "c")
+    assert not (tmp_path / "c" / "pairs-00001.safetensors").exists()
+    write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / "c")
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
 def test_a_cache_needs_room_before_it_is_begun(tmp_path, small_model, few_pairs, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 0, 10**5))
     with pytest.raises(SystemExit, match="needs 0 GB more, but 0 GB are free. --store fp16"):
@@ -707,15 +738,41 @@ def test_reference_errors_at_another_micro_batch_agree_to_rounding(run, encoded,
 
 
 def test_a_sweep_pays_for_the_reference_once(run, encoded, tmp_path, monkeypatch):
-    """The reference sees no loss, beta, tau, group, learning rate or rank. A longer run adds its steps to the file."""
+    """The reference sees no loss, beta, group, learning rate or rank. A longer run adds its steps to the file."""
     file = ["--reference_errors", str(tmp_path / "errors")]
     run("sd", encoded("sd"), *file, name="first")
     puts = Puts(monkeypatch)
-    other = "--loss dpo --beta 10 --tau 1 --group_size 2 --lr 1e-4 --lora_rank 2 --optimizer sgd".split()
+    other = "--loss dpo --beta 10 --group_size 2 --lr 1e-4 --lora_rank 2 --optimizer sgd".split()
     run("sd", encoded("sd"), *file, *other, name="other")
     assert puts.steps == []
     run("sd", encoded("sd"), *file, "--steps", "5", name="longer")
     assert puts.steps == [3, 4]
+
+
+def test_a_pair_that_can_be_read_only_once_costs_one_step_of_reference_errors(run, few_pairs, tmp_path, monkeypatch):
+    """Its replacement's errors fit no step. They are removed, and the same command computes these again and no others."""
+    file, gone = ["--reference_errors", str(tmp_path / "errors")], []
+    plain = run("sd", few_pairs, name="plain")
+    complete, load = ReferenceErrors.complete, ImagePairs.load
+
+    def load_what_is_there(pairs, row):
+        if row in gone:
+            raise Unreadable("no such file")
+        return load(pairs, row)
+
+    def complete_without_one(errors, stream, *inputs):
+        gone.append(stream.pairs.row_at(9))
+        complete(errors, stream, *inputs)
+        stream.pairs.unreadable.clear()
+        gone.clear()
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="at step 1 it has row .* The same command"):
+        patch.setattr(ImagePairs, "load", load_what_is_there)
+        patch.setattr(ReferenceErrors, "complete", complete_without_one)
+        run("sd", few_pairs, *file, name="out")
+    puts = Puts(monkeypatch)
+    again = run("sd", few_pairs, *file, name="out")
+    assert puts.steps == [1] and torch.equal(plain[2], again[2]) and lines(plain[0]) == lines(again[0])
 
 
 def one_image_loss(err_w, ref_err_w, beta):

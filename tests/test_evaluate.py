@@ -30,7 +30,7 @@ from loading import load_model
 from models import StableDiffusion, cast_for_autocast
 from evaluate import read_prompt_rows, read_prompts
 from small_runs import BROWSER, launch
-from sources import read_image
+from pictures import read_image
 from extras.scored_pairs import ranked_pairs
 from extras.style import frechet
 from stats import rate_interval
@@ -452,7 +452,7 @@ def test_a_stop_ends_in_one_line(generate, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "score_missing", stopped)
-    with pytest.raises(SystemExit, match="^evaluate.py: stopped; what is done is kept"):
+    with pytest.raises(SystemExit, match="^evaluate.py: stopped; the same command resumes"):
         evaluate.main(["score", str(out), "--metrics", "clip=tiny"])
 
 
@@ -1064,6 +1064,10 @@ def test_pairs_go_to_a_place_of_their_own(tmp_path):
     (tmp_path / "out" / "other.parquet").touch()
     with pytest.raises(SystemExit, match="out holds other.parquet already"):
         evaluate.main(["pairs", a, b, "--by", "s", "--out", str(tmp_path / "out")])
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "train.part").touch()  # of a command that was killed
+    evaluate.main(["pairs", a, b, "--by", "s", "--out", str(tmp_path / "killed")])
+    assert [file.name for file in (tmp_path / "killed").iterdir()] == ["train.parquet"]
     with pytest.raises(SystemExit, match="is given twice"):
         evaluate.main(["pairs", a, b, a, "--by", "s", "--out", str(tmp_path / "new")])
 

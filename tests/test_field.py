@@ -22,6 +22,7 @@ import data
 import encode
 import evaluate
 import loading
+import pictures
 import sources
 import train
 from common import InputError
@@ -624,16 +625,16 @@ PICTURES = {
 @pytest.mark.parametrize("mode", PICTURES)
 def test_no_picture_becomes_black_or_white(mode):
     image, kind = PICTURES[mode]
-    pixels = np.asarray(sources.read_image(saved(image, kind)), int)
+    pixels = np.asarray(pictures.read_image(saved(image, kind)), int)
     assert np.abs(pixels - gradient(float, 255)[:, :, None]).max() <= 2
 
 
 def test_a_dark_picture_of_16_bits_stays_dark_and_a_transparent_one_white():
     dark = Image.fromarray(np.full((8, 8), 200, np.uint16))
     for kind in ("PNG", "PPM"):
-        assert np.asarray(sources.read_image(saved(dark, kind))).max() == 1
+        assert np.asarray(pictures.read_image(saved(dark, kind))).max() == 1
     clear = saved(Image.fromarray(np.full((8, 8), 30000, np.uint16)), transparency=30000)
-    assert np.asarray(sources.read_image(clear)).min() == 255
+    assert np.asarray(pictures.read_image(clear)).min() == 255
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, 8.0, 1e6])
@@ -658,7 +659,7 @@ def test_a_picture_with_a_long_text_beside_it_is_read():
         info = PngImagePlugin.PngInfo()
         info.add_text("workflow", "x" * 3_000_000, zip=compressed)
         info.add_itxt("prompt", "y" * 3_000_000, zip=compressed)
-        assert sources.read_image(saved(image, pnginfo=info)).tobytes() == image.tobytes()
+        assert pictures.read_image(saved(image, pnginfo=info)).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\0\0"])
@@ -666,9 +667,9 @@ def test_a_picture_with_a_long_text_beside_it_is_read():
 def test_a_picture_with_damaged_exif_is_read(exif, kind):
     """A picture that is cut off is not read, whatever its EXIF."""
     content = saved(Image.new("RGB", (40, 30), (200, 0, 0)), kind, exif=exif)
-    assert sources.read_image(content).size == (40, 30)
+    assert pictures.read_image(content).size == (40, 30)
     with pytest.raises(Exception):
-        sources.read_image(content[: len(content) * 2 // 3])
+        pictures.read_image(content[: len(content) * 2 // 3])
 
 
 # 5. Model folders

@@ -19,6 +19,8 @@ def test_the_guides_table_is_that_of_the_rows():
     assert {(row["beta"], row["lr"], row["swapped"]) for row in rows} == set(learning.settings())
     for setting in learning.settings():
         assert [row["step"] for row in learning.rows_of(rows, setting)] == [*range(10, 121, 10)]
+    with pytest.raises(common.InputError, match="learning.csv lacks runs"):
+        learning.table(rows[:12])
 
 
 def test_the_guides_table_of_held_winners_is_that_of_the_rows(capsys):

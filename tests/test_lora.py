@@ -293,6 +293,10 @@ def test_an_adapter_knows_the_one_that_it_stands_on(run, small_model, tmp_path):
     inputs = pair_inputs(both)
     trained = denoising_error(network=second.model.denoiser, **inputs)
     assert apart(denoising_error(network=both.denoiser, **inputs), trained) < 1e-5
+    one_by_one = fresh(small_model("sd"))  # as diffusers needs it; the first is not fused twice
+    loading.fuse_lora(one_by_one, first)
+    loading.fuse_lora(one_by_one, second.out / "model")
+    assert apart(denoising_error(network=one_by_one.denoiser, **inputs), trained) < 1e-5
     by_file = fresh(small_model("sd"))
     loading.fuse_lora(by_file, second.out / ADAPTER)
     assert apart(denoising_error(network=by_file.denoiser, **inputs), trained) < 1e-5
@@ -516,7 +520,7 @@ class Waits:
     def __init__(self, patch):
         self.going, self.stepping, self.reading, self.found, self.watched = False, False, False, [], 0
         error, clip = train.denoising_error, torch.nn.utils.clip_grad_norm_
-        begin, load = run_room.Output.begin, train.Trainer.load
+        restore, load = run_room.Output.restore, train.Trainer.load
         read = reference.ReferenceErrors.read
 
         def denoising_error(*inputs, **more):
@@ -530,7 +534,7 @@ class Waits:
 
         def before_the_first_step(*inputs):
             self.going = True
-            begin(*inputs)
+            restore(*inputs)
 
         def reading_load(*inputs):
             batches = load(*inputs)
@@ -550,7 +554,7 @@ class Waits:
 
         patch.setattr(train, "denoising_error", denoising_error)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
-        patch.setattr(run_room.Output, "begin", before_the_first_step)
+        patch.setattr(run_room.Output, "restore", before_the_first_step)
         patch.setattr(train.Trainer, "load", reading_load)
         patch.setattr(reference.ReferenceErrors, "read", reading_errors)
 

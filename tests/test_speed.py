@@ -177,8 +177,8 @@ def auto_on_a_gpu(monkeypatch):
     """`--micro_batch auto` as on a GPU: it is found by trying."""
     fit = options_file.fit_micro_batch
 
-    def fit_micro_batch(args, group_size):
-        return "auto" if args.micro_batch == "auto" else fit(args, group_size)
+    def fit_micro_batch(args):
+        return "auto" if args.micro_batch == "auto" else fit(args)
 
     monkeypatch.setattr(options_file, "fit_micro_batch", fit_micro_batch)
 
@@ -211,7 +211,7 @@ def test_a_run_goes_on_with_the_recorded_micro_batch_if_it_fits(tmp_path, comman
     """It is the recorded one if it was found by auto. For other processes it may not fit, and then it is chosen anew."""
     out = tmp_path / "out"
     out.mkdir()
-    begun = vars(train_args(command("", out)))
+    begun = vars(train_args(command("--resolution 32", out)))
     assert begun["micro_batch"] == 8
     (out / "config.json").write_text(json.dumps(begun | {"micro_batch": 4}))
     assert train_args(command("", out)).micro_batch == train_args(command("--micro_batch auto", out)).micro_batch == 4
@@ -223,6 +223,14 @@ def test_a_run_goes_on_with_the_recorded_micro_batch_if_it_fits(tmp_path, comman
     assert train_args(command("--micro_batch auto", out)).micro_batch == "auto"  # it is tried anew
     with pytest.raises(InputError, match="8 is not a multiple of 2 processes \\* --micro_batch 8"):
         train_args(command("--micro_batch 8", out))
+
+
+def test_the_micro_batch_is_chosen_for_the_models_own_resolution(tmp_path, command):
+    """Not for a guess: 16 pairs of small images fit, but not 8 of 1024 pixels without checkpointing."""
+    assert train_args(command("--batch_size 16", tmp_path / "out")).micro_batch is None
+    assert train_args(command("--batch_size 16 --resolution 1024", tmp_path / "out")).micro_batch == 4
+    train.main(command("--batch_size 16 --steps 1", tmp_path / "out"))
+    assert recorded_run(tmp_path / "out")["micro_batch"] == 16
 
 
 def train_with(argv):

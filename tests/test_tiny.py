@@ -24,7 +24,7 @@ from data import Clip, cross_pair_weights
 from extras import tiny, tiny_build
 from loading import EMBEDDED, add_lora, load_model, save_model
 from loss import denoising_error
-from sources import read_image
+from pictures import read_image
 
 
 def test_pairs_differ_in_style_alone_and_the_sketch_wins():

@@ -25,8 +25,8 @@ import loading
 import loss as loss_file
 import models
 import options
+import pictures
 import run as run_room
-import sources
 import train
 from common import InputError
 from extras import check_loss, tiny
@@ -182,7 +182,7 @@ def test_the_winner_is_what_the_log_calls_the_winner(tmp_path, small_model):
         images = []
         for row in (rows[k] for k in order):
             side = 0 if (row["label_0"] == 1) == is_winner else 1
-            image = sources.read_image(sources.stored_bytes(row[f"jpg_{side}"]))
+            image = pictures.read_image(pictures.stored_bytes(row[f"jpg_{side}"]))
             pixels, _ = data.crop_and_resize(image, 32, 0.5, 0.5, False)
             images.append(pixels)
         mean, _ = model.encode_images(torch.stack(images)[:, None])
@@ -622,8 +622,18 @@ def test_a_loss_of_a_fork_takes_sft_weight_by_its_name(monkeypatch):
     monkeypatch.setitem(loss_file.LOSSES, "held", lambda err_w, sft_weight: (err_w.mean(), {}))
     assert hyperparameters(train_args(["--loss", "held", "--sft_weight", "0.3", "--device", "cpu"])) == {"sft_weight": 0.3}
     assert hyperparameters(train_args(["--loss", "dpo", "--device", "cpu"]))["sft_weight"] == 0
-    with pytest.raises(InputError, match="--sft_weight: sft takes no such term"):
+    with pytest.raises(InputError, match="--sft_weight: sft takes no sft_weight"):
         train_args(["--loss", "sft", "--sft_weight", "0.3", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("option", ["--tau 0.1", "--similarity text", "--weight_position inside"])
+def test_an_option_that_the_loss_does_not_take_is_refused(monkeypatch, option):
+    """Or a sweep over tau with a forgotten --loss dpo would be one DPO run after the other."""
+    with pytest.raises(InputError, match=f"{option.split()[0]}: dpo takes no weight"):
+        train_args(["--loss", "dpo", *option.split()])
+    assert train_args(option.split()).loss == "rpo"
+    monkeypatch.setitem(loss_file.LOSSES, "own", lambda err_w, tau: (err_w.mean(), {}))
+    assert hyperparameters(train_args(["--loss", "own", "--tau", "0.1"])) == {"tau": 0.1}
 
 
 def free_loss(err_w, beta, margin, power=2, is_hinge=True, form="abs", floor=None):

@@ -316,6 +316,15 @@ def test_another_share_is_another_run(tmp_path, run, small_model, few_pairs):
 # Going on
 
 
+def test_what_takes_seconds_is_checked_before_reference_errors_that_take_hours(tmp_path, run, held_out):
+    small = run("--validate", held_out, "--validate_pairs", "4", "--steps", "1", name="small")
+    out = run("--validate", held_out, "--steps", "1")
+    shutil.copy(small / "validation.safetensors", out)
+    with pytest.raises(SystemExit, match="validation.safetensors belongs to a run with number of pairs"):
+        run("--steps", "2", "--reference_errors", str(tmp_path / "errors"))
+    assert not (tmp_path / "errors").exists()
+
+
 def test_a_run_that_goes_on_measures_the_same(tmp_path, run, held_out):
     """It does so, too, if the file of the reference's errors was lost."""
     options = ["--validate", held_out, "--validate_every", "1"]
