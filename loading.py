@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 
 from huggingface_hub import constants as hub
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 import torch
 from safetensors import safe_open
 
@@ -332,9 +334,12 @@ def fuse_lora(model, source):
 
 
 def lower_lora(source):
-    """The LoRA weights that must be fused before those of a source, which is a folder or a file in it; or None."""
+    """The LoRA weights that must be fused before those of a source: a folder, a file in it, or a hub id. Or None."""
     path = Path(source)
     file = path.with_name(LOWER_LORA) if path.is_file() else path / LOWER_LORA
+    if not path.exists():
+        with contextlib.suppress(EntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError):
+            file = Path(hf_hub_download(source, LOWER_LORA))  # if the weights are not there either, reading them says so
     try:
         return json.loads(file.read_text(encoding="utf-8"))["init_lora"] if file.exists() else None
     except (ValueError, KeyError, TypeError) as error:

@@ -121,6 +121,17 @@ def test_fals_form_of_flux_weights_is_left_to_diffusers(tmp_path, small_model):
     assert "peft's own form" not in str(error.value)
 
 
+def test_a_hub_id_that_stands_on_an_adapter_that_is_not_here_is_refused(small_model):
+    """Alone it would be another model's."""
+    snapshot = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--someone--second" / "snapshots" / ("b" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("b" * 40)
+    (snapshot / loading.LOWER_LORA).write_text(json.dumps({"init_lora": "/home/someone/first"}))
+    with pytest.raises(InputError, match="LoRA weights /home/someone/first cannot be loaded"):
+        loading.fuse_lora(fresh(small_model("sd")), "someone/second")
+
+
 @pytest.mark.parametrize("source, complaint", [("nowhere", "no such file"), ("some/lora", "pytorch_lora_weights")])
 def test_lora_weights_that_are_not_there_are_named(small_model, source, complaint):
     with pytest.raises(InputError, match=f"LoRA weights {source} cannot be loaded.*{complaint}"):
