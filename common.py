@@ -314,8 +314,8 @@ def save_checkpoint(folder, state):
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         raise InputError(f"{file} cannot be written ({brief(error)[:200]}). Kept: "
-                         f"{newest_checkpoint(folder) or 'no checkpoint'}. Free some space, then the same command goes "
-                         "on")
+                         f"{newest_checkpoint(folder) or 'no checkpoint'}. Free some space, then the same command "
+                         "resumes")
     part.replace(file)
     for old in folder.glob("checkpoint-*.pt"):
         if old != file:

@@ -175,15 +175,22 @@ def mean_scalars(metrics, grad_norm, flags):
 
 
 def wait_for_all():
-    """Under torchrun, wait here for all processes, for a day at most: one may copy its data while the others have it."""
+    """Under torchrun, wait here for all processes, for a day at most."""
     _, _, world_size = torchrun_env()
     if world_size > 1:
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(days=1))
-        with collective():
-            group = dist.new_group(timeout=timedelta(days=1), backend="gloo")
-            dist.barrier(group)
-            dist.destroy_process_group(group)
+        dist.barrier()
+
+
+def wait_for_data():
+    """Waits, a day at most, until all have read their data and model: a machine may copy for hours what others have."""
+    rank, _, world_size = torchrun_env()
+    if world_size > 1:
+        with collective():  # of the store, because the processes' group has a shorter timeout
+            store = torchrun_store("data")
+            store.set(str(rank), "read")
+            store.wait([str(other) for other in range(world_size)], timedelta(days=1))
 
 
 def pending_batches(n, size, files, title):
@@ -275,6 +282,13 @@ def has_room_for(micro_batch, args, device, params, forward_backward):
 # The end of a process
 
 
+def torchrun_store(name):
+    """A part of the store that torchrun keeps for the processes of this start."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"{name} {attempt}", dist.TCPStore(host, port, is_master=False))
+
+
 class Heartbeat:
     """Ends this process with one line when another process, or the way to it, is lost.
 
@@ -295,16 +309,10 @@ class Heartbeat:
         for task in (self.exchange, self.watch):
             threading.Thread(target=task, daemon=True).start()
 
-    @contextlib.contextmanager
-    def store(self):
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        with contextlib.suppress(RuntimeError):  # the store is gone or out of reach: then everybody is silent
-            yield dist.PrefixStore(f"heartbeat {attempt}", dist.TCPStore(host, port, is_master=False))
-
     def exchange(self):
         beats = {}
-        with self.store() as store:
+        with contextlib.suppress(RuntimeError):  # the store is gone or out of reach: then everybody is silent
+            store = torchrun_store("heartbeat")
             for beat in itertools.count():
                 store.set(str(self.rank), str(beat))
                 for rank in self.heard:

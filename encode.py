@@ -222,6 +222,7 @@ class Encoder:
         captions = (self.pairs.caption(row) for row in self.pairs.rows)
         self.prompts = list(dict.fromkeys(["", *captions]))
         self.prompt_numbers = {prompt: number for number, prompt in enumerate(self.prompts)}
+        self.probe = None  # the row and the cells of a pair that could be read
         for network in self.model.networks().values():
             network.to("meta" if network is self.model.denoiser else device)  # the denoiser is not used
 
@@ -234,14 +235,15 @@ class Encoder:
 
     def encode_pairs(self, rows, progress):
         """({name: [n, ...]}, {row: why} of those that cannot be used) of some rows."""
-        rows = [int(row) for row in rows]
+        cells = {int(row): self.pairs.images[int(row)] for row in rows}
         with concurrent.futures.ThreadPoolExecutor(self.args.workers) as pool:
-            decoded = dict(zip(rows, pool.map(self.decode, rows, (self.pairs.images[row] for row in rows))))
+            decoded = dict(zip(cells, pool.map(self.decode, cells, cells.values())))
         unreadable = {row: item for row, item in decoded.items() if isinstance(item, str)}
-        if len(unreadable) == SHARD:
-            raise InputError(f"none of the {SHARD} pairs from row {rows[0]} on can be used ({unreadable[rows[0]]}). Is the "
-                             "storage gone? The same command resumes. Or take these rows out of the data")
-        readable = [row for row in rows if row not in unreadable]
+        readable = [row for row in cells if row not in unreadable]
+        if readable:
+            self.probe = readable[0], cells[readable[0]]
+        if unreadable:
+            self.check_storage()
         parts = []
         for i in range(0, len(readable), BATCH):
             parts.append(self.encode_items(readable[i:i + BATCH], decoded))
@@ -249,6 +251,16 @@ class Encoder:
         if not parts:
             parts = [{"row": torch.zeros(0, dtype=torch.int64), "prompt": torch.zeros(0, dtype=torch.int64)}]
         return self.stack(parts), unreadable
+
+    def check_storage(self):
+        """InputError if files of the data, or the last pair that could be read, cannot be read any more.
+
+        The pairs of a file that is written count as done, so without this those that are away would be lost.
+        """
+        files = self.pairs.source_rows.files.values()
+        if not all(file.exists() for file in files) or self.probe and isinstance(self.decode(*self.probe), str):
+            raise InputError("what could be read before cannot be read any more. Is the storage gone? Once it is back, "
+                             "the same command resumes")
 
     def encode_items(self, rows, decoded):
         items = [decoded[row] for row in rows]
@@ -380,6 +392,8 @@ def encode(args):
     for note in notes.values():
         pairs.unreadable |= {row: reason for reason, rows in note["unreadable"].items() for row in rows}
     if len(pairs.unreadable) == len(pairs):
+        for file in out.glob("pairs-*.safetensors"):  # the same command reads the pairs again
+            file.unlink(missing_ok=True)
         raise InputError(f"{args.data} holds no pair that can be read")
     sizes = {name: (out / name).stat().st_size for name in [*notes, "prompts.json"]}
     manifest |= pairs.report() | {"files": sizes}

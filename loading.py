@@ -11,10 +11,9 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import constants as hub
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub import errors, hf_hub_download
 from safetensors import safe_open
 
 from common import InputError, brief, digest, fingerprint, hub_id
@@ -297,7 +296,7 @@ def save_model(model, folder):
         (Path(folder) / LOWER_LORA).write_text(json.dumps({"init_lora": lower}), encoding="utf-8")
 
 
-def fuse_lora(model, source):
+def fuse_lora(model, source, is_lower=False):
     """Adds LoRA weights (a folder, a file or a hub id) to the weights of a model's networks.
 
     An adapter that was trained with --init_lora needs the first one fused below it, so that one is fused first, if the
@@ -307,8 +306,8 @@ def fuse_lora(model, source):
             it out
     """
     pipe, lower = model.pipe, lower_lora(source)
-    if lower and os.path.realpath(lower) not in model.fused:
-        fuse_lora(model, lower)
+    if lower:
+        fuse_lora(model, lower, is_lower=True)
     try:
         file = lora_file(source)
         refuse_other_adapters(source, file)
@@ -316,19 +315,22 @@ def fuse_lora(model, source):
             weights, *_ = pipe.lora_state_dict(source, weight_name=file, unet_config=model.denoiser.config)
         else:
             weights = pipe.lora_state_dict(source, weight_name=file)
+        digests = {name: tensor_digest(tensor) for name, tensor in weights.items()}
+        if is_lower and digests in model.fused:
+            return
         pipe.load_lora_weights(source, weight_name=file)
         loaded = set()
         for network in model.networks().values():
             for name, param in network.named_parameters():
                 if "lora_" in name:
                     loaded.add(tensor_digest(param.detach()))
-        homeless = [name for name, tensor in weights.items() if tensor_digest(tensor) not in loaded]
+        homeless = [name for name in digests if digests[name] not in loaded]
         if homeless:
             raise ValueError(f"{len(homeless)} of its {len(weights)} tensors fit nowhere: {homeless[0]} ...")
         pipe.fuse_lora(components=pipe._lora_loadable_modules)
         pipe.unload_lora_weights()
         model.init_lora = source
-        model.fused.add(os.path.realpath(source))
+        model.fused.append(digests)
     except Exception as error:
         raise InputError(f"LoRA weights {source} cannot be loaded into this model: {brief(error)}")
 
@@ -338,8 +340,12 @@ def lower_lora(source):
     path = Path(source)
     file = path.with_name(LOWER_LORA) if path.is_file() else path / LOWER_LORA
     if not path.exists():
-        with contextlib.suppress(EntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError):
-            file = Path(hf_hub_download(source, LOWER_LORA))  # if the weights are not there either, reading them says so
+        try:
+            file = Path(hf_hub_download(source, LOWER_LORA))
+        except errors.LocalEntryNotFoundError:
+            print(f"{source}: whether these LoRA weights stand on others cannot be looked up now")
+        except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.HFValidationError):
+            return None  # if the weights are not there either, reading them says so
     try:
         return json.loads(file.read_text(encoding="utf-8"))["init_lora"] if file.exists() else None
     except (ValueError, KeyError, TypeError) as error:

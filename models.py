@@ -66,14 +66,14 @@ class Family:
     denoiser   the network in it that trains
     process    the diffusion process
     vae_dtype  the precision in which images are encoded
-    init_lora  where the LoRA weights came from that were fused in last, or None; `fused` has all of them
+    init_lora  where the LoRA weights came from that were fused in last, or None; `fused`: {tensor: digest} of each
     """
 
     optimizer, vae_class, guidance_name, negative_prompt = "adamw", "AutoencoderKL", "guidance_scale", ""
     widths = staticmethod(lambda pipe: {})
 
     def __init__(self, pipe):
-        self.pipe, self.init_lora, self.fused, self.vae_dtype = pipe, None, set(), torch.float32
+        self.pipe, self.init_lora, self.fused, self.vae_dtype = pipe, None, [], torch.float32
         self.denoiser = getattr(pipe, self.denoiser_name)
         self.process = self.make_process()
         self.num_parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())

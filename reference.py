@@ -102,10 +102,8 @@ class ReferenceErrors:
         before = self.draw_ids[step]
         if not before.isnan().any():
             now = stream.draw_ids(step)
-            before = before[:len(now)]
-            if (now[:, 0] != before[:, 0]).double().mean() < 0.5:
-                now[:, 0] = before[:, 0]  # unreadable pairs were replaced
-            check_draws(f"{self.name} was computed", before, now, step)
+            now[:, 0] = before[:len(now), 0]  # an unreadable pair was replaced, so the row may differ
+            check_draws(f"{self.name} was computed", before[:len(now)], now, step)
 
     def complete(self, stream, steps, load, prepare, error, stop):
         """Computes what is missing of a range of steps, and ends the process if a signal came meanwhile.
@@ -150,6 +148,12 @@ class ReferenceErrors:
         write_errors(self.name, self.file, self.errors, self.draw_ids, self.identity)
         self.saved_at = time.time()
 
+    def forget(self, step):
+        """Removes the errors of a step from the file, to which another run may have added steps."""
+        self.errors, self.draw_ids = read_errors(self.name, self.file, self.identity)
+        self.errors[step] = torch.nan
+        self.save()
+
     def read(self, batch, images, device):
         """The errors [images*B] of a MicroBatch, winners first. InputError if it was drawn differently.
 
@@ -157,17 +161,16 @@ class ReferenceErrors:
         """
         batch_size = self.errors.shape[1]
         step, index = batch.position // batch_size, batch.position % batch_size         # [B]
-        before, first = self.draw_ids[step, index], int(step[0])                        # [B, 3]
-        rows = batch.draw_id[:, 0]
-        check_draws(f"{self.name} was computed", torch.cat([rows[:, None], before[:, 1:]], 1), batch.draw_id, first,
-                    int(index[0]))
-        replaced = (before[:, 0] != rows).nonzero().flatten().tolist()
+        before, now, first = self.draw_ids[step, index], batch.draw_id, int(step[0])    # [B, 3], ...
+        replaced = (before[:, 0] != now[:, 0]).nonzero().flatten().tolist()
+        if len(replaced) == 1 or 2 * len(replaced) <= len(now):
+            before = torch.cat([now[:, :1], before[:, 1:]], 1)
+        check_draws(f"{self.name} was computed", before, now, first, int(index[0]))
         if replaced:
-            self.errors[first] = torch.nan
-            self.save()
-            raise InputError(f"{self.name}: at step {first} it has row {before[replaced[0], 0]:.0f} where the data now give "
-                             f"row {rows[replaced[0]]:.0f}, because a pair could be read only once. The same command "
-                             "computes this step's errors again and resumes")
+            self.forget(first)
+            raise InputError(f"{self.name}: at step {first} the data now give row {now[replaced[0], 0]:.0f} in the place of "
+                             "another, because a pair could be read only once. The same command computes this step's "
+                             "errors again and resumes")
         errors = self.errors[step, index][:, :images]                                   # [B, images]
         return distributed.to_device(errors.T.flatten(), device)
 

@@ -72,7 +72,7 @@ def open_parts(args, out, state, device):
     args.guidance = model.guidance if args.guidance is None else args.guidance
     args.clip = args.clip or ("tiny" if model.is_toy else H14)
     importlib.import_module("extras.check_loss").check_coupling(args, pairs, model.process)
-    distributed.wait_for_all()  # a machine may have copied or downloaded for hours
+    distributed.wait_for_data()
     return pairs, held_out, model
 
 
@@ -256,6 +256,8 @@ class Output:
     def restore(self, state):
         """Loads weights, optimizer, scaler and average of a checkpoint, and lets go of its mapped file."""
         self.logged_at = time.time()
+        if self.is_writer:
+            self.write_report()
         for name, param in self.params.items():
             if state:
                 param.data.copy_(state["weights"][name])
@@ -284,7 +286,6 @@ class Output:
         for part in self.out.glob("*.part"):
             if part.is_file():
                 part.unlink()
-        self.write_report()
         (self.out / "samples").mkdir(exist_ok=True)
         model = self.out / "model"
         if start < self.args.steps and model.exists():  # the result of an earlier --steps

@@ -10,6 +10,7 @@ import concurrent.futures
 import errno
 import glob
 import importlib
+import itertools
 import json
 import os
 import re
@@ -135,13 +136,14 @@ def file_identities(rows):
     if rows.files and is_list(rows.files):
         paths = [image[side] for image in rows.images for side in ("jpg_0", "jpg_1")]
         with concurrent.futures.ThreadPoolExecutor(32) as pool:  # on shared storage each answer takes a while
-            identities.append([*pool.map(bytes_of, paths)])
+            sizes = pool.map(sizes_of, (paths[k:k + 1000] for k in range(0, len(paths), 1000)))
+        identities.append([*itertools.chain(*sizes)])
     return identities
 
 
-def bytes_of(path):
-    """The size of a file, False if it is not there."""
-    return os.path.exists(path) and os.path.getsize(path)
+def sizes_of(paths):
+    """The sizes of files, False for one that is not there."""
+    return [os.path.exists(path) and os.path.getsize(path) for path in paths]
 
 
 def parquet_content(file):
@@ -284,7 +286,7 @@ def copy_images(fragments):
     if not paths:
         return []
     folder = Path(datasets.config.HF_DATASETS_CACHE, f"pairs-{digest(b''.join(map(parquet_content, paths)))}")
-    if not folder.exists():
+    if not [*folder.rglob("dataset_info.json")]:
         check_room(folder, sum(map(os.path.getsize, paths)))
     try:
         table = datasets.load_dataset(

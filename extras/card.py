@@ -142,7 +142,10 @@ class Recorder:
         self.checkpoints = self
 
     def begin(self, start, pairs, held_out, seconds_at_peak):
-        self.seconds_at_peak, self.times = seconds_at_peak, [time.time()]
+        self.seconds_at_peak = seconds_at_peak
+
+    def restore(self, state):
+        self.times = [time.time()]
 
     def after_step(self, step, scalars, flags, progress, held_out, identity):
         if self.device.type == "cuda":
@@ -161,7 +164,7 @@ class Recorder:
     def nothing(self, *inputs):
         """The other things that a run does to its output."""
 
-    restore = wait = save_model = nothing
+    wait = save_model = nothing
 
 
 def training_row(options, profile_file=None):

@@ -80,10 +80,7 @@ def read_rows(folder):
 
 def rows_of(rows, setting):
     """The rows of one run, in the order of its steps."""
-    of_run = [row for row in rows if (row["beta"], row["lr"], row["swapped"]) == setting]
-    if not of_run:
-        raise InputError("learning.csv lacks runs; the command without --rows resumes with them")
-    return of_run
+    return [row for row in rows if (row["beta"], row["lr"], row["swapped"]) == setting]
 
 
 def table(rows):
@@ -144,6 +141,9 @@ def main(argv=None):
                 if not rows_of(rows, setting):
                     rows += measure_run(setting, out)
                     common.write_csv(out / "learning.csv", rows[0], rows)
+        lacking = [setting for setting in settings() if not rows_of(rows, setting)]
+        if lacking:
+            raise InputError(f"{args.rows}/learning.csv lacks {len(lacking)} runs; the command without --rows makes them")
         figure(rows, out / "learning.png")
         print(table(rows))
 

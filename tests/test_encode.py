@@ -570,20 +570,23 @@ def test_storage_that_goes_away_leaves_no_file_without_pairs(tmp_path, small_mod
                 (tmp_path / "pairs" / str(k) / f"{side}.png").write_bytes(row[f"jpg_{side}"])
             lines_of_pairs.write(json.dumps(line) + "\n")
     write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / "whole")
-    read_bytes = Path.read_bytes
+    read_bytes, reads = Path.read_bytes, []
 
     def read_what_is_there(path):
-        if path.suffix == ".png" and 5 <= int(path.parent.name) < 10:
+        reads.extend([path] * (path.suffix == ".png"))
+        if path.suffix == ".png" and len(reads) > reads_before:
             raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
         return read_bytes(path)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", read_what_is_there)
-        with pytest.raises(SystemExit, match="none of the 5 pairs from row 5 on can be used .no such file.. Is the storage"):
-            write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / "c")
-    assert not (tmp_path / "c" / "pairs-00001.safetensors").exists()
-    write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / "c")
-    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+    for reads_before, files in ((20, 2), (17, 1)):  # it goes between two files, then within the second, of 5 pairs each
+        reads.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", read_what_is_there)
+            with pytest.raises(SystemExit, match="cannot be read any more. Is the storage gone"):
+                write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / f"c{files}", "--workers", "1")
+        assert len([*(tmp_path / f"c{files}").glob("pairs-*.safetensors")]) == files
+        write_cache(small_model("sd"), tmp_path / "pairs", tmp_path / f"c{files}")
+        assert contents(tmp_path / f"c{files}") == contents(tmp_path / "whole")
 
 
 def test_a_cache_needs_room_before_it_is_begun(tmp_path, small_model, few_pairs, monkeypatch):
@@ -766,7 +769,7 @@ def test_a_pair_that_can_be_read_only_once_costs_one_step_of_reference_errors(ru
         stream.pairs.unreadable.clear()
         gone.clear()
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="at step 1 it has row .* The same command"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="at step 1 the data now give row .* The same command"):
         patch.setattr(ImagePairs, "load", load_what_is_there)
         patch.setattr(ReferenceErrors, "complete", complete_without_one)
         run("sd", few_pairs, *file, name="out")

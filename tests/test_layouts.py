@@ -79,8 +79,9 @@ def run(tmp_path_factory, small_model, chained_pairs):
         folder = tmp_path_factory.mktemp("layout")
         argv = ["--model", small_model(kind), "--data", chained_pairs, "--out", str(folder / "out")]
         argv += f"--loss {loss} --group_size {group} --micro_batch {micro} --optimizer {optimizer}".split()
-        argv += f"--steps {STEPS} --batch_size {BATCH} --beta {BETA} --tau {TAU} --sample_every 0".split()
+        argv += f"--steps {STEPS} --batch_size {BATCH} --beta {BETA} --sample_every 0".split()
         argv += "--clip tiny --device cpu --max_grad_norm 1e9 --lr 1e-3".split()
+        argv += ["--tau", str(TAU)] * (loss == "rpo")
         if loss != "sft":
             argv += ["--sft_weight", str(SFT_WEIGHT)]
         for status, text in launch(folder, world_size, observed, argv, str(folder / "seen")):

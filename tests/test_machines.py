@@ -2,7 +2,6 @@
 
 import distributed  # first: it notes the launcher
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -54,15 +53,6 @@ class Line:
         return getattr(self.store, name)
 
 
-def with_a_line_to_cut(store):
-    @contextlib.contextmanager
-    def line(heartbeat):
-        with store(heartbeat) as whole:
-            yield Line(whole)
-
-    return line
-
-
 def without_a_way_out(*batch):
     """Cuts the line in the first step. It ends after the others, so that they do not notice its closed connections."""
     distributed.SILENCE = 5
@@ -75,7 +65,8 @@ def last_is_cut_off(argv):
     quicker()
     rank, _, world_size = torchrun_env()
     if rank == world_size - 1:
-        distributed.Heartbeat.store = with_a_line_to_cut(distributed.Heartbeat.store)
+        torchrun_store = distributed.torchrun_store
+        distributed.torchrun_store = lambda name: Line(torchrun_store(name))
         train.Trainer.prepare = without_a_way_out
     train.main(argv)
 
