@@ -328,15 +328,27 @@ def test_the_figures_of_the_summary_are_those_of_the_tables():
     assert len(between) == 30 and len(kept) == 4 and sum(mean > 0 for mean in kept) == 2
     assert f"four are kept: two for RPO, by at most {max(kept)} points, and two for DPO" in summary
 
-    of_drawings = "Drawings, right, chosen by right: against DPO"
-    clean, swapped = row_of(of_drawings, "RPO uniform - DPO")
-    assert not clean[-1] and not swapped[-1]
-    (mean, low, high, *_), (mean_s, low_s, high_s, *_) = clean, swapped
-    assert (f"Uniform RPO is ahead by {mean} [{low}, {high}], and with swapped labels by {mean_s} [{low_s}, {high_s}] "
-            "(not kept)") in summary
-    clean, swapped = row_of(of_drawings, "DPO + SFT .2 - DPO")
-    assert clean[-1] and swapped[-1]
-    assert f"DPO plus SFT is ahead of DPO by {clean[0]} and {swapped[0]} points (kept)" in summary
+    (mean, low, high, _, kept), (mean_s, low_s, high_s, _, kept_s) = row_of(
+        "Drawings, right, chosen by right: against DPO", "RPO uniform - DPO")
+    assert kept and kept_s
+    assert (f"Uniform RPO is ahead by {mean} [{low}, {high}] points, and with swapped labels by {mean_s} [{low_s}, {high_s}] "
+            "(kept)") in summary
+    with_term = "Drawings, right, chosen by right: sft_weight"
+    clean, swapped, of_rpo, between = [], [], [], []
+    for held, plain in laboratory.HELD[:9]:
+        row = row_of(with_term, f"{held} - {plain}")
+        if plain == "DPO":
+            clean.append(row[0])
+            swapped.append(row[1])
+        else:
+            of_rpo += row
+    for held, other in laboratory.HELD[9:]:
+        between += row_of(with_term, f"{held} - {other}")
+    assert all(is_kept for *_, is_kept in clean) and not any(is_kept for *_, is_kept in swapped + of_rpo)
+    assert "DPO gains {} to {} points (kept in 3 of 3)".format(*range_of(clean)) in summary
+    kept = [mean for mean, *_, is_kept in between if is_kept]
+    assert len(between) == 12 and len(kept) == 1
+    assert f"Of 12 differences between RPO and DPO at the same weight one is kept: RPO is behind by {-kept[0]} points" in summary
 
 
 def test_every_figure_of_the_findings_stands_in_a_table():
