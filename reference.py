@@ -161,16 +161,18 @@ class ReferenceErrors:
         """
         batch_size = self.errors.shape[1]
         step, index = batch.position // batch_size, batch.position % batch_size         # [B]
-        before, now, first = self.draw_ids[step, index], batch.draw_id, int(step[0])    # [B, 3], ...
+        before, now = self.draw_ids[step, index], batch.draw_id                         # [B, 3] each
+        first, position = int(step[0]), int(index[0])
         replaced = (before[:, 0] != now[:, 0]).nonzero().flatten().tolist()
-        if len(replaced) == 1 or 2 * len(replaced) <= len(now):
-            before = torch.cat([now[:, :1], before[:, 1:]], 1)
-        check_draws(f"{self.name} was computed", before, now, first, int(index[0]))
+        same_rows = torch.cat([now[:, :1], before[:, 1:]], 1)
+        are_few = len(replaced) == 1 or 2 * len(replaced) <= len(now)
+        check_draws(f"{self.name} was computed", same_rows if are_few else before, now, first, position)
         if replaced:
             self.forget(first)
-            raise InputError(f"{self.name}: at step {first} the data now give row {now[replaced[0], 0]:.0f} in the place of "
-                             "another, because a pair could be read only once. The same command computes this step's "
-                             "errors again and resumes")
+            k = replaced[0]
+            raise InputError(f"{self.name}: at step {first}, position {position + k}, it drew row {before[k, 0]:.0f}, not row "
+                             f"{now[k, 0]:.0f}. A pair could be read only once, or the code has changed. The same command "
+                             "computes this step's errors again and resumes")
         errors = self.errors[step, index][:, :images]                                   # [B, images]
         return distributed.to_device(errors.T.flatten(), device)
 

@@ -769,7 +769,7 @@ def test_a_pair_that_can_be_read_only_once_costs_one_step_of_reference_errors(ru
         stream.pairs.unreadable.clear()
         gone.clear()
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="at step 1 the data now give row .* The same command"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="at step 1, position 1, it drew row .* The same command"):
         patch.setattr(ImagePairs, "load", load_what_is_there)
         patch.setattr(ReferenceErrors, "complete", complete_without_one)
         run("sd", few_pairs, *file, name="out")
@@ -909,7 +909,7 @@ def test_what_other_code_draws_later_is_refused_when_it_is_read(run, encoded, tm
 
     monkeypatch.setattr(data.Stream, "__getitem__", other_item)
     number = {"row": "[0-9]+", "noise": r"-?[0-9]+\.[0-9]{3}"}[name]
-    complaint = rf"by other code .*: at step 1, position 5, it drew {name} {number}, not {name} {number}\."
+    complaint = rf"--reference_errors .*: at step 1, position 5, it drew {name} {number}, not {name} {number}\."
     with pytest.raises(SystemExit, match=complaint):
         run("sd", encoded("sd"), *file, "--lr", "1e-4", name="other")
     assert len(log_of(tmp_path / "other")) == 1

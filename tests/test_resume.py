@@ -928,7 +928,7 @@ def test_the_scale_of_fp16_goes_on_where_it_was():
     def output(scale):
         room = object.__new__(run.Output)
         room.params, room.ema, room.optimizer = {"w": param}, None, torch.optim.SGD([param], lr=0.1)
-        room.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        room.scaler, room.is_writer = torch.amp.GradScaler("cpu", init_scale=scale), False
         return room
 
     before, after = output(8.0), output(65536.0)

@@ -249,7 +249,7 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path, command):
 
 
 def test_auto_on_a_cpu_is_the_default(command, tmp_path):
-    auto, plain = (train_args(command(options, tmp_path)) for options in ("--micro_batch auto", ""))
+    auto, plain = (train_args(command(f"--resolution 32 {options}", tmp_path)) for options in ("--micro_batch auto", ""))
     assert auto.micro_batch == plain.micro_batch == 8
     with pytest.raises(InputError, match="invalid count_or_auto value: 'automatic'"):
         train_args(command("--micro_batch automatic", tmp_path))
